@@ -1,0 +1,99 @@
+# fp8: everything a newcomer or CI types. CMake describes the build; this file finds tools for it.
+#
+# VENV   folder of the virtual environment that is made and filled as needed (default .venv);
+#        `VENV=` (empty) uses python3, cmake and ninja from PATH and installs nothing
+# ARGS   passed on to the demo, the tests (pytest) or the benchmark
+
+VENV ?= .venv
+PYTHON ?= python3
+CMAKE_ARGS ?=
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+# --- tools -----------------------------------------------------------------------------------
+ifeq ($(strip $(VENV)),)
+BIN :=
+PY := $(shell $(PYTHON) -c "import sys; print(sys.executable)")
+INSTALLED :=
+LINTERS :=
+else
+BIN := $(abspath $(VENV))/bin/
+PY := $(BIN)python
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# Stamps are named after what they stand for: other requirements, another stamp.
+INSTALLED := $(VENV)/.installed-$(shell sha256sum <requirements.txt | cut -c1-12)
+LINTERS := $(VENV)/.linters-$(shell sha256sum <requirements-lint.txt | cut -c1-12)
+endif
+export PATH := $(PATH):/usr/local/cuda/bin
+export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+CATCH2 := $(shell scripts/catch2.sh)
+CONFIGURE := -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(PY) \
+  -DFP8_BUILD_TESTS=$(if $(CATCH2),ON -DCATCH2_INCLUDE_DIR=$(CATCH2),OFF) $(CMAKE_ARGS)
+CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256sum | cut -c1-12)
+
+.PHONY: help build demo test test-gpu bench lint format clean distclean _tests_built _catch2
+
+help:  ## this list
+	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | \
+	  while IFS=$$'\t' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+
+build: $(CONFIGURED)  ## the libraries, into python/fp8 (then PYTHONPATH=python works)
+	@$(BIN)cmake --build build -j $$(scripts/jobs.sh) --target fp8_core fp8_torch _C
+
+demo: build  ## the main job: train with nn.Linear and with each FP8 recipe, and compare
+	@$(PY) examples/train.py $(ARGS)
+
+test: _catch2  ## every test that this machine can run
+	@$(MAKE) --no-print-directory _tests_built
+	@PYTHON=$(PY) CTEST=$(BIN)ctest PYTEST_ARGS='$(ARGS)' scripts/test.sh all
+
+test-gpu: _tests_built  ## the tests that need a GPU; fails where there is none
+	@PYTHON=$(PY) CTEST=$(BIN)ctest PYTEST_ARGS='$(ARGS)' scripts/test.sh gpu
+
+bench: build  ## benchmarks/bench_linear.py
+	@$(PY) benchmarks/bench_linear.py $(ARGS)
+
+lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering
+	@scripts/lint.sh
+
+format: $(INSTALLED) $(LINTERS)  ## let the formatters write
+	@scripts/lint.sh --fix
+
+clean:  ## remove what was built
+	rm -rf build dist python/*.egg-info python/fp8/lib python/fp8/_C*.so python/fp8/_build.py
+
+distclean: clean  ## and the virtual environment
+	rm -rf $(if $(strip $(VENV)),$(VENV))
+
+# --- steps -----------------------------------------------------------------------------------
+_catch2:
+	@scripts/catch2.sh --install >/dev/null
+
+_tests_built: $(CONFIGURED)
+	@$(BIN)cmake --build build -j $$(scripts/jobs.sh)
+
+$(CONFIGURED): $(INSTALLED)
+	$(BIN)cmake --fresh -S . -B build $(CONFIGURE)
+	@rm -f build/.configured-* && touch $@
+
+ifneq ($(strip $(VENV)),)
+$(INSTALLED): | $(BIN)python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@rm -f $(VENV)/.installed-* && touch $@
+
+$(LINTERS): | $(INSTALLED)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-lint.txt
+	@rm -f $(VENV)/.linters-* && touch $@
+
+$(BIN)python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: need Python 3.11 or newer, set PYTHON=... ($$($(PYTHON) --version 2>&1))" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "make: python3 -m venv failed. Type: sudo apt-get install -y python3-venv" >&2; exit 1; }
+endif

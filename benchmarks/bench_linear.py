@@ -1,0 +1,139 @@
+"""One linear layer, forward and forward + backward, against nn.Linear and the peers.
+
+Runs fused_linear with each recipe on Llama 3's shapes. The weight counts as new before every timed
+step, as under an optimizer, so that nothing is kept between steps. "GEMMs alone" is the ceiling: the
+three FP8 products by torch._scaled_mm on operands quantized beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import peers
+import tables
+import timing
+import torch
+from results import Row, main
+from shapes import RECIPES, LinearShape, linear_shapes
+from torch import nn
+from tqdm import tqdm
+
+CEILING = "GEMMs alone"
+
+
+def gemms_alone(shape: LinearShape, rowwise: bool):
+    """Calls of fprop, and of fprop, dgrad and wgrad, on FP8 operands that exist already."""
+    quantize = torch.ops.fp8.quantize_rowwise if rowwise else torch.ops.fp8.quantize_tensorwise
+    m, k, n = shape
+
+    def operand(rows: int, cols: int, dtype=torch.float8_e4m3fn):
+        return quantize(torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16), dtype)
+
+    def product(a, b, fast: bool):
+        (data_a, scale_a), (data_b, scale_b) = a, b
+        scale_b = scale_b.t().contiguous() if rowwise else scale_b
+
+        def call():
+            return torch._scaled_mm(
+                data_a, data_b.t(), scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast
+            )
+
+        return call
+
+    grad = torch.float8_e4m3fn if rowwise else torch.float8_e5m2
+    fprop = product(operand(m, k), operand(n, k), True)
+    dgrad = product(operand(m, n, grad), operand(k, n), False)
+    wgrad = product(operand(n, m, grad), operand(k, m), False)
+
+    def step():
+        fprop()
+        dgrad()
+        wgrad()
+
+    return fprop, step
+
+
+def measure_shape(shape: LinearShape, found: peers.Peers, repeats: int) -> list[Row]:
+    m, k, n = shape
+    # The container lets peers replace the layer.
+    model = nn.Sequential(nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
+    rows_checked = slice(0, 256)  # fp64 of the whole product would take longer than the benchmark
+    exact = x[rows_checked].double() @ model[0].weight.double().t()
+    forwards, steps, noise, parameters = {}, {}, {}, []
+    for peer in list(found.found):
+        try:
+            module = peer.build(model)
+            forward, step = timing.forward_backward(module, x, dy)
+            step()
+            noise[peer.name] = timing.sqnr(forward()[rows_checked].detach(), exact)
+        except Exception as error:  # a peer that fails is named, not fatal
+            found.skipped[f"{peer.name} at {shape}"] = str(error).splitlines()[0]
+            continue
+        forwards[peer.name], steps[peer.name] = forward, step
+        parameters += list(module.parameters())
+    for name, rowwise in ((CEILING, False), (f"{CEILING}, rowwise", True)):
+        forwards[name], steps[name] = gemms_alone(shape, rowwise)
+    touch = timing.new_weights(parameters)
+    with torch.no_grad():
+        fwd = timing.device_times(forwards, repeats, before=touch)
+    both = timing.device_times(steps, repeats, before=touch)
+    return [
+        {
+            "m": m,
+            "k": k,
+            "n": n,
+            "variant": name,
+            "forward_us": fwd[name].as_dict(),
+            "step_us": both[name].as_dict(),
+            "forward_speedup": fwd["bf16"].median / fwd[name].median,
+            "step_speedup": both["bf16"].median / both[name].median,
+            "sqnr_db": round(noise[name], 2) if name in noise else None,
+        }
+        for name in steps
+    ]
+
+
+def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
+    recipes = options.recipes or RECIPES
+    wanted = [("bf16", peers.baseline)]
+    wanted += [(f"fp8 {r}", lambda r=r: peers.ours(r)) for r in recipes]
+    if not options.no_peers:
+        wanted += peers.others(compiled=not options.quick)
+    found = peers.gather(*wanted)
+    rows: list[Row] = []
+    for shape in tqdm(linear_shapes(options.quick), unit="shape"):
+        rows += measure_shape(shape, found, options.repeats or (10 if options.quick else 15))
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
+    return rows, found.skipped
+
+
+def table(rows: list[Row]) -> str:
+    columns = ["M, K → N", "variant", "fwd us", "x bf16", "fwd+bwd us", "x bf16", "spread", "SQNR dB"]
+    lines = [
+        [
+            f"{row['m']}, {row['k']} → {row['n']}",
+            row["variant"],
+            row["forward_us"]["median"],
+            tables.ratio(row["forward_speedup"]),
+            row["step_us"]["median"],
+            tables.ratio(row["step_speedup"]),
+            f"{100 * (row['step_us']['high'] / row['step_us']['low'] - 1):.0f}%",
+            row["sqnr_db"],
+        ]
+        for row in rows
+    ]
+    return tables.text(columns, lines)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: all")
+    parser.add_argument("--repeats", type=int, help="timed calls per variant")
+    parser.add_argument("--no-peers", action="store_true", help="nn.Linear and fp8 only")
+
+
+if __name__ == "__main__":
+    sys.exit(main("linear", __doc__.splitlines()[0], measure, table, arguments))

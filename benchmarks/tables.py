@@ -1,0 +1,37 @@
+"""Plain text and Markdown tables of benchmark rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    cells = [[cell(value) for value in row] for row in [columns, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [
+        "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell(v) for v in line) + " |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """Numbers to three or four significant digits, None as empty."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def ratio(value: float | None) -> str:
+    """A speed relative to a baseline: 1.523 -> '1.52x'."""
+    return "" if value is None else f"{value:.2f}x"

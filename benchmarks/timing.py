@@ -1,0 +1,178 @@
+"""Timing on a GPU: variants interleaved in one process, cold L2, CUDA events, median and spread; host
+time apart from device time.
+
+Absolute times move by percents from run to run and machine to machine; only variants of one run are
+compared, on the same data. Before each timed call a buffer larger than the L2 is written, so that
+every variant reads its inputs from memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+
+FLUSH_BYTES = 256 * 2**20  # several times the L2 of an H100 (50 MB) or H200 (60 MB)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Repeated times of one thing, in microseconds."""
+
+    median: float
+    low: float  # first decile
+    high: float  # ninth decile
+    repeats: int
+
+    @property
+    def spread(self) -> float:
+        """(high - low) / median."""
+        return (self.high - self.low) / self.median if self.median else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in asdict(self).items()}
+
+
+def summarize(times: Iterable[float]) -> Measurement:
+    """Median and deciles. Raises ValueError when there are no times."""
+    values = sorted(times)
+    if not values:
+        raise ValueError("no times were measured")
+    last = len(values) - 1
+    low, high = values[round(0.1 * last)], values[round(0.9 * last)]
+    return Measurement(statistics.median(values), low, high, len(values))
+
+
+class Flush:
+    """Evicts the L2 by writing a buffer larger than it. Also keeps the GPU busy for a while, so that
+    the host has queued the timed work before the GPU reaches it."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self) -> None:
+        self._buffer.zero_()
+
+
+def device_times(
+    variants: dict[str, Callable[[], object]],
+    repeats: int = 20,
+    warmup: int = 3,
+    before: Callable[[], None] | None = None,
+    progress: Callable[[], None] | None = None,
+) -> dict[str, Measurement]:
+    """Time between two events around each call, cold L2, the variants taking turns.
+
+    What the host is too slow to queue ahead counts too, as it does in a training step. `before` runs
+    before each timed call, untimed (new version counters, fresh gradients).
+    """
+    flush = Flush()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for run in variants.values():
+        for _ in range(warmup):
+            if before:
+                before()
+            run()
+    torch.cuda.synchronize()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, run in variants.items():
+                if before:
+                    before()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                flush()
+                start.record()
+                run()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end) * 1e3)
+            if progress:
+                progress()
+    finally:
+        gc.enable()
+    return {name: summarize(found) for name, found in times.items()}
+
+
+def host_times(
+    variants: dict[str, Callable[[], object]],
+    repeats: int = 30,
+    calls: int = 20,
+    warmup: int = 10,
+    before: Callable[[], None] | None = None,
+) -> dict[str, Measurement]:
+    """Host time of one call, without waiting for the GPU: the mean of `calls` calls, repeated.
+
+    Use work so small that the GPU keeps up; else the launch queue fills and the host waits.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for run in variants.values():
+        for _ in range(warmup):
+            run()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, run in variants.items():
+                torch.cuda.synchronize()
+                elapsed = 0.0
+                for _ in range(calls):
+                    if before:
+                        before()
+                    begin = time.perf_counter()
+                    run()
+                    elapsed += time.perf_counter() - begin
+                times[name].append(elapsed / calls * 1e6)
+    finally:
+        gc.enable()
+    return {name: summarize(found) for name, found in times.items()}
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Peak bytes allocated during one call, what was there before included."""
+    run()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def sqnr(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Signal to quantization noise in dB."""
+    noise = (actual.double() - exact.double()).norm()
+    return float(20 * torch.log10(exact.double().norm() / noise))
+
+
+def new_weights(parameters: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """What an optimizer step does to the version counters, so that nothing of a weight is reused."""
+    kept = list(parameters)
+
+    def increment() -> None:
+        for parameter in kept:
+            torch.autograd.graph.increment_version(parameter)
+
+    return increment
+
+
+def forward_backward(
+    module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor
+) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
+    """Calls of module(x) and of its whole step. Gradients are replaced, as after zero_grad."""
+    leaf = x.detach().requires_grad_()
+    parameters = list(module.parameters())
+
+    def forward() -> torch.Tensor:
+        return module(leaf)
+
+    def step() -> None:
+        leaf.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        module(leaf).backward(dy)
+
+    return forward, step

@@ -1,0 +1,41 @@
+// Properties of the current device, read once per device: no query on the way of a call.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <atomic>
+
+#include "common/check.h"
+
+namespace fp8::core {
+
+struct DeviceInfo {
+  int index = 0;
+  int sm_count = 0;
+  int capability = 0;  // 90 for compute capability 9.0
+};
+
+inline constexpr int kMaxDevices = 64;
+
+inline DeviceInfo current_device() {
+  // 0: not read yet; else capability << 16 | sm_count. Reading twice in a race gives the same value.
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  int index = 0;
+  FP8_CUDA_CHECK(cudaGetDevice(&index));
+  require(index < kMaxDevices, "more CUDA devices than this library counts");
+  int packed = known[index].load(std::memory_order_relaxed);
+  if (packed == 0) {
+    int major = 0;
+    int minor = 0;
+    int sm_count = 0;
+    FP8_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    FP8_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    FP8_CUDA_CHECK(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, index));
+    packed = (major * 10 + minor) << 16 | sm_count;
+    known[index].store(packed, std::memory_order_relaxed);
+  }
+  return {index, packed & 0xFFFF, packed >> 16};
+}
+
+}  // namespace fp8::core

@@ -1,0 +1,129 @@
+// The two FP8 formats in plain C++: limits, encoding, decoding, and the scale of a scaling group.
+// One definition for the CPU kernels, the tests and (through the constants) the CUDA kernels.
+//
+// The encoder is branch-free so that compilers vectorize a loop over it. It rounds to nearest even and
+// saturates, as the hardware's cvt.rn.satfinite does: NaN becomes 0x7F (the sign is dropped), Inf the largest
+// finite code.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "fp8/core.h"
+
+namespace fp8 {
+
+struct E4M3 {
+  static constexpr core::Dtype kDtype = core::Dtype::kE4M3;
+  static constexpr int kMantissaBits = 3;
+  static constexpr int kExponentBias = 7;
+  static constexpr float kMax = 448.0F;
+};
+
+struct E5M2 {
+  static constexpr core::Dtype kDtype = core::Dtype::kE5M2;
+  static constexpr int kMantissaBits = 2;
+  static constexpr int kExponentBias = 15;
+  static constexpr float kMax = 57344.0F;
+};
+
+inline constexpr uint8_t kNanCode = 0x7F;
+
+constexpr bool is_fp8(core::Dtype dtype) {
+  return dtype == core::Dtype::kE4M3 || dtype == core::Dtype::kE5M2;
+}
+
+constexpr float fp8_max(core::Dtype dtype) {
+  return dtype == core::Dtype::kE4M3 ? E4M3::kMax : E5M2::kMax;
+}
+
+constexpr int64_t dtype_bytes(core::Dtype dtype) {
+  switch (dtype) {
+    case core::Dtype::kFloat32:
+      return 4;
+    case core::Dtype::kBFloat16:
+    case core::Dtype::kFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+constexpr const char* dtype_name(core::Dtype dtype) {
+  switch (dtype) {
+    case core::Dtype::kFloat32:
+      return "float32";
+    case core::Dtype::kBFloat16:
+      return "bfloat16";
+    case core::Dtype::kFloat16:
+      return "float16";
+    case core::Dtype::kE4M3:
+      return "float8_e4m3fn";
+    case core::Dtype::kE5M2:
+      return "float8_e5m2";
+  }
+  return "unknown";
+}
+
+template <typename Format>
+inline uint8_t encode(float value) {
+  constexpr int kShift = 23 - Format::kMantissaBits;
+  constexpr uint32_t kRebias = static_cast<uint32_t>(127 - Format::kExponentBias)
+                               << Format::kMantissaBits;
+  // The smallest normal, and a float whose ulp is the format's smallest subnormal: adding it rounds there.
+  constexpr uint32_t kMinNormal = static_cast<uint32_t>(128 - Format::kExponentBias) << 23;
+  constexpr uint32_t kSubnormalMagic =
+      static_cast<uint32_t>(128 - Format::kExponentBias + kShift) << 23;
+
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7FFFFFFFU;
+  const uint32_t sign = (bits >> 24) & 0x80U;
+  const uint32_t clamped = std::min(magnitude, std::bit_cast<uint32_t>(Format::kMax));
+  const uint32_t normal = ((clamped + ((1U << (kShift - 1)) - 1) + ((clamped >> kShift) & 1U)) >>
+                           kShift) -
+                          kRebias;
+  const float shifted = std::bit_cast<float>(clamped) + std::bit_cast<float>(kSubnormalMagic);
+  const uint32_t subnormal = std::bit_cast<uint32_t>(shifted) - kSubnormalMagic;
+  const uint32_t code = (clamped < kMinNormal ? subnormal : normal) | sign;
+  return static_cast<uint8_t>(magnitude > 0x7F800000U ? kNanCode : code);
+}
+
+template <typename Format>
+inline float decode(uint8_t code) {
+  const int exponent = (code & 0x7F) >> Format::kMantissaBits;
+  const int mantissa = code & ((1 << Format::kMantissaBits) - 1);
+  const int exponent_max = (1 << (7 - Format::kMantissaBits)) - 1;
+  const float sign = (code & 0x80) != 0 ? -1.0F : 1.0F;
+  if constexpr (Format::kMantissaBits == 3) {
+    if ((code & 0x7F) == 0x7F) return std::numeric_limits<float>::quiet_NaN();
+  } else {
+    if (exponent == exponent_max) {
+      return mantissa == 0 ? sign * std::numeric_limits<float>::infinity()
+                           : std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  if (exponent == 0) {
+    return sign * std::ldexp(static_cast<float>(mantissa),
+                             1 - Format::kExponentBias - Format::kMantissaBits);
+  }
+  return sign * std::ldexp(1.0F + std::ldexp(static_cast<float>(mantissa), -Format::kMantissaBits),
+                           exponent - Format::kExponentBias);
+}
+
+// The numerics contract's two divisions. amax 0 gives 1, an infinite quotient FLT_MAX, NaN stays NaN.
+inline float quant_multiplier(float amax, float format_max) {
+  if (amax == 0.0F) return 1.0F;
+  const float quotient = format_max / amax;
+  return std::isinf(quotient) ? std::numeric_limits<float>::max() : quotient;
+}
+
+// amax is kept as the bits of a non-negative float while it is being reduced: unsigned order is then the
+// order of the values, with NaN above everything, so that a plain integer max propagates NaN.
+inline uint32_t magnitude_bits(float value) {
+  return std::bit_cast<uint32_t>(value) & 0x7FFFFFFFU;
+}
+
+}  // namespace fp8

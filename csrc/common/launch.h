@@ -1,0 +1,103 @@
+// Launch arithmetic: pure functions of the problem and the number of multiprocessors, tested without a GPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fp8::core {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// FP8 matmuls contract over multiples of 16 elements; padded buffers use this for rows and columns alike.
+constexpr int64_t kPad = 16;
+constexpr int64_t pad16(int64_t extent) { return round_up(extent, kPad); }
+
+// --- statistics pass: blocks of 8 warps, a warp reads kStatisticsCols columns of one row at a time ---
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kStatisticsCols = 1024;
+
+struct StatisticsPlan {
+  int64_t rows = 0;       // extents that the kernel walks; a contiguous matrix is folded to kStatisticsCols
+  int64_t cols = 0;
+  int64_t ld = 0;
+  int64_t last_row_cols = 0;  // columns of the last row, < cols only when folded
+  int64_t col_tiles = 0;
+  int64_t row_chunks = 0;
+  int64_t rows_per_chunk = 0;
+};
+
+// per_axis: the pass keeps results per row or column, so the matrix keeps its shape, and fewer, taller chunks
+// make fewer partial results for the cast pass to read.
+inline StatisticsPlan plan_statistics(int64_t rows, int64_t cols, int64_t ld, bool per_axis,
+                                      int sm_count) {
+  StatisticsPlan plan{rows, cols, ld, cols, 0, 0, 0};
+  if (!per_axis && ld == cols) {
+    const int64_t count = rows * cols;
+    plan.cols = std::min(count, kStatisticsCols);
+    plan.rows = ceil_div(count, plan.cols);
+    plan.ld = plan.cols;
+    plan.last_row_cols = count - (plan.rows - 1) * plan.cols;
+  }
+  plan.col_tiles = ceil_div(plan.cols, kStatisticsCols);
+  const int64_t blocks = static_cast<int64_t>(sm_count) * (per_axis ? 4 : 7);
+  const int64_t wanted =
+      std::clamp<int64_t>(blocks / plan.col_tiles, 1, ceil_div(plan.rows, kWarps));
+  plan.rows_per_chunk = round_up(ceil_div(plan.rows, wanted), kWarps);
+  plan.row_chunks = ceil_div(plan.rows, plan.rows_per_chunk);
+  return plan;
+}
+
+// --- cast pass: 128 x 64 tiles, a block casts `tiles_per_block` of them one below the other ---
+
+constexpr int64_t kTileRows = 128;
+constexpr int64_t kTileCols = 64;
+
+struct CastPlan {
+  int64_t col_tiles = 0;
+  int64_t row_tiles = 0;
+  int64_t tiles_per_block = 0;
+  int64_t strips = 0;  // blocks along the rows
+};
+
+// rows, cols: the larger of the matrix's and its destinations' padded extents. `per_axis` blocks read partial
+// results for each of their rows and columns, which a taller strip spreads over more tiles.
+inline CastPlan plan_cast(int64_t rows, int64_t cols, bool per_axis, int sm_count) {
+  CastPlan plan;
+  plan.col_tiles = ceil_div(cols, kTileCols);
+  plan.row_tiles = ceil_div(rows, kTileRows);
+  const int64_t resident = static_cast<int64_t>(sm_count) * 4;
+  const int64_t tiles = plan.col_tiles * plan.row_tiles;
+  constexpr int64_t kMaxGridY = 65535;
+  plan.tiles_per_block = std::max(std::clamp<int64_t>(tiles / resident, 1, per_axis ? 8 : 2),
+                                  ceil_div(plan.row_tiles, kMaxGridY));
+  plan.strips = ceil_div(plan.row_tiles, plan.tiles_per_block);
+  return plan;
+}
+
+// --- rowwise pass: threads_per_row threads hold a row in registers, 8 elements a vector ---
+
+struct RowwisePlan {
+  int threads_per_row = 32;
+  int rows_per_block = 8;
+  int vectors_per_thread = 1;  // 1, 2, 4 or 8
+  int iterations = 1;          // > 1: the row does not fit and is read twice
+};
+
+inline RowwisePlan plan_rowwise(int64_t padded_cols) {
+  RowwisePlan plan;
+  const int64_t vectors = ceil_div(padded_cols, 8);
+  while (plan.threads_per_row < 512 && vectors > 4LL * plan.threads_per_row) plan.threads_per_row *= 2;
+  while (plan.vectors_per_thread < 8 &&
+         vectors > static_cast<int64_t>(plan.vectors_per_thread) * plan.threads_per_row) {
+    plan.vectors_per_thread *= 2;
+  }
+  plan.rows_per_block = std::max(1, kThreads / plan.threads_per_row);
+  plan.iterations = static_cast<int>(
+      ceil_div(vectors, static_cast<int64_t>(plan.vectors_per_thread) * plan.threads_per_row));
+  return plan;
+}
+
+}  // namespace fp8::core

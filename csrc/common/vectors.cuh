@@ -1,0 +1,153 @@
+// Eight elements at a time: 16-byte loads of bf16, fp16 or fp32, their magnitudes as integers, and their
+// conversion to eight FP8 codes. Arrays are indexed by constants only, so that they stay in registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "common/formats.h"
+
+namespace fp8::core {
+
+// kWords 32-bit words hold 8 elements.
+template <typename T>
+struct Vec8 {
+  static constexpr int kWords = 8 * sizeof(T) / 4;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ float get(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i]);
+    } else {
+      const uint32_t half = (i & 1) != 0 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFFU;
+      return bits_to_float(half);
+    }
+  }
+
+  static __device__ __forceinline__ float bits_to_float(uint32_t bits) {
+    if constexpr (std::is_same_v<T, float>) {
+      return __uint_as_float(bits);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return __uint_as_float(bits << 16);
+    } else {
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    }
+  }
+};
+
+// Loads columns [col, col + 8) of a row that has `cols` of them; what lies beyond is zero. `vectorized` says
+// that the row starts on a 16-byte boundary.
+template <typename T>
+__device__ __forceinline__ Vec8<T> load8(const T* row, int64_t col, int64_t cols, bool vectorized) {
+  Vec8<T> v;
+  if (vectorized && col + 8 <= cols) {
+    const uint4* source = reinterpret_cast<const uint4*>(row + col);
+#pragma unroll
+    for (int i = 0; i < Vec8<T>::kWords / 4; ++i) {
+      const uint4 q = __ldg(source + i);
+      v.words[4 * i] = q.x;
+      v.words[4 * i + 1] = q.y;
+      v.words[4 * i + 2] = q.z;
+      v.words[4 * i + 3] = q.w;
+    }
+    return v;
+  }
+#pragma unroll
+  for (int i = 0; i < Vec8<T>::kWords; ++i) v.words[i] = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (col + i < cols) {
+      if constexpr (sizeof(T) == 4) {
+        v.words[i] = __ldg(reinterpret_cast<const uint32_t*>(row) + col + i);
+      } else {
+        const uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(row) + col + i);
+        v.words[i / 2] |= bits << (16 * (i & 1));
+      }
+    }
+  }
+  return v;
+}
+
+// Magnitudes of a Vec8, kept packed: as bit patterns of |x| they order like the values, NaN above all.
+template <typename T>
+struct PackedAmax {
+  uint32_t words[Vec8<T>::kWords];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < Vec8<T>::kWords; ++i) words[i] = 0;
+  }
+  __device__ __forceinline__ void update(const Vec8<T>& v) {
+#pragma unroll
+    for (int i = 0; i < Vec8<T>::kWords; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        words[i] = max(words[i], v.words[i] & 0x7FFFFFFFU);
+      } else {
+        words[i] = __vmaxu2(words[i], v.words[i] & 0x7FFF7FFFU);
+      }
+    }
+  }
+  // |x| of element i as the bits of a float
+  __device__ __forceinline__ uint32_t float_bits(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return words[i];
+    } else {
+      const uint32_t half = (i & 1) != 0 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFFU;
+      return __float_as_uint(Vec8<T>::bits_to_float(half));
+    }
+  }
+  // the largest of the eight
+  __device__ __forceinline__ uint32_t max_float_bits() const {
+    uint32_t m = words[0];
+#pragma unroll
+    for (int i = 1; i < Vec8<T>::kWords; ++i) {
+      m = sizeof(T) == 4 ? max(m, words[i]) : __vmaxu2(m, words[i]);
+    }
+    if constexpr (sizeof(T) == 4) {
+      return m;
+    } else {
+      return __float_as_uint(Vec8<T>::bits_to_float(max(m >> 16, m & 0xFFFFU)));
+    }
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t amax_bits(const Vec8<T>& v) {
+  PackedAmax<T> amax;
+  amax.clear();
+  amax.update(v);
+  return amax.max_float_bits();
+}
+
+// Two values to two codes, the first in the low byte. One cvt.rn.satfinite on sm_89 and later.
+template <typename Format>
+__device__ __forceinline__ uint32_t encode2(float low, float high) {
+  constexpr auto kInterpretation =
+      std::is_same_v<Format, E4M3> ? __NV_E4M3 : __NV_E5M2;
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, kInterpretation);
+}
+
+// The scale of a scaling group from its amax, as design.md's numerics contract and common/formats.h have it.
+struct GroupScale {
+  float quant_multiplier;
+  float scale;
+};
+
+__device__ __forceinline__ GroupScale scale_from_amax(uint32_t bits, float format_max) {
+  float multiplier = __fdiv_rn(format_max, __uint_as_float(bits));
+  if (bits == 0) multiplier = 1.0F;
+  if (multiplier > 3.402823466e+38F) multiplier = 3.402823466e+38F;
+  return {multiplier, __fdiv_rn(1.0F, multiplier)};
+}
+
+// Zeroes the codes from `valid` on; codes hold eight bytes.
+__device__ __forceinline__ uint2 keep_first(uint2 codes, int64_t valid) {
+  if (valid >= 8) return codes;
+  const uint64_t mask = valid <= 0 ? 0 : (uint64_t{1} << (8 * valid)) - 1;
+  return make_uint2(codes.x & static_cast<uint32_t>(mask), codes.y & static_cast<uint32_t>(mask >> 32));
+}
+
+}  // namespace fp8::core

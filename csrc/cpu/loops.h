@@ -1,0 +1,20 @@
+// The innermost CPU loops, over contiguous floats. Compiled for several x86-64 levels and chosen at load time;
+// -ffp-contract=off keeps their bits equal on all of them.
+#pragma once
+
+#include <cstdint>
+
+#include "fp8/core.h"
+
+namespace fp8::cpu {
+
+void widen(const void* x, core::Dtype dtype, int64_t count, float* out);
+uint32_t amax_bits(const float* x, int64_t count);
+void amax_update(const float* x, int64_t count, uint32_t* column_bits);
+void add_to(const float* x, int64_t count, float* column_sum);
+// codes of x * multiplier, and of x[i] * multipliers[i]
+void encode(const float* x, float multiplier, core::Dtype dtype, int64_t count, uint8_t* out);
+void encode_columns(const float* x, const float* multipliers, core::Dtype dtype, int64_t count,
+                    uint8_t* out);
+
+}  // namespace fp8::cpu

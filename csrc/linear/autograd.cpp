@@ -1,0 +1,131 @@
+// fused_linear's gradient. The graph keeps FP8 tensors where the recipe allows, and only what the backward will need:
+// no x^T under a frozen weight, no weight when x needs no gradient.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "fp8/ops.h"
+#include "linear/linear.h"
+#include "linear/recipe.h"
+
+namespace fp8::autograd {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+bool wants_grad(const std::optional<at::Tensor>& t) {
+  return t.has_value() && t->defined() && t->requires_grad();
+}
+
+std::optional<at::Tensor> optional(const at::Tensor& t) {
+  return t.defined() ? std::optional(t) : std::nullopt;
+}
+
+struct Needs {
+  bool dx;
+  bool dweight;
+  bool dbias;
+};
+
+class FusedLinear : public torch::autograd::Function<FusedLinear> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, int64_t recipe, int64_t needs) {
+    const auto [dx, dweight, dbias] = unpack(needs);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
+    auto [y, x_t, x_t_scale, weight_amax] = op.call(x, weight, bias, recipe, dweight, dx);
+    const bool fp8_wgrad = recipe_at(recipe).fp8_wgrad;
+    const bool tensorwise = recipe_at(recipe).granularity == core::Granularity::kTensorwise;
+    const at::Tensor none;
+    ctx->save_for_backward({dweight ? (fp8_wgrad ? x_t : x) : none,
+                            dweight && fp8_wgrad ? x_t_scale : none, dx ? weight : none,
+                            dx && tensorwise ? weight_amax : none});
+    ctx->saved_data["recipe"] = recipe;
+    ctx->saved_data["needs"] = needs;
+    ctx->saved_data["in_features"] = weight.sym_size(1);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const at::Tensor none;
+    const at::Tensor& dy = grads[0];
+    if (!dy.defined()) return {none, none, none, none, none};
+    const variable_list saved = ctx->get_saved_variables();
+    const auto [dx, dweight, dbias] = unpack(ctx->saved_data["needs"].toInt());
+    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
+    const auto [gx, gweight, gbias] =
+        op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+                ctx->saved_data["in_features"].toSymInt(), ctx->saved_data["recipe"].toInt(), dx,
+                dweight, dbias);
+    return {dx ? gx : none, dweight ? gweight : none, dbias ? gbias : none, none, none};
+  }
+
+  static int64_t pack(const Needs& needs) {
+    return (needs.dx ? 1 : 0) | (needs.dweight ? 2 : 0) | (needs.dbias ? 4 : 0);
+  }
+  static Needs unpack(int64_t bits) {
+    return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
+  }
+};
+
+// The gradient of a gradient: refused when it is asked for, not when a graph is merely created.
+class NoDoubleBackward : public torch::autograd::Function<NoDoubleBackward> {
+ public:
+  static variable_list forward(AutogradContext* /*ctx*/, const at::Tensor& /*dy*/,
+                               const at::Tensor& /*weight*/, const at::Tensor& /*x*/,
+                               const at::Tensor& dx, const at::Tensor& dweight,
+                               const at::Tensor& dbias) {
+    return {dx, dweight, dbias};
+  }
+  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "fp8::fused_linear: expected one backward, got a double backward: the "
+                                "quantized gradient has no derivative; use nn.Linear where second "
+                                "derivatives are needed");
+  }
+};
+
+}  // namespace
+
+at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  const int64_t index = recipe_index(recipe);
+  const Needs needs{x.requires_grad(), weight.requires_grad(), wants_grad(bias)};
+  if (!at::GradMode::is_enabled() || !(needs.dx || needs.dweight || needs.dbias)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return fp8::fused_linear(x, weight, bias, recipe);
+  }
+  check_linear(x, weight, bias);
+  return FusedLinear::apply(x, weight, bias, index, FusedLinear::pack(needs));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
+    const at::Tensor& dy, const std::optional<at::Tensor>& x,
+    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe, bool needs_dx,
+    bool needs_dweight, bool needs_dbias) {
+  static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> grads;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    grads = op.call(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx, needs_dweight,
+                    needs_dbias);
+  }
+  if (!at::GradMode::is_enabled()) return grads;
+  if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
+  auto& [dx, dweight, dbias] = grads;
+  const at::Tensor none;
+  const variable_list out =
+      NoDoubleBackward::apply(dy, weight.value_or(none), x.value_or(none), dx, dweight, dbias);
+  return {out[0], out[1], out[2]};
+}
+
+}  // namespace fp8::autograd

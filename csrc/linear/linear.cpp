@@ -1,0 +1,208 @@
+// fused_linear composed of quantize and matmul, forward and backward, for every device.
+//
+//   fprop  y  = x W^T + b    quantize x [M, K] and W [N, K]              fast accumulation
+//   dgrad  dx = dy W         quantize dy [M, N] and W^T [K, N]           split accumulation
+//   wgrad  dW = dy^T x       quantize dy^T [N, M] and x^T [K, M]         split accumulation
+//
+// Hopper's FP8 matmul wants both operands contiguous along the contracted dimension, hence the transposed copies.
+// x^T is made and saved in the forward, in place of x; W^T is made in the backward, so that no second copy of the
+// weight lives between the passes; dy and dy^T come from one quantization, which sums dbias on its way.
+#include "linear/linear.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "common/tensors.h"
+#include "linear/recipe.h"
+#include "matmul/matmul.h"
+#include "quantize/quantize.h"
+
+namespace fp8 {
+namespace {
+
+using core::Granularity;
+
+at::Tensor none_like(const at::Tensor& x) { return at::empty({0}, x.options()); }
+
+template <typename Sizes>
+auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
+  std::vector<typename Sizes::value_type> result(sizes.begin(), sizes.end());
+  result.back() = last;
+  return result;
+}
+
+at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const QuantizedMatrix& qx,
+                           const QuantizedMatrix& qw, Granularity granularity) {
+  const int64_t rows = x.size(0);
+  const int64_t features = weight.size(0);
+  if (rows == 0 || features == 0 || x.size(1) == 0) {
+    at::Tensor y = at::zeros({rows, features}, x.options());
+    return bias ? y.add_(*bias) : y;
+  }
+  return matmul({qx.data, qx.scale, rows}, {qw.data, qw.scale, features},
+                {.granularity = granularity,
+                 .out_dtype = x.scalar_type(),
+                 .fast_accum = true,
+                 .bias = bias.value_or(at::Tensor())});
+}
+
+}  // namespace
+
+void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  FP8_CHECK_HIGH_PRECISION("fused_linear", "x", x);
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(),
+                   "fp8::fused_linear: expected weight in x's dtype ", x.scalar_type(), ", got ",
+                   weight.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1,
+                    "fp8::fused_linear: expected x of at least one dimension, got a scalar");
+  TORCH_CHECK_VALUE(weight.dim() == 2, "fp8::fused_linear: expected weight [N, K], got shape ",
+                    weight.sym_sizes());
+  TORCH_CHECK_VALUE(x.sym_size(-1) == weight.sym_size(1),
+                    "fp8::fused_linear: x and weight must share K, got x=", x.sym_sizes(),
+                    ", weight=", weight.sym_sizes(), " (weight is [N, K])");
+  FP8_CHECK_SAME_DEVICE("fused_linear", "weight", weight, "x", x);
+  if (!bias) return;
+  TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(),
+                   "fp8::fused_linear: expected bias in x's dtype ", x.scalar_type(), ", got ",
+                   bias->scalar_type());
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
+                    "fp8::fused_linear: expected bias of shape [N] = [", weight.sym_size(0), "], got ",
+                    bias->sym_sizes());
+  FP8_CHECK_SAME_DEVICE("fused_linear", "bias", *bias, "x", x);
+}
+
+namespace kernel {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    int64_t recipe_id, bool save_x_t, bool save_weight_amax) {
+  check_linear(x, weight, bias);
+  const Recipe& recipe = recipe_at(recipe_id);
+  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  const c10::DeviceGuard guard(x.device());
+  const at::Tensor matrix = as_matrix(x);
+  const QuantizedMatrix qx = quantize_matrix(matrix, {.dtype = recipe.forward_dtype,
+                                                      .granularity = recipe.granularity,
+                                                      .data_t = save_x_t && recipe.fp8_wgrad});
+  const QuantizedMatrix qw = quantize_matrix(as_matrix(weight), {.dtype = recipe.forward_dtype,
+                                                                 .granularity = recipe.granularity,
+                                                                 .keep_amax = save_weight_amax && tensorwise});
+  at::Tensor y = forward_product(matrix, weight, bias, qx, qw, recipe.granularity);
+  if (x.dim() != 2) y = y.view(with_last(x.sizes(), weight.size(0)));
+  const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
+  const bool x_t = qx.data_t.defined();
+  return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),
+          qw.amax.defined() ? qw.amax : none_like(x)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
+    const at::Tensor& dy, const std::optional<at::Tensor>& x,
+    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe_id,
+    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+  const Recipe& recipe = recipe_at(recipe_id);
+  const c10::DeviceGuard guard(dy.device());
+  const at::Tensor matrix = as_matrix(dy);
+  const int64_t rows = matrix.size(0);
+  const int64_t features = matrix.size(1);
+  const int64_t k = in_features.expect_int();
+  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  const bool empty = rows == 0 || features == 0 || k == 0;
+
+  at::Tensor dx;
+  at::Tensor dweight;
+  at::Tensor dbias;
+  if (needs_dx && empty) dx = at::zeros({rows, k}, dy.options());
+  if (needs_dweight && empty) dweight = at::zeros({features, k}, dy.options());
+
+  QuantizedMatrix qdy;
+  const bool dy_data = needs_dx && !empty;
+  const bool dy_t = needs_dweight && !empty && recipe.fp8_wgrad;
+  if (dy_data || dy_t) {
+    // The bias gradient rides along where the quantization looks at whole columns or the whole tensor first.
+    const bool sums = needs_dbias && (tensorwise || dy_t);
+    qdy = quantize_matrix(matrix, {.dtype = recipe.grad_dtype,
+                                   .granularity = recipe.granularity,
+                                   .data = dy_data,
+                                   .data_t = dy_t,
+                                   .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
+    dbias = qdy.column_sum;
+  }
+  if (needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
+
+  const MatmulOptions options{.granularity = recipe.granularity,
+                              .out_dtype = dy.scalar_type(),
+                              .fast_accum = false};
+  if (dy_data) {
+    QuantizeRequest request{.dtype = recipe.forward_dtype,
+                            .granularity = recipe.granularity,
+                            .data = false,
+                            .data_t = true};
+    if (tensorwise) request.amax = *weight_amax;
+    const QuantizedMatrix qw = quantize_matrix(as_matrix(*weight), request);
+    const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
+    dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, options);
+  }
+  if (needs_dweight && !empty) {
+    if (recipe.fp8_wgrad) {
+      const at::Tensor& scale_t = tensorwise ? qdy.scale : qdy.scale_t;
+      dweight = matmul({qdy.data_t, scale_t, features}, {*x, *x_t_scale, k}, options);
+    } else {
+      dweight = at::mm(matrix.t(), as_matrix(*x));
+    }
+  }
+  if (dx.defined() && dy.dim() != 2) dx = dx.view(with_last(dy.sizes(), k));
+  const auto or_none = [&](const at::Tensor& t) { return t.defined() ? t : none_like(dy); };
+  return {or_none(dx), or_none(dweight), or_none(dbias)};
+}
+
+at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  return std::get<0>(_linear_forward(x, weight, bias, recipe_index(recipe), false, false));
+}
+
+}  // namespace kernel
+
+namespace meta {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    int64_t recipe_id, bool save_x_t, bool save_weight_amax) {
+  check_linear(x, weight, bias);
+  const Recipe& recipe = recipe_at(recipe_id);
+  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  const auto fp32 = x.options().dtype(at::kFloat);
+  at::Tensor y = at::empty_symint(with_last(x.sym_sizes(), weight.sym_size(0)), x.options());
+  if (!save_x_t || !recipe.fp8_wgrad) {
+    return {y, none_like(x), none_like(x),
+            save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
+  }
+  c10::SymInt rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
+  const c10::SymInt k = pad16(x.sym_size(-1));
+  return {y, at::empty_symint({k, pad16(rows)}, x.options().dtype(recipe.forward_dtype)),
+          tensorwise ? at::empty({}, fp32) : at::empty_symint({k}, fp32),
+          save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
+    const at::Tensor& dy, const std::optional<at::Tensor>& /*x*/,
+    const std::optional<at::Tensor>& /*x_t_scale*/, const std::optional<at::Tensor>& /*weight*/,
+    const std::optional<at::Tensor>& /*weight_amax*/, c10::SymInt in_features, int64_t /*recipe*/,
+    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+  const c10::SymInt features = dy.sym_size(-1);
+  return {needs_dx ? at::empty_symint(with_last(dy.sym_sizes(), in_features), dy.options())
+                   : none_like(dy),
+          needs_dweight ? at::empty_symint({features, in_features}, dy.options()) : none_like(dy),
+          needs_dbias ? at::empty_symint({features}, dy.options()) : none_like(dy)};
+}
+
+at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  return std::get<0>(_linear_forward(x, weight, bias, recipe_index(recipe), false, false));
+}
+
+}  // namespace meta
+
+}  // namespace fp8

@@ -1,0 +1,283 @@
+// FP8 matmuls through cuBLASLt: plan once per problem, then one call with pointers filled in on the stack.
+//
+// Row-major out[m, n] = a[m, k] b[n, k]^T is cuBLAS's column-major TN product with A = b and B = a:
+//   out^T (n x m) = (b^T)^T (n x k) * a^T (k x m),  both operands contiguous along k, as Hopper's FP8 wants.
+// So cuBLAS's m is our n (features, must fill 16-byte rows) and its n is our m (tokens, unconstrained).
+//
+// Guards for cuBLASLt 13.1: own alignment and extent checks; scale addresses on 16 bytes; no scale for C; split-K
+// candidates whose splits do not divide k are dropped; the heuristic is never asked while a stream is capturing.
+#include "matmul/lt_matmul.h"
+
+#include <cublasLt.h>
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <type_traits>
+
+#include "common/device.h"
+#include "common/formats.h"
+#include "matmul/plan_cache.h"
+#include "matmul/plan_key.h"
+
+namespace fp8::core {
+namespace {
+
+constexpr size_t kMaxWorkspaceBytes = size_t{32} << 20;  // what NVIDIA recommends on Hopper
+
+// What a plan's state holds. Descriptors are plain memory here: nothing to create, destroy or leak.
+struct LtPlan {
+  cublasLtMatmulDescOpaque_t desc;
+  cublasLtMatrixLayoutOpaque_t a;
+  cublasLtMatrixLayoutOpaque_t b;
+  cublasLtMatrixLayoutOpaque_t out;
+  cublasLtMatmulAlgo_t algo;
+};
+static_assert(sizeof(LtPlan) <= MatmulPlan::kStateBytes && std::is_trivially_copyable_v<LtPlan>);
+
+void check_lt(cublasStatus_t status, const char* call, const MatmulArgs& args) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  throw Error(std::string("fp8: ") + call + " failed with " + cublasLtGetStatusName(status) +
+              " for " + describe(args));
+}
+#define FP8_LT_CHECK(call, args) check_lt((call), #call, args)
+
+cublasLtHandle_t handle_of(int device, const MatmulArgs& args) {
+  // Never destroyed: at process exit the driver may be gone before static destructors run.
+  static std::array<std::atomic<cublasLtHandle_t>, kMaxDevices> handles{};
+  static std::mutex mutex;
+  cublasLtHandle_t handle = handles[device].load(std::memory_order_acquire);
+  if (handle != nullptr) return handle;
+  const std::lock_guard lock(mutex);
+  handle = handles[device].load(std::memory_order_acquire);
+  if (handle == nullptr) {
+    FP8_LT_CHECK(cublasLtCreate(&handle), args);
+    handles[device].store(handle, std::memory_order_release);
+  }
+  return handle;
+}
+
+cudaDataType_t cuda_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return CUDA_R_32F;
+    case Dtype::kBFloat16:
+      return CUDA_R_16BF;
+    case Dtype::kFloat16:
+      return CUDA_R_16F;
+    case Dtype::kE4M3:
+      return CUDA_R_8F_E4M3;
+    default:
+      return CUDA_R_8F_E5M2;
+  }
+}
+
+template <typename T>
+void set(cublasLtMatmulDescOpaque_t& desc, cublasLtMatmulDescAttributes_t attribute, const T& value,
+         const MatmulArgs& args) {
+  FP8_LT_CHECK(cublasLtMatmulDescSetAttribute(&desc, attribute, &value, sizeof(value)), args);
+}
+
+void set_pointers(cublasLtMatmulDescOpaque_t& desc, const MatmulArgs& args) {
+  set(desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_b, args);
+  set(desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, args.scale_a, args);
+  if (args.bias != nullptr) set(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias, args);
+}
+
+LtPlan describe_problem(const MatmulArgs& args) {
+  LtPlan lt{};
+  FP8_LT_CHECK(cublasLtMatmulDescInit(&lt.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), args);
+  set(lt.desc, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T, args);
+  set(lt.desc, CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N, args);
+  set(lt.desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, static_cast<int8_t>(args.fast_accum), args);
+  if (args.granularity == Granularity::kRowwise) {
+    const auto mode = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
+    set(lt.desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode, args);
+    set(lt.desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode, args);
+  }
+  if (args.bias != nullptr) {
+    set(lt.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS, args);
+    set(lt.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
+        static_cast<int32_t>(cuda_type(args.bias_dtype)), args);
+  }
+  set_pointers(lt.desc, args);
+  const auto layout = [&](cublasLtMatrixLayoutOpaque_t& l, Dtype dtype, int64_t rows, int64_t cols,
+                          int64_t ld) {
+    FP8_LT_CHECK(cublasLtMatrixLayoutInit(&l, cuda_type(dtype), static_cast<uint64_t>(rows),
+                                          static_cast<uint64_t>(cols), ld),
+                 args);
+  };
+  layout(lt.a, args.b_dtype, args.k, args.n, args.ldb);
+  layout(lt.b, args.a_dtype, args.k, args.m, args.lda);
+  layout(lt.out, args.out_dtype, args.n, args.m, args.ldo);
+  return lt;
+}
+
+cublasLtMatmulPreferenceOpaque_t make_preference(const MatmulArgs& args) {
+  cublasLtMatmulPreferenceOpaque_t preference{};
+  FP8_LT_CHECK(cublasLtMatmulPreferenceInit(&preference), args);
+  const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
+    FP8_LT_CHECK(
+        cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof(value)), args);
+  };
+  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kMaxWorkspaceBytes);
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(args.b));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(args.a));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(args.out));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(args.out));
+  // Splits are summed in fp32, in a fixed order.
+  prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+         static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  return preference;
+}
+
+// Split-K with splits that do not divide k can give wrong results (cuBLAS 12.6.3 and later).
+bool is_safe(const cublasLtMatmulHeuristicResult_t& result, int64_t k) {
+  if (result.state != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kMaxWorkspaceBytes) {
+    return false;
+  }
+  int32_t splits = 1;
+  size_t written = 0;
+  const cublasStatus_t status = cublasLtMatmulAlgoConfigGetAttribute(
+      &result.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &splits, sizeof(splits), &written);
+  return status == CUBLAS_STATUS_SUCCESS && (splits <= 1 || k % splits == 0);
+}
+
+// The heuristic's first safe candidate. Asking for one costs a few microseconds, for eight a hundred: so eight
+// only when the first one will not do.
+bool choose_algorithm(cublasLtHandle_t handle, const MatmulArgs& args, LtPlan& lt,
+                      size_t& workspace_bytes) {
+  cublasLtMatmulPreferenceOpaque_t preference = make_preference(args);
+  std::array<cublasLtMatmulHeuristicResult_t, 8> results{};
+  for (const int wanted : {1, static_cast<int>(results.size())}) {
+    int found = 0;
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(handle, &lt.desc, &lt.a, &lt.b, &lt.out, &lt.out, &preference,
+                                       wanted, results.data(), &found);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return false;
+    FP8_LT_CHECK(status, args);
+    for (int i = 0; i < found; ++i) {
+      if (!is_safe(results[i], args.k)) continue;
+      lt.algo = results[i].algo;
+      workspace_bytes = results[i].workspaceSize;
+      return true;
+    }
+    if (found < wanted) return false;
+  }
+  return false;
+}
+
+struct Cache {
+  using Plans = PlanCache<PlanKey, MatmulPlan, PlanKeyHash>;
+  Plans plans{capacity()};
+  std::atomic<int64_t> fallbacks{0};
+
+  static size_t capacity() {
+    const char* text = std::getenv("FP8_PLAN_CACHE_CAPACITY");
+    const long value = text == nullptr ? 0 : std::strtol(text, nullptr, 10);
+    return value > 0 ? static_cast<size_t>(value) : 4096;
+  }
+  static Cache& instance() {
+    static Cache cache;
+    return cache;
+  }
+};
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  FP8_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+}  // namespace
+
+std::string describe(const MatmulArgs& args) {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  return "matmul m=" + number(args.m) + " n=" + number(args.n) + " k=" + number(args.k) +
+         " lda=" + number(args.lda) + " ldb=" + number(args.ldb) + " ldo=" + number(args.ldo) + " a=" +
+         dtype_name(args.a_dtype) + " b=" + dtype_name(args.b_dtype) +
+         " out=" + dtype_name(args.out_dtype) +
+         (args.granularity == Granularity::kRowwise ? " rowwise" : " tensorwise") +
+         (args.bias != nullptr ? std::string(" bias=") + dtype_name(args.bias_dtype) : "") +
+         (args.accumulate ? " accumulate" : "") + (args.fast_accum ? " fast_accum" : "");
+}
+
+bool lt_supports(const MatmulArgs& args, int capability) {
+  constexpr int64_t kMaxRowBytes = int64_t{1} << 31;  // longer rows give wrong results before 13.3
+  const int64_t out_bytes = dtype_bytes(args.out_dtype);
+  const bool formats = is_fp8(args.a_dtype) && is_fp8(args.b_dtype) && !is_fp8(args.out_dtype) &&
+                       !(args.a_dtype == Dtype::kE5M2 && args.b_dtype == Dtype::kE5M2);
+  const bool device = args.granularity == Granularity::kTensorwise ? capability >= 89
+                                                                   : capability == 90;
+  const bool extents = args.m > 0 && args.n > 0 && args.k > 0 && args.k % 16 == 0 &&
+                       args.lda % 16 == 0 && args.ldb % 16 == 0 && args.n * out_bytes % 16 == 0 &&
+                       args.ldo * out_bytes % 16 == 0 && args.lda < kMaxRowBytes &&
+                       args.ldb < kMaxRowBytes && args.ldo * out_bytes < kMaxRowBytes;
+  const bool aligned = alignment_of(args.a) >= 16 && alignment_of(args.b) >= 16 &&
+                       alignment_of(args.out) >= 16 && alignment_of(args.scale_a) >= 16 &&
+                       alignment_of(args.scale_b) >= 16;
+  const Dtype bias_dtype =
+      args.out_dtype == Dtype::kFloat16 ? Dtype::kFloat16 : Dtype::kBFloat16;
+  const bool bias = args.bias == nullptr ||
+                    (args.bias_dtype == bias_dtype && !args.accumulate && alignment_of(args.bias) >= 16);
+  return formats && device && extents && aligned && bias;
+}
+
+MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream) {
+  const DeviceInfo device = current_device();
+  if (!lt_supports(args, device.capability)) {
+    Cache::instance().fallbacks.fetch_add(1, std::memory_order_relaxed);
+    return {};
+  }
+  const PlanKey key = make_plan_key(args, device.index);
+  Cache& cache = Cache::instance();
+  if (auto known = cache.plans.find(key)) {
+    if (!known->supported) cache.fallbacks.fetch_add(1, std::memory_order_relaxed);
+    return *known;
+  }
+  if (is_capturing(stream)) {
+    throw Error("fp8: " + describe(args) +
+                " is not planned yet, and cuBLASLt must not be asked while a CUDA graph is being "
+                "captured: run one warm-up iteration with the same shapes before the capture");
+  }
+  MatmulPlan plan;
+  LtPlan lt = describe_problem(args);
+  plan.supported = choose_algorithm(handle_of(device.index, args), args, lt, plan.workspace_bytes);
+  std::memcpy(plan.state, &lt, sizeof(lt));
+  if (!plan.supported) cache.fallbacks.fetch_add(1, std::memory_order_relaxed);
+  cache.plans.insert(key, plan);
+  return plan;
+}
+
+void run_matmul(const MatmulPlan& plan, const MatmulArgs& args, void* workspace, Stream stream) {
+  require(plan.supported, "run_matmul expects a supported plan");
+  LtPlan lt;
+  std::memcpy(&lt, plan.state, sizeof(lt));
+  set_pointers(lt.desc, args);
+  const float alpha = 1.0F;
+  const float beta = args.accumulate ? 1.0F : 0.0F;
+  // C is out itself: read for beta = 1, ignored for beta = 0. It never has a scale.
+  FP8_LT_CHECK(cublasLtMatmul(handle_of(current_device().index, args), &lt.desc, &alpha, args.b, &lt.a,
+                              args.a, &lt.b, &beta, args.out, &lt.out, args.out, &lt.out, &lt.algo,
+                              workspace, plan.workspace_bytes, stream),
+               args);
+}
+
+PlanCacheInfo plan_cache_info() {
+  Cache& cache = Cache::instance();
+  const auto info = cache.plans.info();
+  return {static_cast<int64_t>(info.size), static_cast<int64_t>(info.capacity),
+          static_cast<int64_t>(info.hits), static_cast<int64_t>(info.misses), cache.fallbacks.load()};
+}
+
+void plan_cache_clear() {
+  Cache::instance().plans.clear();
+  Cache::instance().fallbacks.store(0);
+}
+
+size_t cublaslt_runtime_version() { return cublasLtGetVersion(); }
+
+}  // namespace fp8::core

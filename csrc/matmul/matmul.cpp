@@ -1,0 +1,125 @@
+// Chooses how an FP8 matmul runs: cuBLASLt with scales, bias and accumulation in its epilogue; with padded rows of
+// out where they are no multiple of 16 bytes; or, where cuBLASLt has no algorithm, by a high-precision matmul of the
+// codes (exact in bf16) that gives the same values up to the order of accumulation. The CPU does the latter too.
+#include "matmul/matmul.h"
+
+#include <ATen/ATen.h>
+
+#include "common/cuda_context.h"
+#include "common/tensors.h"
+#include "cpu/kernels.h"
+
+namespace fp8 {
+namespace {
+
+using core::Granularity;
+
+at::Tensor finish(const at::Tensor& out, const MatmulOptions& options) {
+  return options.accumulate.defined() ? options.accumulate.add_(out) : out;
+}
+
+// Unscaled fp32 product -> out
+at::Tensor scale_product(const at::Tensor& product, const Operand& a, const Operand& b,
+                         const MatmulOptions& options) {
+  const bool rowwise = options.granularity == Granularity::kRowwise;
+  const at::Tensor scale_a = rowwise ? a.scale.narrow(0, 0, a.rows).unsqueeze(1) : a.scale;
+  const at::Tensor scale_b = rowwise ? b.scale.narrow(0, 0, b.rows).unsqueeze(0) : b.scale;
+  at::Tensor out = product;
+  out.mul_(rowwise ? scale_a : scale_a * scale_b);
+  if (rowwise) out.mul_(scale_b);
+  if (options.bias.defined()) out.add_(options.bias);
+  return finish(out.to(options.out_dtype), options);
+}
+
+at::Tensor matmul_cpu(const Operand& a, const Operand& b, const MatmulOptions& options) {
+  const int64_t k = a.data.size(1);
+  const auto decoded = [&](const Operand& operand) {
+    at::Tensor values = at::empty({operand.rows, k}, operand.data.options().dtype(at::kFloat));
+    cpu::decode(operand.data.const_data_ptr(), to_core(operand.data.scalar_type()), operand.rows, k,
+                operand.data.stride(0), values.mutable_data_ptr<float>());
+    return values;
+  };
+  return scale_product(at::mm(decoded(a), decoded(b).t()), a, b, options);
+}
+
+#ifdef FP8_WITH_CUDA
+
+at::Tensor matmul_dequantized(const Operand& a, const Operand& b, const MatmulOptions& options) {
+  const auto codes = [](const Operand& operand) {
+    return operand.data.narrow(0, 0, operand.rows).to(at::kBFloat16);
+  };
+  return scale_product(at::mm(codes(a), codes(b).t(), at::kFloat), a, b, options);
+}
+
+bool on_16_bytes(const at::Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& options) {
+  const int64_t n = b.rows;
+  const int64_t element = static_cast<int64_t>(c10::elementSize(options.out_dtype));
+  const int64_t padded_n = n * element % 16 == 0 ? n : pad16(n);
+  const at::Tensor& into = options.accumulate;
+  // cuBLASLt adds to `into` itself only if it can write there.
+  const bool direct = into.defined() && padded_n == n && into.is_contiguous() && on_16_bytes(into);
+
+  const at::ScalarType native_bias = options.out_dtype == at::kHalf ? at::kHalf : at::kBFloat16;
+  at::Tensor bias = options.bias;
+  const bool fused_bias = bias.defined() && bias.scalar_type() == native_bias;
+  if (fused_bias && padded_n != n) {
+    bias = at::constant_pad_nd(bias, {0, padded_n - n});
+  } else if (fused_bias && (!bias.is_contiguous() || !on_16_bytes(bias))) {
+    bias = bias.clone(at::MemoryFormat::Contiguous);
+  }
+
+  at::Tensor out =
+      direct ? into : at::empty({a.rows, padded_n}, a.data.options().dtype(options.out_dtype));
+  const core::MatmulArgs args{.m = a.rows,
+                              .n = padded_n,
+                              .k = a.data.size(1),
+                              .a = a.data.const_data_ptr(),
+                              .a_dtype = to_core(a.data.scalar_type()),
+                              .lda = a.data.stride(0),
+                              .b = b.data.const_data_ptr(),
+                              .b_dtype = to_core(b.data.scalar_type()),
+                              .ldb = b.data.stride(0),
+                              .granularity = options.granularity,
+                              .scale_a = a.scale.const_data_ptr<float>(),
+                              .scale_b = b.scale.const_data_ptr<float>(),
+                              .bias = fused_bias ? bias.const_data_ptr() : nullptr,
+                              .bias_dtype = to_core(native_bias),
+                              .out = out.mutable_data_ptr(),
+                              .out_dtype = to_core(options.out_dtype),
+                              .ldo = padded_n,
+                              .accumulate = direct,
+                              .fast_accum = options.fast_accum};
+  const cudaStream_t stream = cuda::current_stream(a.data);
+  const core::MatmulPlan plan = core::plan_matmul(args, stream);
+  if (!plan.supported) return matmul_dequantized(a, b, options);
+
+  at::Tensor workspace;
+  if (plan.workspace_bytes > 0) {
+    workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)},
+                          a.data.options().dtype(at::kByte));
+  }
+  core::run_matmul(plan, args, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream);
+  if (direct) return into;
+  if (padded_n != n) out = out.narrow(1, 0, n).contiguous();
+  if (bias.defined() && !fused_bias) out.add_(bias);
+  return finish(out, options);
+}
+
+#endif  // FP8_WITH_CUDA
+
+}  // namespace
+
+at::Tensor matmul(const Operand& a, const Operand& b, const MatmulOptions& options) {
+  if (a.data.is_cpu()) return matmul_cpu(a, b, options);
+#ifdef FP8_WITH_CUDA
+  return matmul_cuda(a, b, options);
+#else
+  throw_no_cuda(a.data);
+#endif
+}
+
+}  // namespace fp8

@@ -1,0 +1,66 @@
+// What the quantize kernels take, and their launchers. Internal to fp8_core; the entry is core::quantize.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/launch.h"
+#include "fp8/core.h"
+
+namespace fp8::core {
+
+// First pass: partial results of each block, in fixed places, so that nothing is zeroed and nothing is atomic.
+// amax as the bits of a non-negative float.
+struct StatisticsParams {
+  const void* x;         // [rows, cols]
+  bool vectorized;       // rows start on 16-byte boundaries
+  StatisticsPlan plan;
+  uint32_t* tensor_amax;  // [row_chunks * col_tiles], or nullptr
+  uint32_t* row_amax;     // [col_tiles, rows], or nullptr
+  uint32_t* col_amax;     // [row_chunks, cols], or nullptr
+  float* col_sum;         // [row_chunks, cols], or nullptr
+};
+void launch_statistics(const StatisticsParams& params, Dtype x_dtype, cudaStream_t stream);
+
+// Second pass: reduces the partial results of its rows and columns, casts, transposes.
+struct CastParams {
+  const void* x;  // [rows, cols]
+  int64_t rows;
+  int64_t cols;
+  int64_t ld;
+  bool vectorized;
+  CastPlan plan;
+  Destination data;
+  Destination data_t;
+  float* scale;
+  float* scale_t;
+  const float* static_scale;    // tensorwise: one of static_scale and tensor_amax is given
+  const uint32_t* tensor_amax;  // [tensor_parts]
+  int64_t tensor_parts;
+  float* amax_out;
+  const uint32_t* row_amax;  // rowwise: [row_parts, rows] where data is made
+  int64_t row_parts;
+  const uint32_t* col_amax;  // rowwise: [col_parts, cols] where data_t is made
+  int64_t col_parts;
+  const float* col_sum;  // [col_parts, cols], or nullptr
+  void* column_sum;      // [cols]
+  Dtype column_sum_dtype;
+};
+void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granularity granularity,
+                 cudaStream_t stream);
+
+// One pass: a row is read into registers, its amax taken, and cast.
+struct RowwiseParams {
+  const void* x;
+  int64_t rows;
+  int64_t cols;
+  int64_t ld;
+  bool vectorized;
+  RowwisePlan plan;
+  Destination data;
+  float* scale;  // [data.rows]
+};
+void launch_rowwise(const RowwiseParams& params, Dtype x_dtype, Dtype dtype, cudaStream_t stream);
+
+}  // namespace fp8::core

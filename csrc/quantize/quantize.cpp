@@ -1,0 +1,132 @@
+// Memory and device of a quantization: allocates the padded destinations, then hands raw pointers to the CUDA
+// kernels (fp8_core) or the CPU kernels, which take the same arguments.
+#include "quantize/quantize.h"
+
+#include <ATen/ATen.h>
+
+#include "common/cuda_context.h"
+#include "common/tensors.h"
+#include "cpu/kernels.h"
+
+namespace fp8 {
+namespace {
+
+QuantizedMatrix quantize_empty(const at::Tensor& x, const QuantizeRequest& request) {
+  const int64_t rows = x.size(0);
+  const int64_t cols = x.size(1);
+  const auto fp8_options = x.options().dtype(request.dtype);
+  const auto fp32 = x.options().dtype(at::kFloat);
+  const bool rowwise = request.granularity == core::Granularity::kRowwise;
+  QuantizedMatrix result;
+  if (request.data) result.data = at::zeros({pad16(rows), pad16(cols)}, fp8_options);
+  if (request.data_t) result.data_t = at::zeros({pad16(cols), pad16(rows)}, fp8_options);
+  if (!rowwise) {
+    result.scale = request.static_scale.defined() ? request.static_scale.clone() : at::ones({}, fp32);
+    if (request.keep_amax) result.amax = at::zeros({}, fp32);
+  } else {
+    if (request.data) result.scale = at::ones({pad16(rows)}, fp32);
+    if (request.data_t) result.scale_t = at::ones({pad16(cols)}, fp32);
+  }
+  if (request.column_sum) {
+    result.column_sum = at::zeros({cols}, x.options().dtype(*request.column_sum));
+  }
+  return result;
+}
+
+}  // namespace
+
+QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& request) {
+  if (x.numel() == 0) return quantize_empty(x, request);
+  const int64_t rows = x.size(0);
+  const int64_t cols = x.size(1);
+  const bool rowwise = request.granularity == core::Granularity::kRowwise;
+  const auto fp8_options = x.options().dtype(request.dtype);
+  const auto fp32 = x.options().dtype(at::kFloat);
+
+  QuantizedMatrix result;
+  core::QuantizeArgs args{.x = x.const_data_ptr(),
+                          .x_dtype = to_core(x.scalar_type()),
+                          .rows = rows,
+                          .cols = cols,
+                          .ld = leading_dim(x),
+                          .dtype = to_core(request.dtype),
+                          .granularity = request.granularity};
+  if (request.data) {
+    result.data = at::empty({pad16(rows), pad16(cols)}, fp8_options);
+    args.data = {result.data.mutable_data_ptr(), pad16(rows), pad16(cols)};
+  }
+  if (request.data_t) {
+    result.data_t = at::empty({pad16(cols), pad16(rows)}, fp8_options);
+    args.data_t = {result.data_t.mutable_data_ptr(), pad16(cols), pad16(rows)};
+  }
+  if (!rowwise) {
+    result.scale = at::empty({}, fp32);
+    args.scale = result.scale.mutable_data_ptr<float>();
+    if (request.static_scale.defined()) {
+      args.static_scale = request.static_scale.const_data_ptr<float>();
+    }
+    if (request.amax.defined()) args.amax = request.amax.const_data_ptr<float>();
+    if (request.keep_amax) {
+      result.amax = at::empty({}, fp32);
+      args.amax_out = result.amax.mutable_data_ptr<float>();
+    }
+  } else {
+    if (request.data) {
+      result.scale = at::empty({pad16(rows)}, fp32);
+      args.scale = result.scale.mutable_data_ptr<float>();
+    }
+    if (request.data_t) {
+      result.scale_t = at::empty({pad16(cols)}, fp32);
+      args.scale_t = result.scale_t.mutable_data_ptr<float>();
+    }
+  }
+  if (request.column_sum) {
+    result.column_sum = at::empty({cols}, x.options().dtype(*request.column_sum));
+    args.column_sum = result.column_sum.mutable_data_ptr();
+    args.column_sum_dtype = to_core(*request.column_sum);
+  }
+
+  if (x.is_cpu()) {
+    cpu::quantize(args);
+    return result;
+  }
+#ifdef FP8_WITH_CUDA
+  at::Tensor workspace;
+  if (const size_t bytes = core::quantize_workspace_bytes(args); bytes > 0) {
+    workspace = at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
+    args.workspace = workspace.mutable_data_ptr();
+  }
+  core::quantize(args, cuda::current_stream(x));
+  return result;
+#else
+  throw_no_cuda(x);
+#endif
+}
+
+at::Tensor dequantize_matrix(const at::Tensor& data, const at::Tensor& scale, at::ScalarType dtype) {
+  at::Tensor out = at::empty(data.sizes(), data.options().dtype(dtype));
+  if (out.numel() == 0) return out;
+  const core::DequantizeArgs args{.data = data.const_data_ptr(),
+                                  .dtype = to_core(data.scalar_type()),
+                                  .rows = data.size(0),
+                                  .cols = data.size(1),
+                                  .row_stride = data.stride(0),
+                                  .col_stride = data.stride(1),
+                                  .scale = scale.const_data_ptr<float>(),
+                                  .scale_row_stride = scale.stride(0),
+                                  .scale_col_stride = scale.stride(1),
+                                  .out = out.mutable_data_ptr(),
+                                  .out_dtype = to_core(dtype)};
+  if (data.is_cpu()) {
+    cpu::dequantize(args);
+    return out;
+  }
+#ifdef FP8_WITH_CUDA
+  core::dequantize(args, cuda::current_stream(data));
+  return out;
+#else
+  throw_no_cuda(data);
+#endif
+}
+
+}  // namespace fp8

@@ -1,0 +1,137 @@
+// core::quantize: which passes a request needs, where their partial results lie in the workspace.
+#include <algorithm>
+
+#include "common/device.h"
+#include "common/formats.h"
+#include "quantize/kernels.h"
+
+namespace fp8::core {
+namespace {
+
+// How the passes of one request share the work.
+struct QuantizePlan {
+  bool one_pass = false;    // the rowwise kernel
+  bool statistics = false;  // a first pass is needed
+  bool row_amax = false;
+  bool col_amax = false;
+  bool col_sum = false;
+  StatisticsPlan first;
+  size_t tensor_offset = 0;  // all in 4-byte words of the workspace
+  size_t row_offset = 0;
+  size_t col_offset = 0;
+  size_t sum_offset = 0;
+  size_t words = 0;
+};
+
+QuantizePlan plan_quantize(const QuantizeArgs& a, int sm_count) {
+  QuantizePlan plan;
+  const bool rowwise = a.granularity == Granularity::kRowwise;
+  plan.one_pass = rowwise && a.data_t.data == nullptr;
+  plan.statistics =
+      rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr;
+  if (!plan.statistics) return plan;
+  plan.row_amax = rowwise && a.data.data != nullptr;
+  plan.col_amax = rowwise;
+  plan.col_sum = a.column_sum != nullptr;
+  plan.first = plan_statistics(a.rows, a.cols, a.ld, plan.col_amax || plan.col_sum, sm_count);
+  const auto take = [&](bool wanted, int64_t words) {
+    const size_t offset = plan.words;
+    if (wanted) plan.words += static_cast<size_t>(round_up(words, 4));
+    return offset;
+  };
+  plan.tensor_offset = take(!rowwise, plan.first.row_chunks * plan.first.col_tiles);
+  plan.row_offset = take(plan.row_amax, plan.first.col_tiles * a.rows);
+  plan.col_offset = take(plan.col_amax, plan.first.row_chunks * a.cols);
+  plan.sum_offset = take(plan.col_sum, plan.first.row_chunks * a.cols);
+  return plan;
+}
+
+bool fits(const Destination& d, int64_t rows, int64_t cols) {
+  return d.data == nullptr || (reinterpret_cast<uintptr_t>(d.data) % 16 == 0 && d.ld % 16 == 0 &&
+                               d.rows >= rows && d.ld >= cols);
+}
+
+void check(const QuantizeArgs& a) {
+  require(a.rows > 0 && a.cols > 0, "quantize expects a matrix that is not empty");
+  require(fits(a.data, a.rows, a.cols) && fits(a.data_t, a.cols, a.rows),
+          "quantize expects destinations of 16-byte aligned rows that hold the matrix");
+  require(a.data.data != nullptr || a.data_t.data != nullptr, "quantize has nothing to make");
+  if (a.granularity == Granularity::kRowwise) {
+    require(a.static_scale == nullptr && a.amax == nullptr && a.amax_out == nullptr,
+            "a given scale or amax is tensorwise");
+    require((a.data.data == nullptr || a.scale != nullptr) &&
+                (a.data_t.data == nullptr || a.scale_t != nullptr),
+            "rowwise quantize expects a scale for each destination");
+  }
+  const bool two_passes = a.granularity == Granularity::kRowwise
+                              ? a.data_t.data != nullptr
+                              : a.static_scale == nullptr && a.amax == nullptr;
+  require(a.column_sum == nullptr || two_passes, "column sums need a statistics pass");
+}
+
+}  // namespace
+
+size_t quantize_workspace_bytes(const QuantizeArgs& args) {
+  return plan_quantize(args, current_device().sm_count).words * sizeof(uint32_t);
+}
+
+void quantize(const QuantizeArgs& args, Stream stream) {
+  check(args);
+  const int sm_count = current_device().sm_count;
+  const QuantizePlan plan = plan_quantize(args, sm_count);
+  const bool vectorized = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
+                          (args.rows == 1 || args.ld * dtype_bytes(args.x_dtype) % 16 == 0);
+  if (plan.one_pass) {
+    const RowwiseParams params{args.x,  args.rows, args.cols, args.ld, vectorized,
+                               plan_rowwise(args.data.ld), args.data, args.scale};
+    return launch_rowwise(params, args.x_dtype, args.dtype, stream);
+  }
+
+  auto* words = static_cast<uint32_t*>(args.workspace);
+  require(plan.words == 0 || words != nullptr, "quantize expects a workspace");
+  uint32_t* row_amax = plan.row_amax ? words + plan.row_offset : nullptr;
+  uint32_t* col_amax = plan.col_amax ? words + plan.col_offset : nullptr;
+  auto* col_sum = plan.col_sum ? reinterpret_cast<float*>(words + plan.sum_offset) : nullptr;
+  const bool tensor_amax = plan.statistics && args.granularity == Granularity::kTensorwise;
+  if (plan.statistics) {
+    // A folded matrix starts its rows every kStatisticsCols elements, always on 16 bytes if x does.
+    const bool folded = plan.first.ld != args.ld || plan.first.cols != args.cols;
+    const bool first_vectorized =
+        folded ? reinterpret_cast<uintptr_t>(args.x) % 16 == 0 : vectorized;
+    launch_statistics({.x = args.x,
+                       .vectorized = first_vectorized,
+                       .plan = plan.first,
+                       .tensor_amax = tensor_amax ? words + plan.tensor_offset : nullptr,
+                       .row_amax = row_amax,
+                       .col_amax = col_amax,
+                       .col_sum = col_sum},
+                      args.x_dtype, stream);
+  }
+  const int64_t rows = std::max({args.rows, args.data.rows, args.data_t.ld});
+  const int64_t cols = std::max({args.cols, args.data.ld, args.data_t.rows});
+  launch_cast({.x = args.x,
+               .rows = args.rows,
+               .cols = args.cols,
+               .ld = args.ld,
+               .vectorized = vectorized,
+               .plan = plan_cast(rows, cols, plan.col_amax, sm_count),
+               .data = args.data,
+               .data_t = args.data_t,
+               .scale = args.scale,
+               .scale_t = args.scale_t,
+               .static_scale = args.static_scale,
+               .tensor_amax = tensor_amax ? words + plan.tensor_offset
+                                          : reinterpret_cast<const uint32_t*>(args.amax),
+               .tensor_parts = tensor_amax ? plan.first.row_chunks * plan.first.col_tiles : 1,
+               .amax_out = args.amax_out,
+               .row_amax = row_amax,
+               .row_parts = plan.first.col_tiles,
+               .col_amax = col_amax,
+               .col_parts = plan.first.row_chunks,
+               .col_sum = col_sum,
+               .column_sum = args.column_sum,
+               .column_sum_dtype = args.column_sum_dtype},
+              args.x_dtype, args.dtype, args.granularity, stream);
+}
+
+}  // namespace fp8::core

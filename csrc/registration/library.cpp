@@ -1,0 +1,84 @@
+// Every schema, then one table per dispatch key. The contract of each op is in fp8/ops.h; dtype None means
+// float8_e4m3fn where an op quantizes and bfloat16 where it returns high precision.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "linear/linear.h"
+#include "matmul/scaled_mm.h"
+#include "quantize/quantize_ops.h"
+
+TORCH_LIBRARY(fp8, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("quantize_tensorwise(Tensor x, ScalarType? dtype=None, Tensor? scale=None)"
+        " -> (Tensor data, Tensor scale)", tags);
+  m.def("quantize_rowwise(Tensor x, ScalarType? dtype=None) -> (Tensor data, Tensor scale)", tags);
+  m.def("quantize_tensorwise_transpose(Tensor x, ScalarType? dtype=None, Tensor? scale=None)"
+        " -> (Tensor data, Tensor data_t, Tensor scale)", tags);
+  m.def("quantize_rowwise_transpose(Tensor x, ScalarType? dtype=None)"
+        " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)", tags);
+  m.def("dequantize(Tensor data, Tensor scale, ScalarType? dtype=None) -> Tensor", tags);
+  m.def("scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None,"
+        " ScalarType? out_dtype=None, bool fast_accum=True) -> Tensor", tags);
+  m.def("scaled_mm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b,"
+        " bool fast_accum=False) -> Tensor(a!)", tags);
+  m.def("fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\")"
+        " -> Tensor", tags);
+  // What fused_linear is differentiated through; not for direct use.
+  m.def("_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
+        " bool save_weight_amax) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)", tags);
+  m.def("_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
+        " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
+        " bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)", tags);
+}
+
+namespace {
+
+// CPU and CUDA share their kernels down to the device's own quantize and matmul.
+void register_kernels(torch::Library& m) {
+  m.impl("quantize_tensorwise", TORCH_FN(fp8::kernel::quantize_tensorwise));
+  m.impl("quantize_rowwise", TORCH_FN(fp8::kernel::quantize_rowwise));
+  m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::kernel::quantize_tensorwise_transpose));
+  m.impl("quantize_rowwise_transpose", TORCH_FN(fp8::kernel::quantize_rowwise_transpose));
+  m.impl("dequantize", TORCH_FN(fp8::kernel::dequantize));
+  m.impl("scaled_mm", TORCH_FN(fp8::kernel::scaled_mm));
+  m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::kernel::scaled_mm_accumulate_));
+  m.impl("fused_linear", TORCH_FN(fp8::kernel::fused_linear));
+  m.impl("_linear_forward", TORCH_FN(fp8::kernel::_linear_forward));
+  m.impl("_linear_backward", TORCH_FN(fp8::kernel::_linear_backward));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fp8, CPU, m) { register_kernels(m); }
+
+// Registered without a CUDA build too: there the kernels say what is missing.
+TORCH_LIBRARY_IMPL(fp8, CUDA, m) { register_kernels(m); }
+
+TORCH_LIBRARY_IMPL(fp8, Meta, m) {
+  m.impl("quantize_tensorwise", TORCH_FN(fp8::meta::quantize_tensorwise));
+  m.impl("quantize_rowwise", TORCH_FN(fp8::meta::quantize_rowwise));
+  m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::meta::quantize_tensorwise_transpose));
+  m.impl("quantize_rowwise_transpose", TORCH_FN(fp8::meta::quantize_rowwise_transpose));
+  m.impl("dequantize", TORCH_FN(fp8::meta::dequantize));
+  m.impl("scaled_mm", TORCH_FN(fp8::meta::scaled_mm));
+  m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::meta::scaled_mm_accumulate_));
+  m.impl("fused_linear", TORCH_FN(fp8::meta::fused_linear));
+  m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
+  m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
+}
+
+// Only fused_linear has a gradient. The others say so when a backward reaches them.
+TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
+  m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
+  m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
+  for (const char* op : {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
+                         "quantize_rowwise_transpose", "dequantize", "scaled_mm",
+                         "scaled_mm_accumulate_", "_linear_forward"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+// Counts the in-place write, so that autograd sees a changed tensor.
+TORCH_LIBRARY_IMPL(fp8, ADInplaceOrView, m) {
+  m.impl("scaled_mm_accumulate_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+}

@@ -1,0 +1,71 @@
+// The typed C++ functions of fp8/ops.h: each looks its operator up once and calls it through the dispatcher.
+#include "fp8/ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "linear/linear.h"
+#include "matmul/scaled_mm.h"
+#include "quantize/quantize_ops.h"
+
+namespace fp8 {
+namespace {
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, at::ScalarType dtype,
+                                                       const std::optional<at::Tensor>& scale) {
+  static const auto op = find<decltype(kernel::quantize_tensorwise)>("fp8::quantize_tensorwise");
+  return op.call(x, dtype, scale);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, at::ScalarType dtype) {
+  static const auto op = find<decltype(kernel::quantize_rowwise)>("fp8::quantize_rowwise");
+  return op.call(x, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
+    const at::Tensor& x, at::ScalarType dtype, const std::optional<at::Tensor>& scale) {
+  static const auto op =
+      find<decltype(kernel::quantize_tensorwise_transpose)>("fp8::quantize_tensorwise_transpose");
+  return op.call(x, dtype, scale);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
+    const at::Tensor& x, at::ScalarType dtype) {
+  static const auto op =
+      find<decltype(kernel::quantize_rowwise_transpose)>("fp8::quantize_rowwise_transpose");
+  return op.call(x, dtype);
+}
+
+at::Tensor dequantize(const at::Tensor& data, const at::Tensor& scale, at::ScalarType dtype) {
+  static const auto op = find<decltype(kernel::dequantize)>("fp8::dequantize");
+  return op.call(data, scale, dtype);
+}
+
+at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
+                     const at::Tensor& scale_b, const std::optional<at::Tensor>& bias,
+                     at::ScalarType out_dtype, bool fast_accum) {
+  static const auto op = find<decltype(kernel::scaled_mm)>("fp8::scaled_mm");
+  return op.call(a, b, scale_a, scale_b, bias, out_dtype, fast_accum);
+}
+
+at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+                                  const at::Tensor& scale_a, const at::Tensor& scale_b,
+                                  bool fast_accum) {
+  static const auto op =
+      find<decltype(kernel::scaled_mm_accumulate_)>("fp8::scaled_mm_accumulate_");
+  return op.call(out, a, b, scale_a, scale_b, fast_accum);
+}
+
+at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  static const auto op = find<decltype(kernel::fused_linear)>("fp8::fused_linear");
+  return op.call(x, weight, bias, recipe);
+}
+
+}  // namespace fp8

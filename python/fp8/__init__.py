@@ -1,0 +1,40 @@
+"""Fused FP8 linear layers for eager PyTorch: real operators, forward and backward.
+
+    import fp8
+
+    y = fp8.ops.fused_linear(x, weight, bias)        # one differentiable operator call
+    model = fp8.convert(model)                       # every suitable nn.Linear computes in FP8
+    print(fp8.summary(model))                        # which ones, and why the others do not
+
+Importing registers the operators `torch.ops.fp8.*`; it does not initialize CUDA.
+"""
+
+from ._loader import PACKAGE as _PACKAGE
+from ._loader import load as _load
+
+# The operators must exist before the modules below look them up.
+__version__: str = _load().version
+
+from . import ops
+from ._info import info, plan_cache_clear, plan_cache_info
+from .convert import convert, revert, summary
+from .linear import Linear
+from .recipe import RECIPES
+
+cmake_prefix_path: str = str(_PACKAGE)
+"""For CMake: `-DCMAKE_PREFIX_PATH=$(python -c "import fp8; print(fp8.cmake_prefix_path)")`, then
+`find_package(FP8)`."""
+
+__all__ = [
+    "RECIPES",
+    "Linear",
+    "__version__",
+    "cmake_prefix_path",
+    "convert",
+    "info",
+    "ops",
+    "plan_cache_clear",
+    "plan_cache_info",
+    "revert",
+    "summary",
+]

@@ -1,0 +1,218 @@
+"""Typed wrappers of the operators `torch.ops.fp8.*`: what they compute, shapes, errors.
+
+Words: `scale` is the dequantization factor, x ≈ data · scale. e4m3 is torch.float8_e4m3fn (largest
+value 448), e5m2 is torch.float8_e5m2 (57344). M tokens, N out-features, K in-features. Every
+operator runs on CUDA, CPU and meta tensors; CPU and CUDA quantize to the same bits. Errors are
+TypeError (dtypes), ValueError (shapes, devices, unknown recipe) and NotImplementedError (double
+backward); each names the operator, what it expected and what came.
+
+Quantization, with amax = max |x| over a scaling group, in fp32:
+
+    quant_multiplier = fp8_max / amax        (1 if amax is 0; at most the largest fp32)
+    data = saturate(round_to_nearest_even(float(x) · quant_multiplier))
+    scale = 1 / quant_multiplier
+
+A NaN or Inf in a group makes the group's scale NaN or Inf, so that everything computed from the
+group is non-finite.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "dequantize",
+    "fused_linear",
+    "quantize_rowwise",
+    "quantize_rowwise_transpose",
+    "quantize_tensorwise",
+    "quantize_tensorwise_transpose",
+    "scaled_mm",
+    "scaled_mm_accumulate_",
+]
+
+_ops = torch.ops.fp8
+
+
+def quantize_tensorwise(
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize with one scale for the whole tensor.
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32, any strides.
+        dtype: float8_e4m3fn or float8_e5m2.
+        scale: 0-dim float32 for static scaling: quant_multiplier = 1 / scale. Values beyond fp8_max
+            · scale, Inf among them, saturate; NaN stays NaN.
+
+    Returns:
+        data: shape of x, `dtype`. If K is not a multiple of 16 its rows are padded in memory with
+            zeros.
+        scale: 0-dim float32, the given one or 1 / quant_multiplier.
+
+    Example:
+        >>> data, scale = fp8.ops.quantize_tensorwise(torch.randn(8, 32))
+        >>> x = fp8.ops.dequantize(data, scale, torch.float32)
+    """
+    result: tuple[Tensor, Tensor] = _ops.quantize_tensorwise.default(x, dtype, scale)
+    return result
+
+
+def quantize_rowwise(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """Quantize with one scale per row, a row being the last dimension.
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32, any strides.
+        dtype: float8_e4m3fn or float8_e5m2.
+
+    Returns:
+        data: shape of x, `dtype` (rows padded in memory to a multiple of 16).
+        scale: [..., 1] float32.
+
+    Example:
+        >>> data, scale = fp8.ops.quantize_rowwise(torch.randn(8, 32))
+        >>> scale.shape
+        torch.Size([8, 1])
+    """
+    result: tuple[Tensor, Tensor] = _ops.quantize_rowwise.default(x, dtype)
+    return result
+
+
+def quantize_tensorwise_transpose(
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_tensorwise` that also writes the transposed copy, which dgrad and wgrad read.
+
+    Args: as `quantize_tensorwise`. M is the product of x's leading dimensions.
+
+    Returns:
+        data: shape of x.
+        data_t: [K, M], the same values transposed, rows padded in memory to a multiple of 16.
+        scale: 0-dim float32, of both.
+
+    Example:
+        >>> data, data_t, scale = fp8.ops.quantize_tensorwise_transpose(torch.randn(8, 32))
+        >>> data_t.shape
+        torch.Size([32, 8])
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _ops.quantize_tensorwise_transpose.default(
+        x, dtype, scale
+    )
+    return result
+
+
+def quantize_rowwise_transpose(
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_rowwise` of x and of its transpose: two quantizations, each with scales along its
+    own rows.
+
+    Args: as `quantize_rowwise`. M is the product of x's leading dimensions.
+
+    Returns:
+        data: shape of x, and data_t: [K, M], rows padded in memory to a multiple of 16.
+        scale: [..., 1] float32, of data's rows, and scale_t: [K, 1] float32, of data_t's rows.
+        In this order: (data, data_t, scale, scale_t).
+
+    Example:
+        >>> data, data_t, scale, scale_t = fp8.ops.quantize_rowwise_transpose(torch.randn(8, 32))
+        >>> scale_t.shape
+        torch.Size([32, 1])
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.quantize_rowwise_transpose.default(
+        x, dtype
+    )
+    return result
+
+
+def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """x = float(data) · scale, rounded to `dtype`.
+
+    Args:
+        data: [..., K] float8_e4m3fn or float8_e5m2, any strides.
+        scale: float32, 0-dim or [..., 1]: what a quantize operator returned.
+        dtype: bfloat16, float16 or float32.
+
+    Returns: shape of data, `dtype`.
+
+    Example:
+        >>> fp8.ops.dequantize(*fp8.ops.quantize_rowwise(torch.ones(1, 4)))
+        tensor([[1., 1., 1., 1.]], dtype=torch.bfloat16)
+    """
+    result: Tensor = _ops.dequantize.default(data, scale, dtype)
+    return result
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    fast_accum: bool = True,
+) -> Tensor:
+    """out = (a · scale_a) · (b · scale_b)ᵀ + bias. Both operands are read along K, so b is [N, K]
+    as a weight is.
+
+    Args:
+        a: [M, K] and b: [N, K], each float8_e4m3fn or float8_e5m2.
+        scale_a, scale_b: float32, both 0-dim (tensorwise) or [M, 1] and [N, 1] (rowwise).
+        bias: [N] of `out_dtype`.
+        out_dtype: bfloat16, float16 or float32.
+        fast_accum: use the tensor cores' fast accumulation (about 14 mantissa bits); False promotes
+            to fp32 in steps. Ignored where the hardware has no such choice.
+
+    Returns: [M, N] `out_dtype`.
+
+    Example:
+        >>> a, scale_a = fp8.ops.quantize_rowwise(torch.randn(16, 64))
+        >>> b, scale_b = fp8.ops.quantize_rowwise(torch.randn(32, 64))
+        >>> fp8.ops.scaled_mm(a, b, scale_a, scale_b).shape
+        torch.Size([16, 32])
+    """
+    result: Tensor = _ops.scaled_mm.default(a, b, scale_a, scale_b, bias, out_dtype, fast_accum)
+    return result
+
+
+def scaled_mm_accumulate_(
+    out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, fast_accum: bool = False
+) -> Tensor:
+    """out += (a · scale_a) · (b · scale_b)ᵀ, in place: a weight gradient added to a main gradient
+    in one matmul.
+
+    Args:
+        out: [M, N] float32, bfloat16 or float16. Modified.
+        a: [M, K], b: [N, K], scale_a, scale_b, fast_accum: as in `scaled_mm`.
+
+    Returns: out.
+
+    Example:
+        >>> fp8.ops.scaled_mm_accumulate_(main_grad, dy_t, x_t, scale_dy, scale_x)  # dW += dyᵀ · x
+    """
+    result: Tensor = _ops.scaled_mm_accumulate_.default(out, a, b, scale_a, scale_b, fast_accum)
+    return result
+
+
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: str = "tensorwise"
+) -> Tensor:
+    """y = x · weightᵀ + bias in FP8, differentiable once: quantize, matmul and dequantize as one
+    operator each way.
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32; any leading dimensions, none and empty ones
+            included.
+        weight: [N, K] and bias: [N], of x's dtype (under autocast all are cast to the autocast
+            dtype).
+        recipe: a key of `fp8.RECIPES`.
+
+    Returns: [..., N] in x's dtype. Gradients: dx in x's dtype, dW in the weight's, db (accumulated
+    in fp32) in the bias's. A second derivative raises NotImplementedError.
+
+    Example:
+        >>> y = fp8.ops.fused_linear(torch.randn(2, 8, 64), torch.randn(32, 64), torch.zeros(32))
+        >>> y.shape
+        torch.Size([2, 8, 32])
+    """
+    result: Tensor = _ops.fused_linear.default(x, weight, bias, recipe)
+    return result

@@ -1,0 +1,59 @@
+"""The recipes of `fused_linear`: scaling and format of each operand, accumulation of each product.
+
+The C++ side (csrc/linear/recipe.h) decides what runs; this table describes the same recipes to a
+reader and lets Python refuse an unknown name early. A test holds the two lists together.
+
+The three products of a linear layer: fprop y = x·Wᵀ, dgrad dx = dy·W, wgrad dW = dyᵀ·x.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table. Frozen: a recipe is named, not configured."""
+
+    name: str
+    granularity: Literal["tensorwise", "rowwise"]
+    """One scale per tensor, or one per row along the contracted dimension."""
+    input_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    grad_output_dtype: torch.dtype
+    wgrad: Literal["fp8", "high precision"]
+    """What dW is computed in. High precision: from x and dy in their own dtype, so x itself is kept
+    for the backward."""
+    fast_accum: tuple[str, ...] = ("fprop",)
+    """The products that use the tensor cores' fast accumulation; the others are promoted to fp32 in
+    steps (split)."""
+
+
+_E4M3 = torch.float8_e4m3fn
+_E5M2 = torch.float8_e5m2
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        recipe.name: recipe
+        for recipe in (
+            # The fastest. dy has the wider range of e5m2, since one scale serves the whole tensor.
+            Recipe("tensorwise", "tensorwise", _E4M3, _E4M3, _E5M2, "fp8"),
+            # A scale per row isolates outliers, so e4m3 is enough for dy too.
+            Recipe("rowwise", "rowwise", _E4M3, _E4M3, _E4M3, "fp8"),
+            # As rowwise, with the weight gradient (the product most sensitive to rounding) left
+            # unquantized.
+            Recipe("rowwise_gw_hp", "rowwise", _E4M3, _E4M3, _E4M3, "high precision"),
+        )
+    }
+)
+
+
+def check_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError that lists the known ones."""
+    recipe = RECIPES.get(name) if isinstance(name, str) else None
+    if recipe is None:
+        raise ValueError(f"fp8: unknown recipe {name!r}; known recipes: {', '.join(RECIPES)}")
+    return recipe

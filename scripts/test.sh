@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Runs the tests of an already built tree: `make test` and `make test-gpu` call it.
+#   scripts/test.sh all   C++ and Python, everything that this machine can run
+#   scripts/test.sh gpu   the tests that need a GPU; fails where there is none
+# PYTHON is the interpreter, CTEST is ctest, PYTEST_ARGS goes to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+mode=${1:?all or gpu}
+python=${PYTHON:-python3}
+ctest=${CTEST:-ctest}
+read -ra pytest_args <<<"${PYTEST_ARGS:-}"
+
+gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+if [ "$mode" = gpu ] && [ "$gpu" = 0 ]; then
+  echo "test-gpu: torch sees no CUDA device on this machine, so no GPU test can run" >&2
+  exit 1
+fi
+
+run_ctest() { "$ctest" --test-dir build --output-on-failure --no-tests=error -j "$(nproc)" "$@"; }
+count_ctest() { "$ctest" --test-dir build -N "$@" | sed -n 's/^Total Tests: //p'; }
+
+cpp_skipped=0
+cpp_tests=$(count_ctest)
+if [ "$cpp_tests" = 0 ]; then
+  if [ "$mode" = all ]; then
+    echo "test: the C++ tests are not built (see scripts/catch2.sh)" >&2
+    exit 1
+  fi
+  echo "C++ tests left out: no Catch2 header here (set CATCH2_INCLUDE_DIR to its folder)"
+elif [ "$mode" = gpu ]; then
+  run_ctest -L gpu -j 1
+elif [ "$gpu" = 1 ]; then
+  run_ctest -j 1
+else
+  cpp_skipped=$(count_ctest -L gpu)
+  run_ctest -LE gpu
+fi
+
+# pytest last: its closing line ends the output.
+if [ "$mode" = gpu ]; then
+  "$python" -m pytest -m gpu --require-gpu ${pytest_args[@]+"${pytest_args[@]}"}
+else
+  "$python" -m pytest --cpp-gpu-skipped="$cpp_skipped" ${pytest_args[@]+"${pytest_args[@]}"}
+fi

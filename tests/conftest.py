@@ -1,0 +1,41 @@
+"""GPU tests: skipped where there is no CUDA device, counted at the end of the run.
+
+`make test-gpu` passes --require-gpu: then they run, and fail, instead.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+NO_GPU = "needs a CUDA device"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fp8")
+    group.addoption("--require-gpu", action="store_true", help="do not skip GPU tests")
+    group.addoption(
+        "--cpp-gpu-skipped", type=int, default=0, help="GPU tests in C++ that were left out"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--require-gpu") or torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if torch.cuda.is_available():
+        return
+    skipped = terminalreporter.getreports("skipped")
+    python = sum("gpu" in report.keywords for report in skipped)
+    cpp = config.getoption("--cpp-gpu-skipped")
+    terminalreporter.write_line(
+        f"GPU tests skipped, because this machine has no CUDA device: {python + cpp} "
+        f"({python} Python, {cpp} C++)"
+    )

@@ -1,0 +1,79 @@
+"""Launch budgets: kernels, memsets and copies on the device, counted by the profiler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import fp8
+
+pytestmark = pytest.mark.gpu
+OPS = torch.ops.fp8
+RECIPES = tuple(fp8.RECIPES)
+SHAPE = (2048, 1024)
+
+
+def launches(run) -> list[str]:
+    """Names of the device activities of one run, after a warm-up."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return [event.name for event in recorded.events() if event.device_type == cuda]
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        ("quantize_tensorwise", 2),
+        ("quantize_tensorwise_transpose", 2),
+        ("quantize_rowwise", 1),
+        ("quantize_rowwise_transpose", 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_launches_of_quantize(name, budget, dtype):
+    x = torch.randn(SHAPE, device="cuda", dtype=dtype)
+    found = launches(lambda: getattr(OPS, name)(x))
+    assert 1 <= len(found) <= budget, found
+
+
+def test_launches_of_static_quantize():
+    x, scale = torch.randn(SHAPE, device="cuda"), torch.ones((), device="cuda")
+    found = launches(lambda: OPS.quantize_tensorwise_transpose(x, scale=scale))
+    assert len(found) == 1, found
+
+
+@pytest.mark.parametrize("granularity", ["tensorwise", "rowwise"])
+def test_launches_of_scaled_mm(granularity):
+    quantize = getattr(OPS, f"quantize_{granularity}")
+    a, scale_a = quantize(torch.randn(SHAPE, device="cuda"))
+    b, scale_b = quantize(torch.randn(SHAPE, device="cuda"))
+    bias = torch.randn(SHAPE[0], device="cuda", dtype=torch.bfloat16)
+    found = launches(lambda: OPS.scaled_mm(a, b, scale_a, scale_b, bias))
+    assert len(found) <= 2, found  # the second would be a split-K reduction
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+def test_launches_of_fused_linear(recipe, with_bias):
+    m, k, n = 2048, 1024, 1536
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
+    leaves = [x, weight, bias] if with_bias else [x, weight]
+
+    def forward():
+        return OPS.fused_linear(x, weight, bias if with_bias else None, recipe)
+
+    found = launches(forward)
+    assert 1 <= len(found) <= 5, found
+    with torch.no_grad():
+        found = launches(forward)
+    assert 1 <= len(found) <= 5, found
+    found = launches(lambda: torch.autograd.grad(forward(), leaves, dy))
+    assert len(found) <= 10, found

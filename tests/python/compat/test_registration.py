@@ -1,0 +1,80 @@
+"""Every operator is complete: kernels, a sample, a docstring, a benchmark, its schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+
+import fp8
+from fp8 import _loader
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+# The public contract: names and order of arguments, and what is returned.
+SCHEMAS = {
+    "quantize_tensorwise": ("x dtype scale", 2),
+    "quantize_rowwise": ("x dtype", 2),
+    "quantize_tensorwise_transpose": ("x dtype scale", 3),
+    "quantize_rowwise_transpose": ("x dtype", 4),
+    "dequantize": ("data scale dtype", 1),
+    "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
+    "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", 1),
+    "fused_linear": ("x weight bias recipe", 1),
+}
+
+
+def schema(name: str) -> torch.FunctionSchema:
+    return getattr(torch.ops.fp8, name).default._schema
+
+
+def test_registration_public_operators():
+    assert samples.public_namespace() == sorted(SCHEMAS)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_registration_schema(name):
+    arguments, returns = SCHEMAS[name]
+    assert [a.name for a in schema(name).arguments] == arguments.split()
+    assert len(schema(name).returns) == returns
+
+
+@pytest.mark.parametrize("name", samples.namespace())
+def test_registration_kernels(name):
+    keys = ["CPU", "Meta"]
+    if _loader.native().build_info()["cuda"]:
+        keys.append("CUDA")
+    for key in keys:
+        found = torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fp8::{name}", key)
+        assert found, f"fp8::{name} has no {key} kernel"
+
+
+@pytest.mark.parametrize("name", samples.namespace())
+def test_registration_sample(name):
+    assert name in samples.TABLE, f"add samples of {name} to tests/python/samples.py"
+    assert samples.samples(name, "cpu")
+
+
+@pytest.mark.parametrize("name", samples.public_namespace())
+def test_registration_documentation(name):
+    assert name in fp8.ops.__all__
+    doc = getattr(fp8.ops, name).__doc__
+    assert doc
+    for argument in schema(name).arguments:
+        assert argument.name in doc, f"fp8.ops.{name} does not explain {argument.name}"
+
+
+@pytest.mark.parametrize("name", samples.public_namespace())
+def test_registration_benchmark(name):
+    if not BENCHMARKS.is_dir():
+        pytest.skip("benchmarks/ is not beside the tests")
+    texts = [path.read_text() for path in BENCHMARKS.glob("*.py")]
+    assert any(name in text for text in texts), f"no benchmark runs {name}"
+
+
+def test_registration_only_accumulate_modifies():
+    for name in samples.namespace():
+        modified = [a.name for a in schema(name).arguments if a.is_write]
+        assert modified == (["out"] if name == "scaled_mm_accumulate_" else []), name

@@ -1,0 +1,83 @@
+"""fused_linear written out with the public operators: what each recipe promises, step by step.
+
+The same operators on the same operands give the same bits, so fused_linear is compared with this
+bit for bit, except where a plain sum is involved (bias gradient, wgrad in high precision).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from reference import E4M3, E5M2, as_matrix, assert_same_bits
+from torch import Tensor
+
+OPS = torch.ops.fp8
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+
+
+class Result(NamedTuple):
+    y: Tensor
+    dx: Tensor
+    dw: Tensor
+    db: Tensor
+
+
+def _operands(
+    x: Tensor, dtype: torch.dtype, rowwise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """data, data_t and the scale of each."""
+    if rowwise:
+        return tuple(OPS.quantize_rowwise_transpose(x, dtype))
+    data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype)
+    return data, data_t, scale, scale
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, recipe: str) -> Result:
+    """Forward and backward with the output gradient dy. dw of rowwise_gw_hp and db in fp64."""
+    rowwise = recipe != "tensorwise"
+    x2, dy2 = as_matrix(x), as_matrix(dy)
+    qx, qx_t, sx, sx_t = _operands(x2, E4M3, rowwise)
+    qw, qw_t, sw, sw_t = _operands(weight, E4M3, rowwise)
+    qdy, qdy_t, sdy, sdy_t = _operands(dy2, E4M3 if rowwise else E5M2, rowwise)
+    y = OPS.scaled_mm(qx, qw, sx, sw, bias, x.dtype, True)
+    dx = OPS.scaled_mm(qdy, qw_t, sdy, sw_t, None, x.dtype, False)
+    if recipe == "rowwise_gw_hp":
+        dw = dy2.double().t() @ x2.double()
+    else:
+        dw = OPS.scaled_mm(qdy_t, qx_t, sdy_t, sx_t, None, weight.dtype, False)
+    db = dy2.double().sum(0)
+    return Result(y.reshape(*x.shape[:-1], -1), dx.reshape(x.shape), dw, db)
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, recipe: str) -> Result:
+    """The fused operator on detached copies, with all gradients."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    bias = None if bias is None else bias.detach().requires_grad_()
+    y = OPS.fused_linear(x, weight, bias, recipe)
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    dx, dw, *db = torch.autograd.grad(y, inputs, dy)
+    return Result(y.detach(), dx, dw, db[0] if db else None)
+
+
+def assert_matches(actual: Result, expected: Result, x: Tensor, dy: Tensor, recipe: str) -> None:
+    assert_same_bits(actual.y, expected.y, "y")
+    assert_same_bits(actual.dx, expected.dx, "dx")
+    dy2 = as_matrix(dy).double()
+    if recipe == "rowwise_gw_hp":
+        magnitude = dy2.abs().t() @ as_matrix(x).double().abs()
+        assert_sum(actual.dw, expected.dw, magnitude, dy2.shape[0], "dw")
+    else:
+        assert_same_bits(actual.dw, expected.dw, "dw")
+    if actual.db is not None:
+        assert_sum(actual.db, expected.db, dy2.abs().sum(0), dy2.shape[0], "db")
+
+
+def assert_sum(actual: Tensor, exact: Tensor, magnitude: Tensor, terms: int, what: str) -> None:
+    """A sum in fp32 in any order, rounded to its dtype: |err| ≤ terms·2^-24·Σ|·| + half an ulp.
+    Products of bf16 or fp16 are exact in fp32; those of fp32 are rounded once more."""
+    half_ulp = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+    accumulation = (terms + 1) * 2.0**-24 * magnitude
+    allowed = accumulation + half_ulp[actual.dtype] * (exact.abs() + accumulation) + 2.0**-25
+    error = (actual.double() - exact).abs()
+    assert bool((error <= allowed).all()), f"{what}: {(error / allowed).max().item()} of the bound"

@@ -1,0 +1,133 @@
+"""fused_linear refuses what nn.Linear refuses, says what it expected and what came, and never hides
+a NaN."""
+
+from __future__ import annotations
+
+import linear_reference
+import pytest
+import torch
+from linear_reference import RECIPES
+from test_linear_values import problem
+
+OPS = torch.ops.fp8
+OP = r"fp8::fused_linear: .*"
+
+
+@pytest.fixture
+def tensors(device):
+    return problem((16, 32), 48, torch.bfloat16, device)[:3]
+
+
+def test_fused_linear_error_unknown_recipe(tensors):
+    for name in ("fp4", "", "Tensorwise", "rowwise "):
+        with pytest.raises(ValueError, match=OP + "recipe.*" + ".*".join(RECIPES)):
+            OPS.fused_linear(*tensors, name)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fused_linear_error_shapes(tensors, recipe):
+    x, weight, bias = tensors
+    with pytest.raises(ValueError, match=OP + r"share K.*\[16, 31\].*\[48, 32\]"):
+        OPS.fused_linear(x[:, 1:], weight, bias, recipe)
+    for wrong, shown in (
+        (bias[1:], r"\[47\]"),
+        (bias.unsqueeze(0), r"\[1, 48\]"),
+        (bias[0], r"\[\]"),
+    ):
+        with pytest.raises(ValueError, match=OP + "bias.*" + shown):
+            OPS.fused_linear(x, weight, wrong, recipe)
+    for wrong, shown in ((weight[0], r"\[32\]"), (weight.unsqueeze(0), r"\[1, 48, 32\]")):
+        with pytest.raises(ValueError, match=OP + "weight.*" + shown):
+            OPS.fused_linear(x, wrong, bias, recipe)
+    with pytest.raises(ValueError, match=OP + r"x.*dimension"):
+        OPS.fused_linear(x[0, 0], weight, bias, recipe)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.int32, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn],
+)
+def test_fused_linear_error_dtypes(tensors, dtype):
+    """All three alike in a dtype that is not supported."""
+    wrong = [tensor.float().to(dtype) for tensor in tensors]
+    with pytest.raises(TypeError, match=OP + "(bfloat16|BFloat16)"):
+        OPS.fused_linear(*wrong)
+
+
+def test_fused_linear_error_mixed_dtypes(tensors):
+    """Outside of autocast nothing is cast in silence."""
+    x, weight, bias = tensors
+    for args, named in (
+        ((x.float(), weight, bias), "weight|x"),
+        ((x, weight.float(), bias), "weight"),
+        ((x, weight, bias.float()), "bias"),
+        ((x.half(), weight, bias), "weight|x"),
+    ):
+        with pytest.raises(TypeError, match=OP + f"({named})"):
+            OPS.fused_linear(*args)
+
+
+def test_fused_linear_error_devices(tensors):
+    for position in range(3):
+        mixed = [t.to("meta") if i == position else t for i, t in enumerate(tensors)]
+        with pytest.raises(ValueError, match=OP + "meta"):
+            OPS.fused_linear(*mixed)
+
+
+@pytest.mark.gpu
+def test_fused_linear_error_cpu_and_cuda():
+    x, weight, bias, _ = problem((16, 32), 48)
+    with pytest.raises(ValueError, match=OP + "cuda.*cpu|cpu.*cuda"):
+        OPS.fused_linear(x.cuda(), weight, bias)
+
+
+def test_fused_linear_error_number_of_arguments(tensors):
+    with pytest.raises(RuntimeError, match="fp8::fused_linear"):
+        OPS.fused_linear(*tensors, "tensorwise", 1)
+    with pytest.raises(RuntimeError, match="fp8::fused_linear"):
+        OPS.fused_linear(tensors[0])
+    with pytest.raises(RuntimeError, match="fp8::fused_linear"):
+        OPS.fused_linear(*tensors, 3)
+
+
+def test_fused_linear_error_in_the_gradient_of_another_dtype(tensors):
+    """autograd itself refuses it, before we see it."""
+    x, weight, bias = tensors
+    y = OPS.fused_linear(x.requires_grad_(), weight, bias)
+    with pytest.raises(RuntimeError):
+        y.backward(torch.ones(16, 47, device=x.device, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fused_linear_non_finite_input(device, recipe, bad):
+    """rowwise: the row alone. tensorwise: everything, forward and wgrad."""
+    x, weight, bias, dy = problem((64, 96), 80, torch.bfloat16, device)
+    x[5, 7] = bad
+    weight.requires_grad_()
+    y = OPS.fused_linear(x, weight, bias, recipe)
+    y.backward(dy)
+    if recipe == "tensorwise":
+        assert not y.isfinite().any()
+        assert not weight.grad.isfinite().any()
+        return
+    bad_rows = (~y.isfinite()).any(1).nonzero().flatten().tolist()
+    assert bad_rows == [5]
+    assert not y[5].isfinite().any()
+    bad_columns = (~weight.grad.isfinite()).any(0).nonzero().flatten().tolist()
+    assert bad_columns == [7], "wgrad scales x along M: one scale per column"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fused_linear_non_finite_gradient(device, recipe, bad):
+    """What a gradient scaler looks for: Inf or NaN in dy reaches dx, dW and db."""
+    x, weight, bias, dy = problem((64, 96), 80, torch.bfloat16, device)
+    dy[3, 4] = bad
+    _, dx, dw, db = linear_reference.run(x, weight, bias, dy, recipe)
+    for gradient in (dx, dw, db):
+        assert not gradient.isfinite().all()
+    assert (~db.isfinite()).nonzero().flatten().tolist() == [4]
+    if recipe != "tensorwise":
+        assert (~dx.isfinite()).any(1).nonzero().flatten().tolist() == [3]
+        assert (~dw.isfinite()).any(1).nonzero().flatten().tolist() == [4]

@@ -1,0 +1,202 @@
+"""Importing fp8: quick, without CUDA, and with one clear message when it cannot work."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fp8
+from fp8 import _loader
+
+PACKAGE = Path(fp8.__file__).parent
+
+
+@pytest.fixture
+def failing_load(monkeypatch):
+    """Make the dynamic linker refuse the library with the given message, as torch reports it."""
+
+    def refuse(linker):
+        def load_library(path):
+            raise OSError(f"Could not load this library: {path}") from OSError(linker)
+
+        monkeypatch.setattr(torch.ops, "load_library", load_library)
+
+    return refuse
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Pretend that the library was built for something else."""
+
+    def pretend(**facts):
+        real = _loader.read_build()
+        monkeypatch.setattr(_loader, "read_build", lambda: real._replace(**facts))
+
+    return pretend
+
+
+def test_load_can_be_repeated():
+    assert _loader.load() == _loader.load()
+    assert _loader.load().version == fp8.__version__
+
+
+def test_load_without_a_build(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fp8._build", None)
+    with pytest.raises(ImportError, match=r"_build.py is missing: it has not been built") as raised:
+        _loader.load()
+    assert "make build" in str(raised.value)
+    assert "pip install --no-build-isolation ." in str(raised.value)
+    assert isinstance(raised.value.__cause__, ImportError)
+
+
+def test_load_without_the_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(_loader, "LIBRARY", tmp_path / "none.so")
+    with pytest.raises(ImportError, match=r"none.so is missing: it has not been built") as raised:
+        _loader.load()
+    assert "make build" in str(raised.value)
+
+
+@pytest.mark.parametrize("version", ["2.10.1+cu130", "2.12.0", "3.11.0", "2.12.0.dev20260101+cpu"])
+def test_load_with_another_torch(monkeypatch, build, version):
+    build(torch="2.11.0+cu130")
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ImportError, match=r"built for torch 2\.11\.0\+cu130, but torch ") as raised:
+        _loader.load()
+    assert f"torch {version} is running" in str(raised.value)
+    assert "install torch 2.11.*, or build fp8 again" in str(raised.value)
+
+
+def test_load_with_another_patch_release_of_torch(monkeypatch, build):
+    build(torch="2.11.0+cu130")
+    monkeypatch.setattr(torch, "__version__", "2.11.7+cpu")
+    assert _loader.load().torch == "2.11.0+cu130"
+
+
+def test_load_of_a_cuda_build_with_a_torch_without_cuda(monkeypatch, build, failing_load):
+    build(cuda="13.0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    failing_load("libc10_cuda.so: cannot open shared object file: No such file or directory")
+    with pytest.raises(ImportError, match=r"built with CUDA 13\.0, but this torch .* has none"):
+        _loader.load()
+
+
+@pytest.mark.parametrize("library", ["libcublasLt.so.13", "libcudart.so.13", "libtorch_cuda.so"])
+def test_load_without_a_cuda_library(monkeypatch, build, failing_load, library):
+    build(cuda="13.0")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    linker = f"{library}: cannot open shared object file: No such file or directory"
+    failing_load(linker)
+    with pytest.raises(ImportError, match=f"{library} was not found") as raised:
+        _loader.load()
+    text = str(raised.value)
+    assert "built with CUDA 13.0" in text
+    assert "this torch: CUDA 12.8" in text
+    assert "install torch 2.11 with the same CUDA major version" in text
+    assert text.splitlines()[-1] == f"  Linker:  {linker}"
+
+
+def test_load_with_another_abi(build, failing_load):
+    build(cuda="")
+    failing_load("libfp8_torch.so: undefined symbol: _ZN3c105ErrorC2ENS_14SourceLocationESs")
+    with pytest.raises(ImportError, match=r"has another ABI.*\n  Cure: +build fp8 again") as raised:
+        _loader.load()
+    assert "_ZN3c105ErrorC2ENS" in str(raised.value)
+
+
+def test_load_on_an_older_system(build, failing_load):
+    build(cuda="")
+    failing_load("libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by libfp8_torch.so)")
+    with pytest.raises(ImportError, match="system with newer C or C\\+\\+ libraries"):
+        _loader.load()
+
+
+def test_load_of_a_broken_file_shows_the_linkers_words(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not an ELF file, but long enough to have a header" * 10)
+    monkeypatch.setattr(_loader, "LIBRARY", broken)
+    with pytest.raises(ImportError, match=r"the dynamic linker refused it") as raised:
+        _loader.load()
+    assert "Linker:  " in str(raised.value)
+    assert "invalid ELF header" in str(raised.value)
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_native_of_another_python(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fp8._C", None)
+    with pytest.raises(ImportError, match=r"fp8\._C cannot be imported by Python 3\.") as raised:
+        fp8.plan_cache_info()
+    assert "build fp8 again" in str(raised.value)
+    with pytest.raises(ImportError, match="cannot be imported"):
+        fp8.plan_cache_clear()
+
+
+def test_every_message_says_what_is_running(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    with pytest.raises(ImportError, match=r"^fp8 cannot load its native library") as raised:
+        _loader.load()
+    labels = [line.split(":")[0].strip() for line in str(raised.value).splitlines()[1:]]
+    assert labels == ["Why", "Cure", "Built", "Running"]
+    assert f"fp8 {fp8.__version__} for torch" in str(raised.value)
+
+
+def run(code, *path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in path)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_import_of_an_unbuilt_package_says_how_to_build(tmp_path):
+    unbuilt = tmp_path / "fp8"
+    unbuilt.mkdir()
+    for source in PACKAGE.glob("*.py"):
+        if source.name != "_build.py":
+            shutil.copy(source, unbuilt)
+    result = run("import fp8", tmp_path)
+    assert result.returncode != 0
+    assert "ImportError: fp8 cannot load its native library" in result.stderr
+    assert "make build" in result.stderr
+
+
+def test_import_is_quick_and_leaves_cuda_alone():
+    code = """
+import sys, time, torch
+before = set(sys.modules)
+start = time.perf_counter()
+import fp8
+seconds = time.perf_counter() - start
+assert not torch.cuda.is_initialized()
+assert "torch.distributed.tensor" not in set(sys.modules) - before
+assert "fp8._C" not in set(sys.modules) - before
+print(seconds)
+"""
+    result = run(code, PACKAGE.parent, os.environ.get("PYTHONPATH", ""))
+    assert result.returncode == 0, result.stderr
+    # Loading the library takes some tens of ms. A second leaves room for a slow disk.
+    assert float(result.stdout) < 1.0
+
+
+def test_public_names():
+    assert set(fp8.__all__) == {
+        *("RECIPES", "Linear", "__version__", "cmake_prefix_path", "convert", "info", "ops"),
+        *("plan_cache_clear", "plan_cache_info", "revert", "summary"),
+    }
+    assert all(hasattr(fp8, name) for name in fp8.__all__)
+    assert Path(fp8.cmake_prefix_path) == PACKAGE.resolve()
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_version_is_the_one_in_the_version_file():
+    file = PACKAGE.parents[1] / "VERSION"
+    if not file.exists():
+        pytest.skip("not run from a clone")
+    assert file.read_text().strip() == fp8.__version__

@@ -1,0 +1,37 @@
+"""One check for all four quantize operators, shared by the tests of values and of layouts."""
+
+from __future__ import annotations
+
+import reference
+import torch
+from reference import assert_same_bits, codes
+from torch import Tensor
+
+OPS = torch.ops.fp8
+
+
+def check_all(x: Tensor, dtype: torch.dtype) -> None:
+    """All four quantize operators on x against the reference."""
+    matrix = reference.as_matrix(x)
+    whole = reference.quantize_tensorwise(x, dtype)
+    rows = reference.quantize_rowwise(x, dtype)
+    columns = reference.quantize_rowwise(matrix.t(), dtype)
+
+    data, scale = OPS.quantize_tensorwise(x, dtype)
+    assert_same_bits(scale, whole.scale, "tensorwise scale")
+    assert_same_bits(codes(data), whole.codes, "tensorwise data")
+
+    data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype)
+    assert_same_bits(scale, whole.scale, "tensorwise_transpose scale")
+    assert_same_bits(codes(data), whole.codes, "tensorwise_transpose data")
+    assert_same_bits(codes(data_t), reference.as_matrix(whole.codes).t(), "tensorwise data_t")
+
+    data, scale = OPS.quantize_rowwise(x, dtype)
+    assert_same_bits(scale, rows.scale, "rowwise scale")
+    assert_same_bits(codes(data), rows.codes, "rowwise data")
+
+    data, data_t, scale, scale_t = OPS.quantize_rowwise_transpose(x, dtype)
+    assert_same_bits(scale, rows.scale, "rowwise_transpose scale")
+    assert_same_bits(codes(data), rows.codes, "rowwise_transpose data")
+    assert_same_bits(scale_t, columns.scale, "rowwise scale_t")
+    assert_same_bits(codes(data_t), columns.codes, "rowwise data_t")

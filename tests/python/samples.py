@@ -1,0 +1,170 @@
+"""One table of sample calls for every operator of the namespace; the generic tests (opcheck, fake
+tensors, registration) run over it. A new operator gets a row here, or a test fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from reference import E4M3, E5M2
+from torch import Tensor
+
+OPS = torch.ops.fp8
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+
+
+@dataclass
+class Sample:
+    """Arguments of one call. Every tensor is fresh, so a sample may be modified."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def namespace() -> list[str]:
+    """Every operator registered under fp8::, private ones too, without overload names."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith("fp8::")})
+
+
+def public_namespace() -> list[str]:
+    return [name for name in namespace() if not name.startswith("_")]
+
+
+def samples(name: str, device: str) -> list[Sample]:
+    """The samples of one operator on `device`."""
+    return TABLE[name](device)
+
+
+def _inputs(device: str) -> dict[str, Tensor]:
+    """x of the dtypes, ranks and layouts that take different ways through a quantize kernel."""
+    matrix = torch.randn(24, 40, device=device)
+    return {
+        "bf16 [32, 64]": torch.randn(32, 64, device=device, dtype=torch.bfloat16),
+        "fp16 [5, 7]": torch.randn(5, 7, device=device, dtype=torch.float16),
+        "fp32 [2, 3, 20]": torch.randn(2, 3, 20, device=device),
+        "1-D": torch.randn(33, device=device, dtype=torch.bfloat16),
+        "no rows": torch.randn(0, 16, device=device, dtype=torch.bfloat16),
+        "no columns": torch.randn(3, 0, device=device, dtype=torch.bfloat16),
+        "transposed": matrix.t(),
+        "sliced": matrix[1:, 3:30],
+        "expanded": matrix[:1].expand(9, -1),
+    }
+
+
+def _quantize(static_scale: bool) -> Callable[[str], list[Sample]]:
+    def make(device: str) -> list[Sample]:
+        found = [Sample(name, (x, E4M3)) for name, x in _inputs(device).items()]
+        x = torch.randn(17, 33, device=device)
+        found += [Sample("e5m2", (x, E5M2)), Sample("default dtype", (x,))]
+        if static_scale:
+            scale = torch.tensor(0.25, device=device)
+            found.append(Sample("static scale", (x, E4M3), {"scale": scale}))
+        return found
+
+    return make
+
+
+def _dequantize(device: str) -> list[Sample]:
+    found = []
+    for name, x in _inputs(device).items():
+        for dtype in (torch.bfloat16, torch.float32):
+            found.append(Sample(f"rowwise {name}", (*OPS.quantize_rowwise(x), dtype)))
+    data, data_t, scale = OPS.quantize_tensorwise_transpose(torch.randn(20, 36, device=device))
+    found.append(Sample("tensorwise", (data, scale, torch.float16)))
+    found.append(Sample("data_t, default dtype", (data_t, scale)))
+    return found
+
+
+def _operands(m: int, n: int, k: int, device: str, rowwise: bool) -> tuple[Tensor, ...]:
+    quantize = OPS.quantize_rowwise if rowwise else OPS.quantize_tensorwise
+    a, scale_a = quantize(torch.randn(m, k, device=device))
+    b, scale_b = quantize(torch.randn(n, k, device=device))
+    return a, b, scale_a, scale_b
+
+
+_MATMUL_SHAPES = ((32, 48, 64), (7, 9, 5), (0, 16, 32), (16, 24, 0))
+
+
+def _scaled_mm(device: str) -> list[Sample]:
+    found = []
+    for rowwise in (False, True):
+        for m, n, k in _MATMUL_SHAPES:
+            args = _operands(m, n, k, device, rowwise)
+            bias = torch.randn(n, device=device, dtype=torch.bfloat16)
+            what = f"{'rowwise' if rowwise else 'tensorwise'} {m}x{n}x{k}"
+            found.append(Sample(what, args))
+            found.append(Sample(f"{what} bias", (*args, bias)))
+            found.append(Sample(f"{what} fp32", (*args, None, torch.float32, False)))
+    return found
+
+
+def _scaled_mm_accumulate_(device: str) -> list[Sample]:
+    return [
+        Sample(f"{m}x{n}x{k} {dtype}", (out.to(dtype), *_operands(m, n, k, device, rowwise)))
+        for rowwise in (False, True)
+        for dtype in (torch.float32, torch.bfloat16)
+        for m, n, k in _MATMUL_SHAPES
+        for out in [torch.randn(m, n, device=device)]
+    ]
+
+
+def _fused_linear(device: str) -> list[Sample]:
+    found = []
+    for recipe in RECIPES:
+        for shape, n in (((32, 64), 48), ((2, 3, 20), 7), ((40,), 16), ((0, 16), 8)):
+            x, weight, bias = (
+                torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True)
+                for s in (shape, (n, shape[-1]), (n,))
+            )
+            found.append(Sample(f"{recipe} {shape} bias", (x, weight, bias, recipe)))
+            found.append(Sample(f"{recipe} {shape}", (x, weight, None, recipe)))
+            found.append(Sample(f"{recipe} {shape} frozen", (x, weight.detach(), None, recipe)))
+    x, weight = torch.randn(8, 32, device=device), torch.randn(16, 32, device=device)
+    found.append(Sample("defaults, no grad", (x, weight)))
+    return found
+
+
+def _linear_forward(device: str) -> list[Sample]:
+    found = []
+    for recipe in range(len(RECIPES)):
+        for shape, n in (((32, 64), 48), ((2, 3, 20), 7), ((0, 16), 8)):
+            x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+            weight = torch.randn(n, shape[-1], device=device, dtype=torch.bfloat16)
+            bias = torch.randn(n, device=device, dtype=torch.bfloat16)
+            for saves in ((True, True), (True, False), (False, True), (False, False)):
+                what = f"{RECIPES[recipe]} {shape} saves {saves}"
+                found.append(Sample(what, (x, weight, bias, recipe, *saves)))
+    return found
+
+
+def _linear_backward(device: str) -> list[Sample]:
+    found = []
+    for recipe, name in enumerate(RECIPES):
+        for shape, n in (((32, 64), 48), ((2, 3, 20), 7), ((0, 16), 8)):
+            x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+            weight = torch.randn(n, shape[-1], device=device, dtype=torch.bfloat16)
+            dy = torch.randn(*shape[:-1], n, device=device, dtype=torch.bfloat16)
+            _, x_t, x_t_scale, amax = OPS._linear_forward(x, weight, None, recipe, True, True)
+            saved = (x, None) if name == "rowwise_gw_hp" else (x_t, x_t_scale)
+            args = (dy, *saved, weight, amax if name == "tensorwise" else None, shape[-1], recipe)
+            for needs in ((True, True, True), (True, False, False), (False, True, True)):
+                found.append(Sample(f"{name} {shape} needs {needs}", (*args, *needs)))
+    return found
+
+
+TABLE: dict[str, Callable[[str], list[Sample]]] = {
+    "quantize_tensorwise": _quantize(static_scale=True),
+    "quantize_rowwise": _quantize(static_scale=False),
+    "quantize_tensorwise_transpose": _quantize(static_scale=True),
+    "quantize_rowwise_transpose": _quantize(static_scale=False),
+    "dequantize": _dequantize,
+    "scaled_mm": _scaled_mm,
+    "scaled_mm_accumulate_": _scaled_mm_accumulate_,
+    "fused_linear": _fused_linear,
+    "_linear_forward": _linear_forward,
+    "_linear_backward": _linear_backward,
+}
