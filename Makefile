@@ -33,7 +33,8 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 CATCH2 := $(shell scripts/catch2.sh)
 CONFIGURE := -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(PY) \
-  -DFP8_BUILD_TESTS=$(if $(CATCH2),ON -DCATCH2_INCLUDE_DIR=$(CATCH2),OFF) $(CMAKE_ARGS)
+  -DFP8_BUILD_TESTS=$(if $(CATCH2),ON -DCATCH2_INCLUDE_DIR=$(CATCH2),OFF) \
+  -DFP8_WERROR=$(if $(CI),ON,OFF) $(CMAKE_ARGS)
 CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256sum | cut -c1-12)
 
 .PHONY: help build demo test test-gpu bench lint format clean distclean _tests_built _catch2
@@ -78,7 +79,7 @@ _catch2:
 _tests_built: $(CONFIGURED)
 	@$(BIN)cmake --build build -j $$(scripts/jobs.sh)
 
-$(CONFIGURED): $(INSTALLED)
+$(CONFIGURED): $(INSTALLED) VERSION
 	$(BIN)cmake --fresh -S . -B build $(CONFIGURE)
 	@rm -f build/.configured-* && touch $@
 

@@ -13,7 +13,7 @@ import peers
 import tables
 import timing
 import torch
-from results import Row, main
+from runs import Row, main
 from shapes import RECIPES
 from torch import nn
 from tqdm import tqdm

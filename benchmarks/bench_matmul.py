@@ -1,4 +1,4 @@
-"""scaled_mm and scaled_mm_accumulate_ against torch._scaled_mm and the bf16 product, on the device."""
+"""scaled_mm and scaled_mm_accumulate_ against torch._scaled_mm and the bf16 product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import operands_gpu
 import tables
 import timing
 import torch
-from results import Row, import_fp8, main
+from runs import Row, import_fp8, main
 from shapes import LAYERS, LinearShape
 from tqdm import tqdm
 
@@ -41,7 +41,7 @@ def measure_shape(shape: LinearShape, repeats: int) -> list[Row]:
             "time_us": found.as_dict(),
             "tflops": shape.flops / found.median / 1e6,
             "speedup": times["bf16"].median / found.median,
-            "sqnr_db": round(noise[name], 2) if name in noise else None,
+            "sqnr_db": noise.get(name),
         }
         for name, found in times.items()
     ]
@@ -71,7 +71,7 @@ def table(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    return tables.text(columns, lines)
+    return tables.text(columns, lines, left=2)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 import tables
 import timing
 import torch
-from results import Row, import_fp8, main
+from runs import Row, import_fp8, main
 from shapes import QUANTIZE_BYTES, QUANTIZE_COLUMNS, QUANTIZE_ROWS
 from tqdm import tqdm
 

@@ -1,5 +1,5 @@
-"""Llama 3 decoder layers in plain eager code: the linears are separate nn.Linear modules, as in most
-models that fp8.convert meets."""
+"""Llama 3 decoder layers in plain eager code: the linears are separate nn.Linear modules, as in
+most models that fp8.convert meets."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and SwiGLU, each after an RMSNorm and added to its input. x: [batch, tokens, hidden]."""
+    """Attention and SwiGLU, each after an RMSNorm, added to its input [batch, tokens, hidden]."""
 
-    def __init__(self, shape: BlockShape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self, shape: BlockShape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+    ):
         super().__init__()
         self.shape = shape
         kv = shape.kv_heads * shape.head_dim

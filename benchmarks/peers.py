@@ -1,5 +1,5 @@
-"""What fp8 is compared with, whichever of it is importable: each peer makes a module from an nn.Linear
-or from a model, with the same weights."""
+"""What fp8 is compared with, whichever of it is importable: each peer turns a model of nn.Linear
+into its own, with the same weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from results import import_fp8
+from runs import import_fp8
 from torch import nn
 
 Maker = Callable[[nn.Module], nn.Module]
@@ -18,7 +18,7 @@ Maker = Callable[[nn.Module], nn.Module]
 
 @dataclass
 class Peer:
-    """name: unique in a run. make: takes a model of nn.Linear, may change it, returns what is called."""
+    """name: unique in a run. make: takes a model, may change it, returns what is called."""
 
     name: str
     make: Maker
@@ -53,12 +53,13 @@ def baseline() -> Peer:
     return Peer("bf16", lambda model: model)
 
 
-def ours(recipe: str) -> Peer:
-    """Every linear of the model, whatever its size: the benchmark names what it measures."""
+def ours(recipe: str, everything: bool = True) -> Peer:
+    """everything: also linears that fp8.convert by default finds too small to gain."""
     fp8 = import_fp8()
+    chosen = (lambda module, name: True) if everything else None
 
     def make(model: nn.Module) -> nn.Module:
-        return fp8.convert(model, recipe=recipe, filter=lambda module, name: True)
+        return fp8.convert(model, recipe=recipe, filter=chosen)
 
     return Peer(f"fp8 {recipe}", make)
 
@@ -127,13 +128,13 @@ def gather(*wanted: tuple[str, Callable[[], Peer]]) -> Peers:
     return peers
 
 
-def others(compiled: bool = True, eager: bool = True) -> list[tuple[str, Callable[[], Peer]]]:
+def others(compiled: bool = True) -> list[tuple[str, Callable[[], Peer]]]:
     """What `gather` takes, for every peer that is not ours."""
     wanted: list[tuple[str, Callable[[], Peer]]] = []
     if compiled:
         wanted.append(("bf16 compiled", bf16_compiled))
     for recipe in ("tensorwise", "rowwise"):
-        for flag in (True,) * compiled + (False,) * eager:
+        for flag in (True, False) if compiled else (False,):
             name = f"torchao {recipe} {'compiled' if flag else 'eager'}"
             wanted.append((name, lambda recipe=recipe, flag=flag: torchao(recipe, flag)))
     for scaling in ("delayed", "current"):

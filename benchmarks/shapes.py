@@ -36,7 +36,7 @@ def linear_shapes(quick: bool = False) -> list[LinearShape]:
 QUANTIZE_COLUMNS = 8192
 QUANTIZE_ROWS = (1024, 4096, 8192, 14336)
 
-# Fewest bytes an element of a 16-bit input costs: reads plus writes (see design: one or two passes).
+# Fewest bytes an element of a 16-bit input costs, reads plus writes, in one or two passes.
 QUANTIZE_BYTES = {
     "quantize_rowwise": 3,  # 2 read, 1 written
     "quantize_rowwise_transpose": 6,  # columns' amax first: 2 read; then 2 read, 1 + 1 written

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+def text(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """Aligned columns: the first `left` to the left, the others to the right."""
     cells = [[cell(value) for value in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
+
+    def line(row: Sequence[str]) -> str:
+        padded = zip(row, widths, strict=True)
+        aligned = (v.ljust(w) if i < left else v.rjust(w) for i, (v, w) in enumerate(padded))
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(cells[0]), line(["-" * w for w in widths]), *map(line, cells[1:])])
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,5 +1,5 @@
-"""Timing on a GPU: variants interleaved in one process, cold L2, CUDA events, median and spread; host
-time apart from device time.
+"""Timing on a GPU: variants interleaved in one process, cold L2, CUDA events, median and spread;
+host time apart from device time.
 
 Absolute times move by percents from run to run and machine to machine; only variants of one run are
 compared, on the same data. Before each timed call a buffer larger than the L2 is written, so that
@@ -48,8 +48,8 @@ def summarize(times: Iterable[float]) -> Measurement:
 
 
 class Flush:
-    """Evicts the L2 by writing a buffer larger than it. Also keeps the GPU busy for a while, so that
-    the host has queued the timed work before the GPU reaches it."""
+    """Evicts the L2 by writing a larger buffer. It also keeps the GPU busy for a while, so that the
+    host has queued the timed work before the GPU reaches it."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -67,8 +67,8 @@ def device_times(
 ) -> dict[str, Measurement]:
     """Time between two events around each call, cold L2, the variants taking turns.
 
-    What the host is too slow to queue ahead counts too, as it does in a training step. `before` runs
-    before each timed call, untimed (new version counters, fresh gradients).
+    What the host is too slow to queue ahead counts too, as it does in a training step. `before`
+    runs before each timed call, untimed (new version counters, fresh gradients).
     """
     flush = Flush()
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -142,14 +142,17 @@ def peak_memory(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def sqnr(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """Signal to quantization noise in dB."""
+def sqnr(actual: torch.Tensor, exact: torch.Tensor) -> float | None:
+    """Signal to quantization noise in dB, None for equal tensors. Raises ValueError for NaN: the
+    time of a wrong result is not worth a row."""
     noise = (actual.double() - exact.double()).norm()
-    return float(20 * torch.log10(exact.double().norm() / noise))
+    if bool(noise.isnan()):
+        raise ValueError("the result holds NaN")
+    return None if noise == 0 else round(float(20 * torch.log10(exact.double().norm() / noise)), 2)
 
 
 def new_weights(parameters: Iterable[torch.Tensor]) -> Callable[[], None]:
-    """What an optimizer step does to the version counters, so that nothing of a weight is reused."""
+    """What an optimizer step does to version counters, so that nothing of a weight is reused."""
     kept = list(parameters)
 
     def increment() -> None:

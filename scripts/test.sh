@@ -23,7 +23,7 @@ cpp_skipped=0
 cpp_tests=$(count_ctest)
 if [ "$cpp_tests" = 0 ]; then
   if [ "$mode" = all ]; then
-    echo "test: the C++ tests are not built (see scripts/catch2.sh)" >&2
+    echo "test: ctest knows no C++ test in build/ (were they built? see scripts/catch2.sh)" >&2
     exit 1
   fi
   echo "C++ tests left out: no Catch2 header here (set CATCH2_INCLUDE_DIR to its folder)"

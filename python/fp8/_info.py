@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def _versions() -> dict[str, object]:
     }
 
 
-def _native_or_error(function: str) -> object:
+def _native_or_error(function: str) -> dict[str, Any]:
     """A dict from `fp8._C`, or why there is none: a bug report must come out in any case."""
     try:
         return dict(getattr(_loader.native(), function)())
@@ -161,19 +162,27 @@ def _devices() -> list[dict[str, object]]:
 
 def _recipe_status() -> dict[str, dict[str, str]]:
     """device -> recipe -> what carries it out."""
+    build = _native_or_error("build_info")
+    unknown = "0" if _loader.read_build().cuda else ""  # where fp8._C cannot be asked
+    architectures = [int(number) for number in re.findall(r"\d+", build.get("archs", unknown))]
     status = {"cpu": dict.fromkeys(RECIPES, "CPU kernels")}
     for device in _devices():
-        major, minor = (int(part) for part in str(device["compute capability"]).split("."))
+        capability = int(str(device["compute capability"]).replace(".", ""))
         status[str(device["device"])] = {
-            name: _status(recipe, (major, minor)) for name, recipe in RECIPES.items()
+            name: _status(recipe, capability, architectures) for name, recipe in RECIPES.items()
         }
     return status
 
 
-def _status(recipe: Recipe, capability: tuple[int, int]) -> str:
-    """cuBLASLt's rules: FP8 from compute capability 8.9 on; a scale per row on 9.0 alone."""
-    if not _loader.read_build().cuda:
+def _status(recipe: Recipe, capability: int, architectures: list[int]) -> str:
+    """What runs on a GPU of this compute capability (90: 9.0) in a build for these architectures.
+
+    cuBLASLt multiplies in FP8 from 8.9 on, with a scale per row on 9.0 alone.
+    """
+    if not architectures:
         return "none: this fp8 was built without CUDA"
-    if capability < (8, 9) or (recipe.granularity == "rowwise" and capability != (9, 0)):
+    if capability < min(architectures):  # newer ones compile the kernels when they load
+        return f"none: this fp8 was built for compute capability {min(architectures) / 10} and up"
+    if capability < 89 or (recipe.granularity == "rowwise" and capability != 90):
         return _FALLBACK
     return _TENSOR_CORES

@@ -157,7 +157,7 @@ def scaled_mm(
     Args:
         a: [M, K] and b: [N, K], each float8_e4m3fn or float8_e5m2.
         scale_a, scale_b: float32, both 0-dim (tensorwise) or [M, 1] and [N, 1] (rowwise).
-        bias: [N] of `out_dtype`.
+        bias: [N] of `out_dtype`, or bfloat16 for a float32 output.
         out_dtype: bfloat16, float16 or float32.
         fast_accum: use the tensor cores' fast accumulation (about 14 mantissa bits); False promotes
             to fp32 in steps. Ignored where the hardware has no such choice.

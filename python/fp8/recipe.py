@@ -55,5 +55,6 @@ def check_recipe(name: str) -> Recipe:
     """The recipe of that name. Raises ValueError that lists the known ones."""
     recipe = RECIPES.get(name) if isinstance(name, str) else None
     if recipe is None:
-        raise ValueError(f"fp8: unknown recipe {name!r}; known recipes: {', '.join(RECIPES)}")
+        known = ", ".join(repr(known) for known in RECIPES)
+        raise ValueError(f"fp8: expected a recipe out of {known}, got {name!r}")  # as in C++
     return recipe

@@ -36,7 +36,7 @@ _T = 2.0**-13
 # Half an ulp, relative, and half the smallest subnormal.
 _ROUNDING = {
     torch.float32: (2.0**-24, 2.0**-150),
-    torch.bfloat16: (2.0**-9, 2.0**-134),
+    torch.bfloat16: (2.0**-8, 2.0**-134),
     torch.float16: (2.0**-11, 2.0**-25),
 }
 
@@ -57,8 +57,8 @@ def product(
 ) -> Product:
     """fp64 result of scaled_mm, on the device of a. addend: out before an accumulation."""
     # scale_a is 0-dim or [M, 1], scale_b 0-dim or [N, 1].
-    left = decode(a).to(a.device) * scale_a.double()
-    right = (decode(b).to(a.device) * scale_b.double()).t()
+    left = decode(a) * scale_a.double()
+    right = (decode(b) * scale_b.double()).t()
     exact, magnitude = left @ right, left.abs() @ right.abs()
     for term in (bias, addend):
         if term is not None:

@@ -75,8 +75,9 @@ def codes(data: Tensor) -> Tensor:
 
 
 def decode(data: Tensor) -> Tensor:
-    """Exact values of an fp8 tensor. float64, CPU."""
-    return torch.from_numpy(code_values(data.dtype)[codes(data).numpy()])
+    """Exact values of an fp8 tensor, on its device. float64."""
+    table = torch.from_numpy(code_values(data.dtype)).to(data.device)
+    return table[data.view(torch.uint8).long()]
 
 
 def from_codes(code: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,7 +124,7 @@ def quantize_rowwise(x: Tensor, dtype: torch.dtype) -> Quantized:
 
 def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """float(data) · scale in fp32, then rounded to dtype."""
-    return (decode(data).float() * scale.cpu()).to(dtype)
+    return (decode(data).cpu().float() * scale.cpu()).to(dtype)
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def test_version_is_written_in_one_place():
     sources = [ROOT / "CMakeLists.txt", ROOT / "setup.py", ROOT / "pyproject.toml"]
     for folder, pattern in (("cmake", "*"), ("csrc", "*"), ("python/fp8", "*.py")):
         sources += [path for path in (ROOT / folder).rglob(pattern) if path.is_file()]
-    named = re.compile(rf"version[^\n]{{0,20}}[\"' ]{re.escape(VERSION)}\b", re.IGNORECASE)
+    # `version = "0.1.0"`, `project(... VERSION 0.1.0`, `#define FP8_VERSION "0.1.0"`
+    named = re.compile(rf"version\w*\s*=?\s*[\"']?{re.escape(VERSION)}\b", re.IGNORECASE)
     for path in sources:
         if path.name != "_build.py" and path.suffix != ".so":
             assert not named.search(path.read_text(errors="replace")), path

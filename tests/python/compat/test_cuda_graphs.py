@@ -83,7 +83,7 @@ def test_make_graphed_callables(recipe):
     eager.load_state_dict(module.state_dict())
     sample = torch.randn(80, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     graphed = torch.cuda.make_graphed_callables(module, (sample,))
-    x = torch.randn_like(sample)
+    x = torch.randn_like(sample).requires_grad_()
     for run in (graphed, eager):
         run(x).square().sum().backward()
     for ours, theirs in zip(module.parameters(), eager.parameters(), strict=True):

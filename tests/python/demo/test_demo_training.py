@@ -186,3 +186,23 @@ def test_verdict_names_what_is_far_from_the_baseline():
     assert demo.verdict(variants[:2]).startswith("Result: each FP8 recipe stayed within")
     assert "far (0.1000)" in demo.verdict(variants)
     assert "near" not in demo.verdict(variants)
+
+
+def test_memory_of_a_variant_leaves_out_the_others(monkeypatch):
+    allocated, peak = iter([900, 1300]), 2000
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    variant = make_variant("one", Recorder(), Schedule(2, 1e-3))
+    variant.resident_bytes = 300  # of the 900 that lie there before its first step
+    comparison._MemoryWatch(variant, torch.device("cuda")).finish()
+    assert variant.resident_bytes == 700  # its optimizer state came with the step
+    assert variant.peak_bytes == 1400
+
+
+@pytest.mark.gpu
+def test_demo_runs_on_a_gpu(tmp_path, capsys):
+    assert demo.main(["--size", "tiny", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "peak GiB" in printed
+    assert torch.cuda.get_device_name() in printed

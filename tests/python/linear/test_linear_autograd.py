@@ -10,6 +10,7 @@ import torch
 from linear_reference import RECIPES
 from reference import assert_same_bits
 from test_linear_values import problem
+from torch.autograd import forward_ad
 
 OPS = torch.ops.fp8
 
@@ -81,11 +82,12 @@ def test_fused_linear_memory_after_forward(recipe):
     m, k, n = 4096, 2048, 1024
     x, weight, bias, _ = problem((m, k), n, torch.bfloat16, "cuda")
     weight.requires_grad_()
-    OPS.fused_linear(x, weight, bias, recipe)  # workspaces and plans exist after this
+    x.requires_grad_()
+    OPS.fused_linear(x * 1, weight, bias, recipe)  # plans exist after this
     before = torch.cuda.memory_allocated()
-    y = OPS.fused_linear(x.clone().requires_grad_(), weight, bias, recipe)
+    y = OPS.fused_linear(x * 1, weight, bias, recipe)  # nobody else holds this input
     held = torch.cuda.memory_allocated() - before
-    # y, xᵀ, Wᵀ, scales. The input of the next two calls may also be remembered in FP8 (m·k bytes).
+    # y, xᵀ, at most Wᵀ, at most the input in FP8 as well, and scales.
     assert held <= 2 * m * n + 2 * m * k + n * k + 8 * (m + n + 2 * k) + 2**16, held
     del y
 
@@ -99,6 +101,19 @@ def test_fused_linear_double_backward_is_refused(device, recipe):
         (gradient,) = torch.autograd.grad(y.square().sum(), leaves[second], create_graph=True)
         with pytest.raises(NotImplementedError, match=r"fp8::fused_linear: .*double backward"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_fused_linear_forward_mode_is_refused(device, position):
+    """A tangent must not vanish in silence: that would be a derivative of zero."""
+    tensors = list(problem((32, 48), 64, torch.float32, device)[:3])
+    with forward_ad.dual_level():
+        tangent = torch.ones_like(tensors[position])
+        tensors[position] = forward_ad.make_dual(tensors[position], tangent)
+        with pytest.raises(
+            (NotImplementedError, RuntimeError), match=r"(?i)forward.?(mode|AD)|jvp"
+        ):
+            OPS.fused_linear(*tensors)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

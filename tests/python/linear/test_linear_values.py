@@ -101,7 +101,8 @@ def test_fused_linear_strided_operands(device, view, recipe):
         strided[0], strided[1], bias.repeat(2)[::2].copy_(bias), strided[2], recipe
     )
     for name, ours, theirs in zip(actual._fields, actual, expected, strict=True):
-        if (recipe, name) == ("rowwise_gw_hp", "dw"):  # a library matmul: its order follows strides
+        if name == "db" or (recipe, name) == ("rowwise_gw_hp", "dw"):
+            # A sum of dy itself, whose order may follow the strides.
             torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-2)
         else:
             assert_same_bits(ours, theirs, name)

@@ -9,13 +9,14 @@ import torch
 from operands import GRANULARITIES
 from reference import E5M2, FLOAT_DTYPES, assert_same_bits
 
+import fp8
+
 OPS = torch.ops.fp8
 
 
 def check(data: operands.Operands, out: torch.Tensor, fast_accum: bool = False) -> None:
     before = out.clone()
-    result = OPS.scaled_mm_accumulate_(out, *data, fast_accum)
-    assert result is out or result.data_ptr() == out.data_ptr()
+    OPS.scaled_mm_accumulate_(out, *data, fast_accum)
     expected = bounds.product(*data, addend=before)
     bounds.assert_within(out, expected, bounds.accumulation_of(out.device.type, fast_accum))
 
@@ -73,6 +74,24 @@ def test_scaled_mm_accumulate_strided_out(device):
         inside = torch.zeros_like(outside, dtype=torch.bool)
         inside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(True)
         assert_same_bits(out._base[~inside], outside[~inside], "outside")
+
+
+def test_scaled_mm_accumulate_returns_out(device):
+    data = operands.make(16, 16, 16, "tensorwise", device)
+    out = torch.zeros(16, 16, device=device)
+    assert fp8.ops.scaled_mm_accumulate_(out, *data) is out
+
+
+def test_scaled_mm_accumulate_is_seen_by_autograd(device):
+    """The version counter of out counts the write: a graph that saved out raises."""
+    data = operands.make(16, 16, 16, "tensorwise", device)
+    out = torch.randn(16, 16, device=device, requires_grad=True) * 1
+    y = out.square()
+    before = out._version
+    OPS.scaled_mm_accumulate_(out.detach(), *data)
+    assert out._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_scaled_mm_accumulate_nan(device):

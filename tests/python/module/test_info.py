@@ -78,23 +78,46 @@ def test_info_tells_torchs_own_libraries_from_others():
     assert not _info._is_torchs(Path("/usr/local/cuda/lib64/libcublasLt.so.13"))
 
 
+CORES, FALLBACK = _info._TENSOR_CORES, _info._FALLBACK
+
+
 @pytest.mark.parametrize(
     ("capability", "tensorwise", "rowwise"),
     [
-        ((8, 0), _info._FALLBACK, _info._FALLBACK),
-        ((8, 9), _info._TENSOR_CORES, _info._FALLBACK),
-        ((9, 0), _info._TENSOR_CORES, _info._TENSOR_CORES),
-        ((10, 0), _info._TENSOR_CORES, _info._FALLBACK),
-        ((12, 0), _info._TENSOR_CORES, _info._FALLBACK),
+        (80, FALLBACK, FALLBACK),
+        (89, CORES, FALLBACK),
+        (90, CORES, CORES),
+        (100, CORES, FALLBACK),
+        (120, CORES, FALLBACK),
     ],
 )
-def test_recipe_status_by_capability(monkeypatch, capability, tensorwise, rowwise):
-    build = _info._loader.read_build()
-    monkeypatch.setattr(_info._loader, "read_build", lambda: build._replace(cuda="13.0"))
-    got = [_info._status(recipe, capability) for recipe in fp8.RECIPES.values()]
+def test_recipe_status_by_capability(capability, tensorwise, rowwise):
+    got = [_info._status(recipe, capability, [90, 80]) for recipe in fp8.RECIPES.values()]
     assert got == [tensorwise, rowwise, rowwise]
-    monkeypatch.setattr(_info._loader, "read_build", lambda: build._replace(cuda=""))
-    assert "built without CUDA" in _info._status(fp8.RECIPES["tensorwise"], capability)
+
+
+def test_recipe_status_of_a_build_for_other_devices():
+    recipe = fp8.RECIPES["tensorwise"]
+    assert _info._status(recipe, 90, []) == "none: this fp8 was built without CUDA"
+    assert _info._status(recipe, 89, [120, 90]).endswith("built for compute capability 9.0 and up")
+
+
+def test_recipe_status_reads_the_builds_architectures(monkeypatch):
+    device = {"device": "cuda:0", "compute capability": "8.9"}
+    monkeypatch.setattr(_info, "_devices", lambda: [device])
+    for archs, expected in (("89,90", CORES), ("89;90", CORES), ("", "built without CUDA")):
+        monkeypatch.setattr(_info, "_native_or_error", lambda name, archs=archs: {"archs": archs})
+        assert expected in _info._recipe_status()["cuda:0"]["tensorwise"]
+
+
+def test_recipe_status_without_the_binding(monkeypatch):
+    device = {"device": "cuda:0", "compute capability": "9.0"}
+    monkeypatch.setattr(_info, "_devices", lambda: [device])
+    monkeypatch.setitem(sys.modules, "fp8._C", None)
+    for cuda, expected in (("13.0", CORES), ("", "none: this fp8 was built without CUDA")):
+        build = _info._loader.Build("0.1.0", torch.__version__, cuda)
+        monkeypatch.setattr(_info._loader, "read_build", lambda build=build: build)
+        assert _info._recipe_status()["cuda:0"]["rowwise"] == expected
 
 
 @pytest.mark.parametrize(

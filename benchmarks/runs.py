@@ -1,4 +1,4 @@
-"""Benchmark runs as JSON in benchmarks/results, with a header that says what was measured on what."""
+"""Benchmark runs as JSON in benchmarks/results, with a header: what was measured on what."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def path_of(benchmark: str, gpu: str, folder: Path = RESULTS) -> Path:
     return folder / f"{benchmark}_{slug(gpu)}.json"
 
 
-def write(benchmark: str, rows: list[Row], facts: Row, skipped: Row, folder: Path = RESULTS) -> Path:
+def write(
+    benchmark: str, rows: list[Row], facts: Row, skipped: Row, folder: Path = RESULTS
+) -> Path:
     """skipped: peers that were left out, with the reason."""
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(benchmark, facts["gpu"], folder)

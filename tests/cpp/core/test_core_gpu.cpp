@@ -1,0 +1,155 @@
+// fp8_core without torch, on a GPU: own memory, stream and workspace.
+#include <cuda_runtime_api.h>
+
+#include <bit>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "common/formats.h"
+#include "common/launch.h"
+#include "fp8/core.h"
+
+using namespace fp8::core;
+
+namespace {
+
+void check(cudaError_t status) { REQUIRE(status == cudaSuccess); }
+
+template <typename T>
+struct Buffer {
+  T* data = nullptr;
+  size_t count;
+  explicit Buffer(size_t n) : count(n) {
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, n * sizeof(T) + 16));
+    data = static_cast<T*>(memory);
+  }
+  explicit Buffer(const std::vector<T>& host) : Buffer(host.size()) {
+    check(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { cudaFree(data); }
+  std::vector<T> host() const {
+    std::vector<T> out(count);
+    check(cudaMemcpy(out.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
+    return out;
+  }
+};
+
+std::vector<float> random_matrix(int64_t count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (float& v : values) v = normal(engine);
+  return values;
+}
+
+// A quantized matrix on the device, padded, tensorwise or rowwise.
+struct Quantized {
+  int64_t rows, cols;
+  Buffer<uint8_t> data;
+  Buffer<float> scale;
+
+  Quantized(const std::vector<float>& host, int64_t rows_, int64_t cols_, Granularity granularity,
+            cudaStream_t stream)
+      : rows(rows_), cols(cols_), data(pad16(rows) * pad16(cols)), scale(pad16(rows)) {
+    Buffer<float> x(host);
+    QuantizeArgs args{.x = x.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
+    args.granularity = granularity;
+    args.data = {data.data, pad16(rows), pad16(cols)};
+    args.scale = scale.data;
+    Buffer<uint8_t> workspace(quantize_workspace_bytes(args));
+    args.workspace = workspace.data;
+    quantize(args, stream);
+    check(cudaStreamSynchronize(stream));
+  }
+};
+
+}  // namespace
+
+TEST_CASE("quantize matches the host's encoder bit by bit") {
+  const int64_t rows = 133;
+  const int64_t cols = 1030;
+  const std::vector<float> x = random_matrix(rows * cols, 1);
+  float amax = 0.0F;
+  for (const float v : x) amax = std::max(amax, std::fabs(v));
+  const float multiplier = fp8::quant_multiplier(amax, 448.0F);
+  const Quantized q(x, rows, cols, Granularity::kTensorwise, nullptr);
+  REQUIRE(q.scale.host()[0] == 1.0F / multiplier);
+  const std::vector<uint8_t> codes = q.data.host();
+  int64_t wrong = 0;
+  for (int64_t r = 0; r < pad16(rows); ++r) {
+    for (int64_t c = 0; c < pad16(cols); ++c) {
+      const uint8_t expected =
+          r < rows && c < cols ? fp8::encode<fp8::E4M3>(x[r * cols + c] * multiplier) : 0;
+      wrong += codes[r * pad16(cols) + c] != expected;
+    }
+  }
+  REQUIRE(wrong == 0);
+}
+
+TEST_CASE("matmul on an own stream matches the dequantized product") {
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const int64_t m = 37;
+  const int64_t n = 64;
+  const int64_t k = 160;
+  for (const Granularity granularity : {Granularity::kTensorwise, Granularity::kRowwise}) {
+    const Quantized a(random_matrix(m * k, 2), m, k, granularity, stream);
+    const Quantized b(random_matrix(n * k, 3), n, k, granularity, stream);
+    Buffer<float> out(m * n);
+    MatmulArgs args{.m = m, .n = n, .k = k};
+    args.a = a.data.data;
+    args.lda = k;
+    args.b = b.data.data;
+    args.ldb = k;
+    args.granularity = granularity;
+    args.scale_a = a.scale.data;
+    args.scale_b = b.scale.data;
+    args.out = out.data;
+    args.out_dtype = Dtype::kFloat32;
+    args.ldo = n;
+    args.fast_accum = false;
+    const MatmulPlan plan = plan_matmul(args, stream);
+    if (!plan.supported) {
+      WARN("this GPU has no algorithm for the granularity");
+      continue;
+    }
+    Buffer<uint8_t> workspace(plan.workspace_bytes + 256);
+    run_matmul(plan, args, workspace.data, stream);
+    check(cudaStreamSynchronize(stream));
+
+    const auto code_a = a.data.host();
+    const auto code_b = b.data.host();
+    const auto scale_a = a.scale.host();
+    const auto scale_b = b.scale.host();
+    const auto result = out.host();
+    const bool rowwise = granularity == Granularity::kRowwise;
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        double sum = 0.0;
+        double size = 0.0;
+        for (int64_t p = 0; p < k; ++p) {
+          const double product = static_cast<double>(fp8::decode<fp8::E4M3>(code_a[i * k + p])) *
+                                 fp8::decode<fp8::E4M3>(code_b[j * k + p]);
+          sum += product;
+          size += std::fabs(product);
+        }
+        const double scale = static_cast<double>(scale_a[rowwise ? i : 0]) * scale_b[rowwise ? j : 0];
+        // Tensor cores keep about 14 bits of a partial sum over 32 products, also between promotions.
+        REQUIRE(std::fabs(result[i * n + j] - sum * scale) <= size * scale * std::ldexp(1.0, -12));
+      }
+    }
+  }
+  check(cudaStreamDestroy(stream));
+}
+
+TEST_CASE("a wrong request is refused with a message") {
+  QuantizeArgs args{.x = nullptr, .rows = 0, .cols = 4, .ld = 4};
+  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("not empty"));
+  args.rows = 1;
+  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("nothing to make"));
+}

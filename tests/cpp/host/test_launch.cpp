@@ -1,0 +1,69 @@
+// Launch arithmetic: every element is covered once, and the limits that kernels rely on hold.
+#include <catch2/catch.hpp>
+
+#include "common/launch.h"
+
+using namespace fp8::core;
+
+TEST_CASE("the statistics pass covers each row and column once") {
+  for (const int64_t rows : {1, 7, 8, 9, 1000, 8192, 1 << 20}) {
+    for (const int64_t cols : {1, 8, 1023, 1024, 1025, 14336}) {
+      for (const bool per_axis : {false, true}) {
+        for (const bool contiguous : {false, true}) {
+          const StatisticsPlan plan =
+              plan_statistics(rows, cols, contiguous ? cols : cols + 3, per_axis, 132);
+          INFO("rows=" << rows << " cols=" << cols << " per_axis=" << per_axis);
+          REQUIRE((plan.rows - 1) * plan.cols + plan.last_row_cols == rows * cols);
+          REQUIRE(plan.last_row_cols >= 1);
+          REQUIRE(plan.last_row_cols <= plan.cols);
+          REQUIRE(plan.col_tiles * kStatisticsCols >= plan.cols);
+          REQUIRE(plan.row_chunks * plan.rows_per_chunk >= plan.rows);
+          REQUIRE((plan.row_chunks - 1) * plan.rows_per_chunk < plan.rows);
+          REQUIRE(plan.rows_per_chunk % kWarps == 0);
+          if (per_axis || !contiguous) {
+            REQUIRE(plan.rows == rows);
+            REQUIRE(plan.cols == cols);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a large contiguous tensor keeps the number of partial maxima small") {
+  const StatisticsPlan plan = plan_statistics(8192, 14336, 14336, false, 132);
+  REQUIRE(plan.row_chunks * plan.col_tiles <= 1024);
+  REQUIRE(plan.row_chunks * plan.col_tiles >= 132);
+}
+
+TEST_CASE("the cast pass covers every tile within the grid's limits") {
+  for (const int64_t rows : {int64_t{16}, int64_t{128}, int64_t{8192}, int64_t{1} << 31}) {
+    for (const int64_t cols : {16, 64, 80, 14336}) {
+      for (const bool per_axis : {false, true}) {
+        const CastPlan plan = plan_cast(rows, cols, per_axis, 132);
+        REQUIRE(plan.row_tiles * kTileRows >= rows);
+        REQUIRE(plan.col_tiles * kTileCols >= cols);
+        REQUIRE(plan.strips * plan.tiles_per_block >= plan.row_tiles);
+        REQUIRE((plan.strips - 1) * plan.tiles_per_block < plan.row_tiles);
+        REQUIRE(plan.strips <= 65535);
+      }
+    }
+  }
+}
+
+TEST_CASE("the rowwise pass holds a row in registers, or reads it again") {
+  for (const int64_t cols : {16, 256, 1024, 4096, 14336, 32768, 32784, 1 << 20}) {
+    const RowwisePlan plan = plan_rowwise(cols);
+    INFO("cols=" << cols);
+    REQUIRE(static_cast<int64_t>(plan.threads_per_row) * plan.vectors_per_thread * plan.iterations * 8 >= cols);
+    REQUIRE(plan.threads_per_row * plan.rows_per_block <= 512);
+    REQUIRE((plan.iterations == 1) == (cols <= 32768));
+  }
+}
+
+TEST_CASE("padding rounds up to 16") {
+  REQUIRE(pad16(0) == 0);
+  REQUIRE(pad16(1) == 16);
+  REQUIRE(pad16(16) == 16);
+  REQUIRE(pad16(17) == 32);
+}

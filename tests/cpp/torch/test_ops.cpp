@@ -1,0 +1,81 @@
+// The operators from C++ without Python: values, gradients, autocast, errors.
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+
+#include <catch2/catch.hpp>
+
+#include "fp8/ops.h"
+
+namespace {
+
+double sqnr(const at::Tensor& exact, const at::Tensor& approximate) {
+  const at::Tensor reference = exact.to(at::kDouble);
+  const at::Tensor noise = approximate.to(at::kDouble) - reference;
+  return 20 * std::log10(reference.norm().item<double>() / noise.norm().item<double>());
+}
+
+struct Problem {
+  at::Tensor x, weight, bias;
+  Problem() {
+    at::manual_seed(0);
+    x = at::randn({3, 33, 80}).requires_grad_();
+    weight = at::randn({48, 80}).requires_grad_();
+    bias = at::randn({48}).requires_grad_();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("fused_linear and its gradients follow the exact ones") {
+  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp"}) {
+    Problem p;
+    const at::Tensor y = fp8::fused_linear(p.x, p.weight, p.bias, recipe);
+    const at::Tensor dy = at::randn_like(y);
+    y.backward(dy);
+    const at::Tensor x = p.x.detach().flatten(0, 1);
+    const at::Tensor w = p.weight.detach();
+    const at::Tensor g = dy.flatten(0, 1);
+    INFO(recipe);
+    REQUIRE(sqnr(at::linear(p.x.detach(), w, p.bias.detach()), y.detach()) > 25);
+    REQUIRE(sqnr(g.mm(w).view_as(p.x), p.x.grad()) > 21);
+    REQUIRE(sqnr(g.t().mm(x), p.weight.grad()) > 21);
+    REQUIRE(at::allclose(g.sum(0), p.bias.grad(), 1e-5, 1e-5));
+  }
+}
+
+TEST_CASE("the ops compose to fused_linear's forward") {
+  Problem p;
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = p.x.flatten(0, 1);
+  const auto [x_data, x_scale] = fp8::quantize_rowwise(x);
+  const auto [w_data, w_scale] = fp8::quantize_rowwise(p.weight);
+  const at::Tensor y = fp8::scaled_mm(x_data, w_data, x_scale, w_scale, p.bias, at::kFloat);
+  REQUIRE(at::equal(y.view({3, 33, 48}), fp8::fused_linear(p.x, p.weight, p.bias, "rowwise")));
+  REQUIRE(at::allclose(fp8::dequantize(x_data, x_scale, at::kFloat), x, 0.07, 0.01));
+
+  at::Tensor twice = y.clone() - p.bias;
+  const at::Tensor once = twice.clone();
+  fp8::scaled_mm_accumulate_(twice, x_data, w_data, x_scale, w_scale);
+  REQUIRE(at::allclose(twice, 2 * once, 1e-4, 1e-4));
+}
+
+TEST_CASE("autocast decides the dtype") {
+  Problem p;
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+  const at::Tensor y = fp8::fused_linear(p.x, p.weight, p.bias);
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::autocast::clear_cache();
+  REQUIRE(y.scalar_type() == at::kBFloat16);
+  y.sum().backward();
+  REQUIRE(p.weight.grad().scalar_type() == at::kFloat);
+}
+
+TEST_CASE("errors have types and say what came") {
+  Problem p;
+  REQUIRE_THROWS_AS(fp8::fused_linear(p.x, p.weight, p.bias, "fp4"), c10::ValueError);
+  REQUIRE_THROWS_WITH(fp8::fused_linear(p.x, p.weight.t(), p.bias),
+                      Catch::Contains("x and weight must share K"));
+  REQUIRE_THROWS_AS(fp8::fused_linear(p.x, p.weight.to(at::kDouble), p.bias), c10::TypeError);
+  REQUIRE_THROWS_AS(fp8::quantize_rowwise(p.x.to(at::kInt)), c10::TypeError);
+}
