@@ -99,6 +99,11 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe) {
   const int64_t index = recipe_index(recipe);
   const Needs needs{x.requires_grad(), weight.requires_grad(), wants_grad(bias)};
+  const auto has_tangent = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tangent(x) && !has_tangent(weight) && !(bias && bias->defined() && has_tangent(*bias)),
+      "fp8::fused_linear: expected reverse mode, got a tangent: forward-mode AD (jvp) is not supported; "
+      "use nn.Linear there");
   if (!at::GradMode::is_enabled() || !(needs.dx || needs.dweight || needs.dbias)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return fp8::fused_linear(x, weight, bias, recipe);

@@ -14,8 +14,16 @@ namespace {
 
 using core::Granularity;
 
-at::Tensor finish(const at::Tensor& out, const MatmulOptions& options) {
-  return options.accumulate.defined() ? options.accumulate.add_(out) : out;
+// ATen's own matmuls are used here; inside torch.autocast they would change the precision.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+// Adds an fp32 product and rounds once, as cuBLASLt does with beta = 1.
+at::Tensor add_product(const at::Tensor& into, const at::Tensor& product) {
+  at::Tensor destination = into;
+  return into.scalar_type() == at::kFloat ? destination.add_(product)
+                                          : destination.copy_(into.to(at::kFloat).add_(product));
 }
 
 // Unscaled fp32 product -> out
@@ -28,10 +36,12 @@ at::Tensor scale_product(const at::Tensor& product, const Operand& a, const Oper
   out.mul_(rowwise ? scale_a : scale_a * scale_b);
   if (rowwise) out.mul_(scale_b);
   if (options.bias.defined()) out.add_(options.bias);
-  return finish(out.to(options.out_dtype), options);
+  if (options.accumulate.defined()) return add_product(options.accumulate, out);
+  return out.to(options.out_dtype);
 }
 
 at::Tensor matmul_cpu(const Operand& a, const Operand& b, const MatmulOptions& options) {
+  const NoAutocast no_autocast;
   const int64_t k = a.data.size(1);
   const auto decoded = [&](const Operand& operand) {
     at::Tensor values = at::empty({operand.rows, k}, operand.data.options().dtype(at::kFloat));
@@ -45,6 +55,7 @@ at::Tensor matmul_cpu(const Operand& a, const Operand& b, const MatmulOptions& o
 #ifdef FP8_WITH_CUDA
 
 at::Tensor matmul_dequantized(const Operand& a, const Operand& b, const MatmulOptions& options) {
+  const NoAutocast no_autocast;
   const auto codes = [](const Operand& operand) {
     return operand.data.narrow(0, 0, operand.rows).to(at::kBFloat16);
   };
@@ -57,13 +68,17 @@ bool on_16_bytes(const at::Tensor& t) {
 
 at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& options) {
   const int64_t n = b.rows;
-  const int64_t element = static_cast<int64_t>(c10::elementSize(options.out_dtype));
-  const int64_t padded_n = n * element % 16 == 0 ? n : pad16(n);
   const at::Tensor& into = options.accumulate;
-  // cuBLASLt adds to `into` itself only if it can write there.
-  const bool direct = into.defined() && padded_n == n && into.is_contiguous() && on_16_bytes(into);
+  const auto fills_rows = [&](at::ScalarType dtype) {
+    return n * static_cast<int64_t>(c10::elementSize(dtype)) % 16 == 0;
+  };
+  // cuBLASLt adds to `into` itself only if it can write there; else the product is made in fp32 and added.
+  const bool direct = into.defined() && fills_rows(options.out_dtype) && into.is_contiguous() &&
+                      on_16_bytes(into);
+  const at::ScalarType out_dtype = into.defined() && !direct ? at::kFloat : options.out_dtype;
+  const int64_t padded_n = fills_rows(out_dtype) ? n : pad16(n);
 
-  const at::ScalarType native_bias = options.out_dtype == at::kHalf ? at::kHalf : at::kBFloat16;
+  const at::ScalarType native_bias = out_dtype == at::kHalf ? at::kHalf : at::kBFloat16;
   at::Tensor bias = options.bias;
   const bool fused_bias = bias.defined() && bias.scalar_type() == native_bias;
   if (fused_bias && padded_n != n) {
@@ -73,7 +88,7 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
   }
 
   at::Tensor out =
-      direct ? into : at::empty({a.rows, padded_n}, a.data.options().dtype(options.out_dtype));
+      direct ? into : at::empty({a.rows, padded_n}, a.data.options().dtype(out_dtype));
   const core::MatmulArgs args{.m = a.rows,
                               .n = padded_n,
                               .k = a.data.size(1),
@@ -89,7 +104,7 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
                               .bias = fused_bias ? bias.const_data_ptr() : nullptr,
                               .bias_dtype = to_core(native_bias),
                               .out = out.mutable_data_ptr(),
-                              .out_dtype = to_core(options.out_dtype),
+                              .out_dtype = to_core(out_dtype),
                               .ldo = padded_n,
                               .accumulate = direct,
                               .fast_accum = options.fast_accum};
@@ -106,7 +121,7 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
   if (direct) return into;
   if (padded_n != n) out = out.narrow(1, 0, n).contiguous();
   if (bias.defined() && !fused_bias) out.add_(bias);
-  return finish(out, options);
+  return into.defined() ? add_product(into, out) : out;
 }
 
 #endif  // FP8_WITH_CUDA

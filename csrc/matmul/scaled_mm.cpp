@@ -163,4 +163,19 @@ at::Tensor& meta::scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, co
   return out;
 }
 
+at::Tensor kernel::_scaled_mm_accumulate(const at::Tensor& out, const at::Tensor& a,
+                                         const at::Tensor& b, const at::Tensor& scale_a,
+                                         const at::Tensor& scale_b, bool fast_accum) {
+  at::Tensor sum = out.clone();
+  return scaled_mm_accumulate_(sum, a, b, scale_a, scale_b, fast_accum);
+}
+
+at::Tensor meta::_scaled_mm_accumulate(const at::Tensor& out, const at::Tensor& a,
+                                       const at::Tensor& b, const at::Tensor& scale_a,
+                                       const at::Tensor& scale_b, bool) {
+  check_operands("scaled_mm_accumulate_", a, b, scale_a, scale_b);
+  check_accumulate(out, a, b);
+  return at::empty_like(out);
+}
+
 }  // namespace fp8

@@ -23,7 +23,10 @@ TORCH_LIBRARY(fp8, m) {
         " bool fast_accum=False) -> Tensor(a!)", tags);
   m.def("fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\")"
         " -> Tensor", tags);
-  // What fused_linear is differentiated through; not for direct use.
+  // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what fused_linear is
+  // differentiated through.
+  m.def("_scaled_mm_accumulate(Tensor out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b,"
+        " bool fast_accum) -> Tensor", tags);
   m.def("_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
         " bool save_weight_amax) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)", tags);
   m.def("_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
@@ -42,6 +45,7 @@ void register_kernels(torch::Library& m) {
   m.impl("dequantize", TORCH_FN(fp8::kernel::dequantize));
   m.impl("scaled_mm", TORCH_FN(fp8::kernel::scaled_mm));
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::kernel::scaled_mm_accumulate_));
+  m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::kernel::_scaled_mm_accumulate));
   m.impl("fused_linear", TORCH_FN(fp8::kernel::fused_linear));
   m.impl("_linear_forward", TORCH_FN(fp8::kernel::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::kernel::_linear_backward));
@@ -62,6 +66,7 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("dequantize", TORCH_FN(fp8::meta::dequantize));
   m.impl("scaled_mm", TORCH_FN(fp8::meta::scaled_mm));
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::meta::scaled_mm_accumulate_));
+  m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
   m.impl("fused_linear", TORCH_FN(fp8::meta::fused_linear));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
@@ -73,7 +78,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
   for (const char* op : {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
                          "quantize_rowwise_transpose", "dequantize", "scaled_mm",
-                         "scaled_mm_accumulate_", "_linear_forward"}) {
+                         "scaled_mm_accumulate_", "_scaled_mm_accumulate", "_linear_forward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

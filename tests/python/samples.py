@@ -112,6 +112,10 @@ def _scaled_mm_accumulate_(device: str) -> list[Sample]:
     ]
 
 
+def _scaled_mm_accumulate(device: str) -> list[Sample]:
+    return [Sample(s.name, (*s.args, False)) for s in _scaled_mm_accumulate_(device)]
+
+
 def _fused_linear(device: str) -> list[Sample]:
     found = []
     for recipe in RECIPES:
@@ -164,6 +168,7 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "dequantize": _dequantize,
     "scaled_mm": _scaled_mm,
     "scaled_mm_accumulate_": _scaled_mm_accumulate_,
+    "_scaled_mm_accumulate": _scaled_mm_accumulate,
     "fused_linear": _fused_linear,
     "_linear_forward": _linear_forward,
     "_linear_backward": _linear_backward,
