@@ -37,7 +37,7 @@ CONFIGURE := -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(PY) \
   -DFP8_WERROR=$(if $(CI),ON,OFF) $(CMAKE_ARGS)
 CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256sum | cut -c1-12)
 
-.PHONY: help build demo test test-gpu bench lint format clean distclean _tests_built _catch2
+.PHONY: help build demo test test-gpu sanitize bench lint format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -57,8 +57,12 @@ test: _catch2  ## every test that this machine can run
 test-gpu: _tests_built  ## the tests that need a GPU; fails where there is none
 	@PYTHON=$(PY) CTEST=$(BIN)ctest PYTEST_ARGS='$(ARGS)' scripts/test.sh gpu
 
-bench: build  ## benchmarks/bench_linear.py
-	@$(PY) benchmarks/bench_linear.py $(ARGS)
+sanitize: build  ## compute-sanitizer over every op; needs a GPU
+	@PYTHON=$(PY) scripts/sanitize.sh
+
+bench: build  ## every benchmark, the README's table and the plots; needs a GPU
+	@for name in linear block quantize matmul host; do $(PY) benchmarks/bench_$$name.py $(ARGS); done
+	@$(PY) benchmarks/report.py --readme --plots
 
 lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering
 	@scripts/lint.sh

@@ -27,24 +27,10 @@ def host_ms(step, repeats: int = 5) -> float:
     return timing.host_times({"step": step}, repeats, calls=1, warmup=1)["step"].median / 1e3
 
 
-def measure_variant(peer: peers.Peer, model, x, dy, exact, repeats: int) -> Row:
-    """One variant at a time holds its weights, else the peak would count all of them."""
-    module = peer.build(model)
-    forward, step = timing.forward_backward(module, x, dy)
-    touch = timing.new_weights(module.parameters())
-    step()
-    y = forward().detach().cpu()  # not on the GPU, where it would count as memory
-    fwd = timing.device_times({"forward": forward}, repeats, before=touch)["forward"]
-    both = timing.device_times({"step": step}, repeats, before=touch)["step"]
-    row = {
-        "variant": peer.name,
-        "forward_us": fwd.as_dict(),
-        "step_us": both.as_dict(),
-        "host_ms": host_ms(step),
-        "peak_gib": timing.peak_memory(step) / GIB,
-        "sqnr_db": None if exact is None else timing.sqnr(y, exact),
-    }
-    return row | {"y": y}
+def drop_gradients(module: torch.nn.Module, x: torch.Tensor) -> None:
+    x.grad = None
+    for parameter in module.parameters():
+        parameter.grad = None
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
@@ -58,23 +44,45 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
     size = (shape.sequences, shape.tokens, shape.hidden)
     x = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     dy = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    inputs = torch.cuda.memory_allocated()
     rows: list[Row] = []
+    forwards, steps, parameters = {}, {}, []
     exact = None
-    for peer in tqdm(found.found, unit="variant"):
+    for peer in tqdm(found.found, unit="variant", desc="memory"):
         on_gpu = peers.Peer(peer.name, lambda m, peer=peer: peer.make(m.cuda()), peer.context)
+        others = torch.cuda.memory_allocated() - inputs  # weights of the variants before this one
         try:
-            row = measure_variant(on_gpu, model, x, dy, exact, 5 if options.quick else 10)
+            module = on_gpu.build(model)
+            leaf = x.detach()
+            forward, step = timing.forward_backward(module, leaf, dy)
+            step()
+            y = forward().detach().cpu()  # not on the GPU, where it would count as memory
+            row = {
+                "variant": peer.name,
+                "peak_gib": (timing.peak_memory(step) - others) / GIB,
+                "sqnr_db": None if exact is None else timing.sqnr(y, exact),
+                "host_ms": host_ms(step),
+            }
         except Exception as error:  # a peer that fails is named, not fatal
             found.skipped[peer.name] = str(error).splitlines()[0]
             continue
-        y = row.pop("y")
+        drop_gradients(module, leaf)
         exact = y if peer.name == "bf16" else exact
         rows.append(row)
+        forwards[peer.name], steps[peer.name] = forward, step
+        parameters += list(module.parameters())
         gc.collect()
-        torch.cuda.empty_cache()
-        torch._dynamo.reset()
+
+    # All variants are resident and take turns, so that clocks and power treat them alike.
+    touch = timing.new_weights(parameters)
+    repeats = 6 if options.quick else 12
+    with tqdm(total=2 * repeats, unit="round", desc="time") as bar:
+        fwd = timing.device_times(forwards, repeats, before=touch, progress=bar.update)
+        both = timing.device_times(steps, repeats, before=touch, progress=bar.update)
     for row in rows:
-        row["speedup"] = rows[0]["step_us"]["median"] / row["step_us"]["median"]
+        name = row["variant"]
+        row["forward_us"], row["step_us"] = fwd[name].as_dict(), both[name].as_dict()
+        row["speedup"] = both["bf16"].median / both[name].median
         row["peak_ratio"] = row["peak_gib"] / rows[0]["peak_gib"]
     return rows, found.skipped
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def import_fp8() -> Any:
 
 
 def git_commit() -> str:
-    """Short hash, with + when the tree has changes; empty outside of a clone."""
+    """Short hash, with + when the tree has changes. Outside of a clone: FP8_COMMIT, or empty."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -40,7 +41,7 @@ def git_commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("FP8_COMMIT", "")
 
 
 def driver_version() -> str:

@@ -1,4 +1,5 @@
-// fp8._C: what Python wants to know of the native library. Tensors go through torch.ops, never through here.
+// fp8._C: what Python wants to know of the native library. Tensors go through torch.ops, never
+// through here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,9 +14,9 @@ namespace py = pybind11;
 namespace {
 
 std::map<std::string, std::string> build_info() {
-  return {{"version", FP8_VERSION},       {"torch", FP8_TORCH_VERSION},
-          {"cuda", FP8_CUDA_VERSION},     {"cublaslt", FP8_CUBLASLT_VERSION},
-          {"archs", FP8_CUDA_ARCHS},      {"compiler", FP8_COMPILER}};
+  return {{"version", FP8_VERSION},   {"torch", FP8_TORCH_VERSION},
+          {"cuda", FP8_CUDA_VERSION}, {"cublaslt", FP8_CUBLASLT_VERSION},
+          {"archs", FP8_CUDA_ARCHS},  {"compiler", FP8_COMPILER}};
 }
 
 std::map<std::string, int64_t> plan_cache_info() {
@@ -49,8 +50,10 @@ size_t cublaslt_runtime_version() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and plan-cache statistics of the native fp8 library.";
-  m.def("build_info", &build_info, "What the library was built with; \"cuda\" is empty without CUDA.");
-  m.def("plan_cache_info", &plan_cache_info, "Size, capacity, hits, misses and fallbacks of the plan cache.");
+  m.def("build_info", &build_info,
+        "What the library was built with; \"cuda\" is empty without CUDA.");
+  m.def("plan_cache_info", &plan_cache_info,
+        "Size, capacity, hits, misses and fallbacks of the plan cache.");
   m.def("plan_cache_clear", &plan_cache_clear, "Forgets all matmul plans and resets the counters.");
   m.def("cublaslt_runtime_version", &cublaslt_runtime_version,
         "cublasLtGetVersion() of the library that this process loaded; 0 without CUDA.");

@@ -1,4 +1,5 @@
-// Errors of the torch-free layer: throwing and no-throw checks for CUDA, and messages without a stream.
+// Errors of the torch-free layer: throwing and no-throw checks for CUDA, and messages without a
+// stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,10 +22,10 @@ inline void require(bool condition, const char* message) {
 
 }  // namespace fp8::core
 
-#define FP8_CUDA_CHECK(call)                                                            \
-  do {                                                                                  \
-    const cudaError_t fp8_status = (call);                                              \
-    if (fp8_status != cudaSuccess) {                                                    \
-      ::fp8::core::throw_cuda_error(fp8_status, #call, __FILE__, __LINE__);             \
-    }                                                                                   \
+#define FP8_CUDA_CHECK(call)                                                \
+  do {                                                                      \
+    const cudaError_t fp8_status = (call);                                  \
+    if (fp8_status != cudaSuccess) {                                        \
+      ::fp8::core::throw_cuda_error(fp8_status, #call, __FILE__, __LINE__); \
+    }                                                                       \
   } while (false)

@@ -3,7 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/util/Exception.h>
+
+#include "common/messages.h"
 
 #ifdef FP8_WITH_CUDA
 #include <c10/cuda/CUDAStream.h>
@@ -12,8 +13,10 @@
 namespace fp8 {
 
 [[noreturn]] inline void throw_no_cuda(const at::Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "fp8 was built without CUDA (no nvcc was found then), got a tensor on ",
-                              tensor.device(), ": rebuild where nvcc is on the PATH");
+  TORCH_CHECK_NOT_IMPLEMENTED(false,
+                              join("fp8: expected a tensor on the CPU, because this build has no "
+                                   "CUDA (no nvcc was found), got one on ",
+                                   tensor.device(), ": build again where nvcc is on the PATH"));
 }
 
 #ifdef FP8_WITH_CUDA

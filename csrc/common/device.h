@@ -19,7 +19,8 @@ struct DeviceInfo {
 inline constexpr int kMaxDevices = 64;
 
 inline DeviceInfo current_device() {
-  // 0: not read yet; else capability << 16 | sm_count. Reading twice in a race gives the same value.
+  // 0: not read yet; else capability << 16 | sm_count. Reading twice in a race gives the same
+  // value.
   static std::array<std::atomic<int>, kMaxDevices> known{};
   int index = 0;
   FP8_CUDA_CHECK(cudaGetDevice(&index));

@@ -1,9 +1,9 @@
 // The two FP8 formats in plain C++: limits, encoding, decoding, and the scale of a scaling group.
 // One definition for the CPU kernels, the tests and (through the constants) the CUDA kernels.
 //
-// The encoder is branch-free so that compilers vectorize a loop over it. It rounds to nearest even and
-// saturates, as the hardware's cvt.rn.satfinite does: NaN becomes 0x7F (the sign is dropped), Inf the largest
-// finite code.
+// The encoder is branch-free so that compilers vectorize a loop over it. It rounds to nearest even
+// and saturates, as the hardware's cvt.rn.satfinite does: NaN becomes 0x7F (the sign is dropped),
+// Inf the largest finite code.
 #pragma once
 
 #include <algorithm>
@@ -73,18 +73,18 @@ inline uint8_t encode(float value) {
   constexpr int kShift = 23 - Format::kMantissaBits;
   constexpr uint32_t kRebias = static_cast<uint32_t>(127 - Format::kExponentBias)
                                << Format::kMantissaBits;
-  // The smallest normal, and a float whose ulp is the format's smallest subnormal: adding it rounds there.
+  // The smallest normal, and a float whose ulp is the format's smallest subnormal: adding it rounds
+  // there.
   constexpr uint32_t kMinNormal = static_cast<uint32_t>(128 - Format::kExponentBias) << 23;
-  constexpr uint32_t kSubnormalMagic =
-      static_cast<uint32_t>(128 - Format::kExponentBias + kShift) << 23;
+  constexpr uint32_t kSubnormalMagic = static_cast<uint32_t>(128 - Format::kExponentBias + kShift)
+                                       << 23;
 
   const auto bits = std::bit_cast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7FFFFFFFU;
   const uint32_t sign = (bits >> 24) & 0x80U;
   const uint32_t clamped = std::min(magnitude, std::bit_cast<uint32_t>(Format::kMax));
-  const uint32_t normal = ((clamped + ((1U << (kShift - 1)) - 1) + ((clamped >> kShift) & 1U)) >>
-                           kShift) -
-                          kRebias;
+  const uint32_t normal =
+      ((clamped + ((1U << (kShift - 1)) - 1) + ((clamped >> kShift) & 1U)) >> kShift) - kRebias;
   const float shifted = std::bit_cast<float>(clamped) + std::bit_cast<float>(kSubnormalMagic);
   const uint32_t subnormal = std::bit_cast<uint32_t>(shifted) - kSubnormalMagic;
   const uint32_t code = (clamped < kMinNormal ? subnormal : normal) | sign;
@@ -113,17 +113,17 @@ inline float decode(uint8_t code) {
                            exponent - Format::kExponentBias);
 }
 
-// The numerics contract's two divisions. amax 0 gives 1, an infinite quotient FLT_MAX, NaN stays NaN.
+// The numerics contract's two divisions. amax 0 gives 1, an infinite quotient FLT_MAX, NaN stays
+// NaN.
 inline float quant_multiplier(float amax, float format_max) {
   if (amax == 0.0F) return 1.0F;
   const float quotient = format_max / amax;
   return std::isinf(quotient) ? std::numeric_limits<float>::max() : quotient;
 }
 
-// amax is kept as the bits of a non-negative float while it is being reduced: unsigned order is then the
-// order of the values, with NaN above everything, so that a plain integer max propagates NaN.
-inline uint32_t magnitude_bits(float value) {
-  return std::bit_cast<uint32_t>(value) & 0x7FFFFFFFU;
-}
+// amax is kept as the bits of a non-negative float while it is being reduced: unsigned order is
+// then the order of the values, with NaN above everything, so that a plain integer max propagates
+// NaN.
+inline uint32_t magnitude_bits(float value) { return std::bit_cast<uint32_t>(value) & 0x7FFFFFFFU; }
 
 }  // namespace fp8

@@ -1,4 +1,5 @@
-// Launch arithmetic: pure functions of the problem and the number of multiprocessors, tested without a GPU.
+// Launch arithmetic: pure functions of the problem and the number of multiprocessors, tested
+// without a GPU.
 #pragma once
 
 #include <algorithm>
@@ -9,18 +10,21 @@ namespace fp8::core {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// FP8 matmuls contract over multiples of 16 elements; padded buffers use this for rows and columns alike.
+// FP8 matmuls contract over multiples of 16 elements; padded buffers use this for rows and columns
+// alike.
 constexpr int64_t kPad = 16;
 constexpr int64_t pad16(int64_t extent) { return round_up(extent, kPad); }
 
-// --- statistics pass: blocks of 8 warps, a warp reads kStatisticsCols columns of one row at a time ---
+// --- statistics pass: blocks of 8 warps, a warp reads kStatisticsCols columns of one row at a time
+// ---
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kStatisticsCols = 1024;
 
 struct StatisticsPlan {
-  int64_t rows = 0;       // extents that the kernel walks; a contiguous matrix is folded to kStatisticsCols
+  int64_t rows =
+      0;  // extents that the kernel walks; a contiguous matrix is folded to kStatisticsCols
   int64_t cols = 0;
   int64_t ld = 0;
   int64_t last_row_cols = 0;  // columns of the last row, < cols only when folded
@@ -29,8 +33,8 @@ struct StatisticsPlan {
   int64_t rows_per_chunk = 0;
 };
 
-// per_axis: the pass keeps results per row or column, so the matrix keeps its shape, and fewer, taller chunks
-// make fewer partial results for the cast pass to read.
+// per_axis: the pass keeps results per row or column, so the matrix keeps its shape, and fewer,
+// taller chunks make fewer partial results for the cast pass to read.
 inline StatisticsPlan plan_statistics(int64_t rows, int64_t cols, int64_t ld, bool per_axis,
                                       int sm_count) {
   StatisticsPlan plan{rows, cols, ld, cols, 0, 0, 0};
@@ -42,7 +46,7 @@ inline StatisticsPlan plan_statistics(int64_t rows, int64_t cols, int64_t ld, bo
     plan.last_row_cols = count - (plan.rows - 1) * plan.cols;
   }
   plan.col_tiles = ceil_div(plan.cols, kStatisticsCols);
-  const int64_t blocks = static_cast<int64_t>(sm_count) * (per_axis ? 4 : 7);
+  const int64_t blocks = static_cast<int64_t>(sm_count) * (per_axis ? 2 : 16);
   const int64_t wanted =
       std::clamp<int64_t>(blocks / plan.col_tiles, 1, ceil_div(plan.rows, kWarps));
   plan.rows_per_chunk = round_up(ceil_div(plan.rows, wanted), kWarps);
@@ -62,8 +66,9 @@ struct CastPlan {
   int64_t strips = 0;  // blocks along the rows
 };
 
-// rows, cols: the larger of the matrix's and its destinations' padded extents. `per_axis` blocks read partial
-// results for each of their rows and columns, which a taller strip spreads over more tiles.
+// rows, cols: the larger of the matrix's and its destinations' padded extents. `per_axis` blocks
+// read partial results for each of their rows and columns, which a taller strip spreads over more
+// tiles.
 inline CastPlan plan_cast(int64_t rows, int64_t cols, bool per_axis, int sm_count) {
   CastPlan plan;
   plan.col_tiles = ceil_div(cols, kTileCols);
@@ -71,7 +76,7 @@ inline CastPlan plan_cast(int64_t rows, int64_t cols, bool per_axis, int sm_coun
   const int64_t resident = static_cast<int64_t>(sm_count) * 4;
   const int64_t tiles = plan.col_tiles * plan.row_tiles;
   constexpr int64_t kMaxGridY = 65535;
-  plan.tiles_per_block = std::max(std::clamp<int64_t>(tiles / resident, 1, per_axis ? 8 : 2),
+  plan.tiles_per_block = std::max(std::clamp<int64_t>(tiles / resident, 1, per_axis ? 4 : 1),
                                   ceil_div(plan.row_tiles, kMaxGridY));
   plan.strips = ceil_div(plan.row_tiles, plan.tiles_per_block);
   return plan;
@@ -89,7 +94,8 @@ struct RowwisePlan {
 inline RowwisePlan plan_rowwise(int64_t padded_cols) {
   RowwisePlan plan;
   const int64_t vectors = ceil_div(padded_cols, 8);
-  while (plan.threads_per_row < 512 && vectors > 4LL * plan.threads_per_row) plan.threads_per_row *= 2;
+  while (plan.threads_per_row < 512 && vectors > 8LL * plan.threads_per_row)
+    plan.threads_per_row *= 2;
   while (plan.vectors_per_thread < 8 &&
          vectors > static_cast<int64_t>(plan.vectors_per_thread) * plan.threads_per_row) {
     plan.vectors_per_thread *= 2;

@@ -16,7 +16,8 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #endif
 }
 
-// Every thread of the block gets the maximum. scratch: one word a warp; it may be reused after the next barrier.
+// Every thread of the block gets the maximum. scratch: one word a warp; it may be reused after the
+// next barrier.
 template <int kWarpCount>
 __device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* scratch) {
   value = warp_max(value);

@@ -3,9 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
-#include <c10/util/Exception.h>
 
 #include "common/launch.h"
+#include "common/messages.h"
 #include "fp8/core.h"
 
 namespace fp8 {
@@ -31,7 +31,7 @@ inline core::Dtype to_core(at::ScalarType dtype) {
     case at::kFloat8_e5m2:
       return core::Dtype::kE5M2;
     default:
-      TORCH_CHECK_TYPE(false, "fp8: unexpected dtype ", dtype);
+      FP8_CHECK_TYPE(false, "fp8: unexpected dtype ", dtype);
   }
 }
 
@@ -42,25 +42,25 @@ Int pad16(const Int& extent) {
 }
 
 #define FP8_CHECK_HIGH_PRECISION(op, name, tensor)                                             \
-  TORCH_CHECK_TYPE(::fp8::is_high_precision((tensor).scalar_type()), "fp8::", op, ": expected ", \
-                   name, " in bfloat16, float16 or float32, got ", (tensor).scalar_type())
+  FP8_CHECK_TYPE(::fp8::is_high_precision((tensor).scalar_type()), "fp8::", op, ": expected ", \
+                 name, " in bfloat16, float16 or float32, got ", (tensor).scalar_type())
 
-#define FP8_CHECK_FP8(op, name, tensor)                                                          \
-  TORCH_CHECK_TYPE(::fp8::is_fp8((tensor).scalar_type()), "fp8::", op, ": expected ", name,       \
-                   " in float8_e4m3fn or float8_e5m2, got ", (tensor).scalar_type())
+#define FP8_CHECK_FP8(op, name, tensor)                                                   \
+  FP8_CHECK_TYPE(::fp8::is_fp8((tensor).scalar_type()), "fp8::", op, ": expected ", name, \
+                 " in float8_e4m3fn or float8_e5m2, got ", (tensor).scalar_type())
 
-#define FP8_CHECK_SAME_DEVICE(op, name, tensor, other_name, other)                              \
-  TORCH_CHECK_VALUE((tensor).device() == (other).device(), "fp8::", op, ": expected ", name,     \
-                    " on the device of ", other_name, ", ", (other).device(), ", got ",          \
-                    (tensor).device())
+#define FP8_CHECK_SAME_DEVICE(op, name, tensor, other_name, other)                         \
+  FP8_CHECK_VALUE((tensor).device() == (other).device(), "fp8::", op, ": expected ", name, \
+                  " on the device of ", other_name, ", ", (other).device(), ", got ",      \
+                  (tensor).device())
 
-// x seen as [product of leading dimensions, last dimension] with contiguous columns: a view where strides allow
-// it, else a copy.
+// x seen as [product of leading dimensions, last dimension] with contiguous columns: a view where
+// strides allow it, else a copy.
 inline at::Tensor as_matrix(const at::Tensor& x) {
   const int64_t cols = x.size(-1);
   if (x.dim() == 2 && (x.stride(1) == 1 || cols == 1)) return x;
-  const int64_t rows = x.numel() == 0 ? c10::multiply_integers(x.sizes().slice(0, x.dim() - 1))
-                                      : x.numel() / cols;
+  const int64_t rows =
+      x.numel() == 0 ? c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)) : x.numel() / cols;
   const at::Tensor matrix = x.reshape({rows, cols});
   return matrix.stride(1) == 1 || cols == 1 ? matrix : matrix.contiguous();
 }

@@ -1,5 +1,6 @@
-// Eight elements at a time: 16-byte loads of bf16, fp16 or fp32, their magnitudes as integers, and their
-// conversion to eight FP8 codes. Arrays are indexed by constants only, so that they stay in registers.
+// Eight elements at a time: 16-byte loads of bf16, fp16 or fp32, their magnitudes as integers, and
+// their conversion to eight FP8 codes. Arrays are indexed by constants only, so that they stay in
+// registers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,8 +39,8 @@ struct Vec8 {
   }
 };
 
-// Loads columns [col, col + 8) of a row that has `cols` of them; what lies beyond is zero. `vectorized` says
-// that the row starts on a 16-byte boundary.
+// Loads columns [col, col + 8) of a row that has `cols` of them; what lies beyond is zero.
+// `vectorized` says that the row starts on a 16-byte boundary.
 template <typename T>
 __device__ __forceinline__ Vec8<T> load8(const T* row, int64_t col, int64_t cols, bool vectorized) {
   Vec8<T> v;
@@ -71,7 +72,8 @@ __device__ __forceinline__ Vec8<T> load8(const T* row, int64_t col, int64_t cols
   return v;
 }
 
-// Magnitudes of a Vec8, kept packed: as bit patterns of |x| they order like the values, NaN above all.
+// Magnitudes of a Vec8, kept packed: as bit patterns of |x| they order like the values, NaN above
+// all.
 template <typename T>
 struct PackedAmax {
   uint32_t words[Vec8<T>::kWords];
@@ -125,12 +127,12 @@ __device__ __forceinline__ uint32_t amax_bits(const Vec8<T>& v) {
 // Two values to two codes, the first in the low byte. One cvt.rn.satfinite on sm_89 and later.
 template <typename Format>
 __device__ __forceinline__ uint32_t encode2(float low, float high) {
-  constexpr auto kInterpretation =
-      std::is_same_v<Format, E4M3> ? __NV_E4M3 : __NV_E5M2;
+  constexpr auto kInterpretation = std::is_same_v<Format, E4M3> ? __NV_E4M3 : __NV_E5M2;
   return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, kInterpretation);
 }
 
-// The scale of a scaling group from its amax, as design.md's numerics contract and common/formats.h have it.
+// The scale of a scaling group from its amax, as design.md's numerics contract and common/formats.h
+// have it.
 struct GroupScale {
   float quant_multiplier;
   float scale;
@@ -147,7 +149,8 @@ __device__ __forceinline__ GroupScale scale_from_amax(uint32_t bits, float forma
 __device__ __forceinline__ uint2 keep_first(uint2 codes, int64_t valid) {
   if (valid >= 8) return codes;
   const uint64_t mask = valid <= 0 ? 0 : (uint64_t{1} << (8 * valid)) - 1;
-  return make_uint2(codes.x & static_cast<uint32_t>(mask), codes.y & static_cast<uint32_t>(mask >> 32));
+  return make_uint2(codes.x & static_cast<uint32_t>(mask),
+                    codes.y & static_cast<uint32_t>(mask >> 32));
 }
 
 }  // namespace fp8::core

@@ -1,4 +1,5 @@
-// CPU kernels: the reference, and what runs where there is no GPU. Same arguments as fp8_core's, same bits.
+// CPU kernels: the reference, and what runs where there is no GPU. Same arguments as fp8_core's,
+// same bits.
 #pragma once
 
 #include "fp8/core.h"
@@ -9,6 +10,7 @@ void quantize(const core::QuantizeArgs& args);
 void dequantize(const core::DequantizeArgs& args);
 
 // codes [rows, cols] with `ld` bytes a row -> floats [rows, cols] contiguous, unscaled
-void decode(const void* codes, core::Dtype dtype, int64_t rows, int64_t cols, int64_t ld, float* out);
+void decode(const void* codes, core::Dtype dtype, int64_t rows, int64_t cols, int64_t ld,
+            float* out);
 
 }  // namespace fp8::cpu

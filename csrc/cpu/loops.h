@@ -1,5 +1,5 @@
-// The innermost CPU loops, over contiguous floats. Compiled for several x86-64 levels and chosen at load time;
-// -ffp-contract=off keeps their bits equal on all of them.
+// The innermost CPU loops, over contiguous floats. Compiled for several x86-64 levels and chosen at
+// load time; -ffp-contract=off keeps their bits equal on all of them.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Quantization on the CPU, threaded over rows or column blocks. Every element is widened to fp32 first, so all input
-// dtypes share the loops of loops.h.
+// Quantization on the CPU, threaded over rows or column blocks. Every element is widened to fp32
+// first, so all input dtypes share the loops of loops.h.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -29,7 +29,9 @@ struct Input {
   }
 };
 
-int64_t grain(int64_t row_elements) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_elements)); }
+int64_t grain(int64_t row_elements) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_elements));
+}
 
 void store(void* out, core::Dtype dtype, int64_t i, float value) {
   if (dtype == core::Dtype::kFloat32) {
@@ -104,7 +106,8 @@ void cast_transposed(const Input& in, const std::vector<float>& multipliers) {
   });
 }
 
-// Column results are kept by one thread a column block, rows in order: the same bits with any number of threads.
+// Column results are kept by one thread a column block, rows in order: the same bits with any
+// number of threads.
 template <typename Update>
 void over_columns(const Input& in, const Update& update) {
   const auto& a = in.args;
@@ -178,7 +181,8 @@ void quantize_rowwise(const Input& in) {
 template <typename Format>
 std::array<float, 256> make_table() {
   std::array<float, 256> table{};
-  for (int code = 0; code < 256; ++code) table[code] = fp8::decode<Format>(static_cast<uint8_t>(code));
+  for (int code = 0; code < 256; ++code)
+    table[code] = fp8::decode<Format>(static_cast<uint8_t>(code));
   return table;
 }
 
@@ -192,7 +196,8 @@ const std::array<float, 256>& decode_table(core::Dtype dtype) {
 
 void quantize(const core::QuantizeArgs& args) {
   const Input in{args};
-  args.granularity == core::Granularity::kTensorwise ? quantize_tensorwise(in) : quantize_rowwise(in);
+  args.granularity == core::Granularity::kTensorwise ? quantize_tensorwise(in)
+                                                     : quantize_rowwise(in);
   if (args.column_sum != nullptr) column_sums(in);
 }
 
@@ -210,7 +215,8 @@ void dequantize(const core::DequantizeArgs& a) {
   });
 }
 
-void decode(const void* codes, core::Dtype dtype, int64_t rows, int64_t cols, int64_t ld, float* out) {
+void decode(const void* codes, core::Dtype dtype, int64_t rows, int64_t cols, int64_t ld,
+            float* out) {
   const auto& table = decode_table(dtype);
   at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {

@@ -1,5 +1,5 @@
-// fused_linear's gradient. The graph keeps FP8 tensors where the recipe allows, and only what the backward will need:
-// no x^T under a frozen weight, no weight when x needs no gradient.
+// fused_linear's gradient. The graph keeps FP8 tensors where the recipe allows, and only what the
+// backward will need: no x^T under a frozen weight, no weight when x needs no gradient.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -71,9 +71,7 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
   static int64_t pack(const Needs& needs) {
     return (needs.dx ? 1 : 0) | (needs.dweight ? 2 : 0) | (needs.dbias ? 4 : 0);
   }
-  static Needs unpack(int64_t bits) {
-    return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
-  }
+  static Needs unpack(int64_t bits) { return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0}; }
 };
 
 // The gradient of a gradient: refused when it is asked for, not when a graph is merely created.
@@ -86,10 +84,11 @@ class NoDoubleBackward : public torch::autograd::Function<NoDoubleBackward> {
     return {dx, dweight, dbias};
   }
   static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false,
-                                "fp8::fused_linear: expected one backward, got a double backward: the "
-                                "quantized gradient has no derivative; use nn.Linear where second "
-                                "derivatives are needed");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false,
+        "fp8::fused_linear: expected one backward, got a double backward: the "
+        "quantized gradient has no derivative; use nn.Linear where second "
+        "derivatives are needed");
   }
 };
 
@@ -102,7 +101,8 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
   const auto has_tangent = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(x) && !has_tangent(weight) && !(bias && bias->defined() && has_tangent(*bias)),
-      "fp8::fused_linear: expected reverse mode, got a tangent: forward-mode AD (jvp) is not supported; "
+      "fp8::fused_linear: expected reverse mode, got a tangent: forward-mode AD (jvp) is not "
+      "supported; "
       "use nn.Linear there");
   if (!at::GradMode::is_enabled() || !(needs.dx || needs.dweight || needs.dbias)) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -115,14 +115,14 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe, bool needs_dx,
-    bool needs_dweight, bool needs_dbias) {
+    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
+    bool needs_dx, bool needs_dweight, bool needs_dbias) {
   static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
   std::tuple<at::Tensor, at::Tensor, at::Tensor> grads;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    grads = op.call(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx, needs_dweight,
-                    needs_dbias);
+    grads = op.call(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
+                    needs_dweight, needs_dbias);
   }
   if (!at::GradMode::is_enabled()) return grads;
   if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;

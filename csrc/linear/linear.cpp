@@ -4,9 +4,10 @@
 //   dgrad  dx = dy W         quantize dy [M, N] and W^T [K, N]           split accumulation
 //   wgrad  dW = dy^T x       quantize dy^T [N, M] and x^T [K, M]         split accumulation
 //
-// Hopper's FP8 matmul wants both operands contiguous along the contracted dimension, hence the transposed copies.
-// x^T is made and saved in the forward, in place of x; W^T is made in the backward, so that no second copy of the
-// weight lives between the passes; dy and dy^T come from one quantization, which sums dbias on its way.
+// Hopper's FP8 matmul wants both operands contiguous along the contracted dimension, hence the
+// transposed copies. x^T is made and saved in the forward, in place of x; W^T is made in the
+// backward, so that no second copy of the weight lives between the passes; dy and dy^T come from
+// one quantization, which sums dbias on its way.
 #include "linear/linear.h"
 
 #include <ATen/ATen.h>
@@ -49,26 +50,27 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
 
 }  // namespace
 
-void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+void check_linear(const at::Tensor& x, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias) {
   FP8_CHECK_HIGH_PRECISION("fused_linear", "x", x);
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(),
-                   "fp8::fused_linear: expected weight in x's dtype ", x.scalar_type(), ", got ",
-                   weight.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() >= 1,
-                    "fp8::fused_linear: expected x of at least one dimension, got a scalar");
-  TORCH_CHECK_VALUE(weight.dim() == 2, "fp8::fused_linear: expected weight [N, K], got shape ",
-                    weight.sym_sizes());
-  TORCH_CHECK_VALUE(x.sym_size(-1) == weight.sym_size(1),
-                    "fp8::fused_linear: x and weight must share K, got x=", x.sym_sizes(),
-                    ", weight=", weight.sym_sizes(), " (weight is [N, K])");
+  FP8_CHECK_TYPE(weight.scalar_type() == x.scalar_type(),
+                 "fp8::fused_linear: expected weight in x's dtype ", x.scalar_type(), ", got ",
+                 weight.scalar_type());
+  FP8_CHECK_VALUE(x.dim() >= 1,
+                  "fp8::fused_linear: expected x of at least one dimension, got a scalar");
+  FP8_CHECK_VALUE(weight.dim() == 2, "fp8::fused_linear: expected weight [N, K], got shape ",
+                  weight.sym_sizes());
+  FP8_CHECK_VALUE(x.sym_size(-1) == weight.sym_size(1),
+                  "fp8::fused_linear: x and weight must share K, got x=", x.sym_sizes(),
+                  ", weight=", weight.sym_sizes(), " (weight is [N, K])");
   FP8_CHECK_SAME_DEVICE("fused_linear", "weight", weight, "x", x);
   if (!bias) return;
-  TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(),
-                   "fp8::fused_linear: expected bias in x's dtype ", x.scalar_type(), ", got ",
-                   bias->scalar_type());
-  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
-                    "fp8::fused_linear: expected bias of shape [N] = [", weight.sym_size(0), "], got ",
-                    bias->sym_sizes());
+  FP8_CHECK_TYPE(bias->scalar_type() == x.scalar_type(),
+                 "fp8::fused_linear: expected bias in x's dtype ", x.scalar_type(), ", got ",
+                 bias->scalar_type());
+  FP8_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
+                  "fp8::fused_linear: expected bias of shape [N] = [", weight.sym_size(0),
+                  "], got ", bias->sym_sizes());
   FP8_CHECK_SAME_DEVICE("fused_linear", "bias", *bias, "x", x);
 }
 
@@ -85,9 +87,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   const QuantizedMatrix qx = quantize_matrix(matrix, {.dtype = recipe.forward_dtype,
                                                       .granularity = recipe.granularity,
                                                       .data_t = save_x_t && recipe.fp8_wgrad});
-  const QuantizedMatrix qw = quantize_matrix(as_matrix(weight), {.dtype = recipe.forward_dtype,
-                                                                 .granularity = recipe.granularity,
-                                                                 .keep_amax = save_weight_amax && tensorwise});
+  const QuantizedMatrix qw =
+      quantize_matrix(as_matrix(weight), {.dtype = recipe.forward_dtype,
+                                          .granularity = recipe.granularity,
+                                          .keep_amax = save_weight_amax && tensorwise});
   at::Tensor y = forward_product(matrix, weight, bias, qx, qw, recipe.granularity);
   if (x.dim() != 2) y = y.view(with_last(x.sizes(), weight.size(0)));
   const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
@@ -103,7 +106,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     bool needs_dx, bool needs_dweight, bool needs_dbias) {
   const Recipe& recipe = recipe_at(recipe_id);
   const c10::DeviceGuard guard(dy.device());
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // for at::mm
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      c10::autocast_dispatch_keyset);  // for at::mm
   const at::Tensor matrix = as_matrix(dy);
   const int64_t rows = matrix.size(0);
   const int64_t features = matrix.size(1);
@@ -121,20 +125,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
   const bool dy_data = needs_dx && !empty;
   const bool dy_t = needs_dweight && !empty && recipe.fp8_wgrad;
   if (dy_data || dy_t) {
-    // The bias gradient rides along where the quantization looks at whole columns or the whole tensor first.
+    // The bias gradient rides along where the quantization looks at whole columns or the whole
+    // tensor first.
     const bool sums = needs_dbias && (tensorwise || dy_t);
-    qdy = quantize_matrix(matrix, {.dtype = recipe.grad_dtype,
-                                   .granularity = recipe.granularity,
-                                   .data = dy_data,
-                                   .data_t = dy_t,
-                                   .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
+    qdy = quantize_matrix(matrix,
+                          {.dtype = recipe.grad_dtype,
+                           .granularity = recipe.granularity,
+                           .data = dy_data,
+                           .data_t = dy_t,
+                           .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
     dbias = qdy.column_sum;
   }
   if (needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
 
-  const MatmulOptions options{.granularity = recipe.granularity,
-                              .out_dtype = dy.scalar_type(),
-                              .fast_accum = false};
+  const MatmulOptions options{
+      .granularity = recipe.granularity, .out_dtype = dy.scalar_type(), .fast_accum = false};
   if (dy_data) {
     QuantizeRequest request{.dtype = recipe.forward_dtype,
                             .granularity = recipe.granularity,

@@ -1,11 +1,14 @@
 // Kernels of fused_linear and of the two private ops that it is differentiated through.
 //
-//   _linear_forward: y, and what a backward needs of it. Where `save_x_t` or `save_weight_amax` is false, or the
+//   _linear_forward: y, and what a backward needs of it. Where `save_x_t` or `save_weight_amax` is
+//   false, or the
 //     recipe has no use for it, the place is taken by an empty tensor.
 //       x_t          [pad16(K), pad16(M)] FP8, the transposed quantized x (recipes with FP8 wgrad)
 //       x_t_scale    [] or [pad16(K)] fp32, its scale
-//       weight_amax  [] fp32 (tensorwise): lets the backward remake the transposed weight in one pass
-//   _linear_backward: dx, dweight, dbias; an empty tensor where one is not asked for. `x` is x_t, or x itself for
+//       weight_amax  [] fp32 (tensorwise): lets the backward remake the transposed weight in one
+//       pass
+//   _linear_backward: dx, dweight, dbias; an empty tensor where one is not asked for. `x` is x_t,
+//   or x itself for
 //     recipes without FP8 wgrad. What an output needs must be given: x for dweight, weight for dx.
 #pragma once
 
@@ -18,16 +21,16 @@
 
 namespace fp8 {
 
-#define FP8_DECLARE_LINEAR_OPS                                                                     \
-  at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,                           \
-                          const std::optional<at::Tensor>& bias, std::string_view recipe);         \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(                      \
-      const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,        \
-      int64_t recipe, bool save_x_t, bool save_weight_amax);                                       \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(                                 \
-      const at::Tensor& dy, const std::optional<at::Tensor>& x,                                    \
-      const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,         \
-      const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,       \
+#define FP8_DECLARE_LINEAR_OPS                                                               \
+  at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,                     \
+                          const std::optional<at::Tensor>& bias, std::string_view recipe);   \
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(                \
+      const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,  \
+      int64_t recipe, bool save_x_t, bool save_weight_amax);                                 \
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(                           \
+      const at::Tensor& dy, const std::optional<at::Tensor>& x,                              \
+      const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,   \
+      const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe, \
       bool needs_dx, bool needs_dweight, bool needs_dbias);
 
 namespace kernel {
@@ -49,6 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
 }  // namespace autograd
 
 // What fused_linear accepts: x [..., K], weight [N, K], bias [N] of one dtype on one device.
-void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+void check_linear(const at::Tensor& x, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias);
 
 }  // namespace fp8

@@ -1,14 +1,15 @@
-// The training recipes: which formats and scaling groups each of the three matmuls of a linear layer uses.
+// The training recipes: which formats and scaling groups each of the three matmuls of a linear
+// layer uses.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
 
 #include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
 
+#include "common/messages.h"
 #include "fp8/core.h"
 
 namespace fp8 {
@@ -18,7 +19,7 @@ struct Recipe {
   core::Granularity granularity;
   at::ScalarType forward_dtype;  // x and weight
   at::ScalarType grad_dtype;     // dy
-  bool fp8_wgrad;                // false: dW = dy^T x in x's own precision, for which x itself is saved
+  bool fp8_wgrad;  // false: dW = dy^T x in x's own precision, for which x itself is saved
 };
 
 // The index is what private ops carry: a recipe's name is read once, at the public op.
@@ -36,13 +37,13 @@ inline int64_t recipe_index(std::string_view name) {
   for (const Recipe& recipe : kRecipes) {
     known += (known.empty() ? "'" : ", '") + std::string(recipe.name) + "'";
   }
-  TORCH_CHECK_VALUE(false, "fp8::fused_linear: expected a recipe out of ", known, ", got '",
-                    std::string(name), "'");
+  FP8_CHECK_VALUE(false, "fp8::fused_linear: expected a recipe out of ", known, ", got '", name,
+                  "'");
 }
 
 inline const Recipe& recipe_at(int64_t index) {
-  TORCH_CHECK_VALUE(index >= 0 && index < static_cast<int64_t>(kRecipes.size()),
-                    "fp8: expected a recipe index below ", kRecipes.size(), ", got ", index);
+  FP8_CHECK_VALUE(index >= 0 && index < static_cast<int64_t>(kRecipes.size()),
+                  "fp8: expected a recipe index below ", kRecipes.size(), ", got ", index);
   return kRecipes[static_cast<size_t>(index)];
 }
 

@@ -1,11 +1,15 @@
-// FP8 matmuls through cuBLASLt: plan once per problem, then one call with pointers filled in on the stack.
+// FP8 matmuls through cuBLASLt: plan once per problem, then one call with pointers filled in on the
+// stack.
 //
 // Row-major out[m, n] = a[m, k] b[n, k]^T is cuBLAS's column-major TN product with A = b and B = a:
-//   out^T (n x m) = (b^T)^T (n x k) * a^T (k x m),  both operands contiguous along k, as Hopper's FP8 wants.
-// So cuBLAS's m is our n (features, must fill 16-byte rows) and its n is our m (tokens, unconstrained).
+//   out^T (n x m) = (b^T)^T (n x k) * a^T (k x m),  both operands contiguous along k, as Hopper's
+//   FP8 wants.
+// So cuBLAS's m is our n (features, must fill 16-byte rows) and its n is our m (tokens,
+// unconstrained).
 //
-// Guards for cuBLASLt 13.1: own alignment and extent checks; scale addresses on 16 bytes; no scale for C; split-K
-// candidates whose splits do not divide k are dropped; the heuristic is never asked while a stream is capturing.
+// Guards for cuBLASLt 13.1: own alignment and extent checks; scale addresses on 16 bytes; no scale
+// for C; split-K candidates whose splits do not divide k are dropped; the heuristic is never asked
+// while a stream is capturing.
 #include "matmul/lt_matmul.h"
 
 #include <cublasLt.h>
@@ -146,8 +150,8 @@ bool is_safe(const cublasLtMatmulHeuristicResult_t& result, int64_t k) {
   return status == CUBLAS_STATUS_SUCCESS && (splits <= 1 || k % splits == 0);
 }
 
-// The heuristic's first safe candidate. Asking for one costs a few microseconds, for eight a hundred: so eight
-// only when the first one will not do.
+// The heuristic's first safe candidate. Asking for one costs a few microseconds, for eight a
+// hundred: so eight only when the first one will not do.
 bool choose_algorithm(cublasLtHandle_t handle, const MatmulArgs& args, LtPlan& lt,
                       size_t& workspace_bytes) {
   cublasLtMatmulPreferenceOpaque_t preference = make_preference(args);
@@ -155,9 +159,10 @@ bool choose_algorithm(cublasLtHandle_t handle, const MatmulArgs& args, LtPlan& l
   for (const int wanted : {1, static_cast<int>(results.size())}) {
     int found = 0;
     const cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(handle, &lt.desc, &lt.a, &lt.b, &lt.out, &lt.out, &preference,
-                                       wanted, results.data(), &found);
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return false;
+        cublasLtMatmulAlgoGetHeuristic(handle, &lt.desc, &lt.a, &lt.b, &lt.out, &lt.out,
+                                       &preference, wanted, results.data(), &found);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE)
+      return false;
     FP8_LT_CHECK(status, args);
     for (int i = 0; i < found; ++i) {
       if (!is_safe(results[i], args.k)) continue;
@@ -197,8 +202,8 @@ bool is_capturing(Stream stream) {
 std::string describe(const MatmulArgs& args) {
   const auto number = [](int64_t value) { return std::to_string(value); };
   return "matmul m=" + number(args.m) + " n=" + number(args.n) + " k=" + number(args.k) +
-         " lda=" + number(args.lda) + " ldb=" + number(args.ldb) + " ldo=" + number(args.ldo) + " a=" +
-         dtype_name(args.a_dtype) + " b=" + dtype_name(args.b_dtype) +
+         " lda=" + number(args.lda) + " ldb=" + number(args.ldb) + " ldo=" + number(args.ldo) +
+         " a=" + dtype_name(args.a_dtype) + " b=" + dtype_name(args.b_dtype) +
          " out=" + dtype_name(args.out_dtype) +
          (args.granularity == Granularity::kRowwise ? " rowwise" : " tensorwise") +
          (args.bias != nullptr ? std::string(" bias=") + dtype_name(args.bias_dtype) : "") +
@@ -210,8 +215,8 @@ bool lt_supports(const MatmulArgs& args, int capability) {
   const int64_t out_bytes = dtype_bytes(args.out_dtype);
   const bool formats = is_fp8(args.a_dtype) && is_fp8(args.b_dtype) && !is_fp8(args.out_dtype) &&
                        !(args.a_dtype == Dtype::kE5M2 && args.b_dtype == Dtype::kE5M2);
-  const bool device = args.granularity == Granularity::kTensorwise ? capability >= 89
-                                                                   : capability == 90;
+  const bool device =
+      args.granularity == Granularity::kTensorwise ? capability >= 89 : capability == 90;
   const bool extents = args.m > 0 && args.n > 0 && args.k > 0 && args.k % 16 == 0 &&
                        args.lda % 16 == 0 && args.ldb % 16 == 0 && args.n * out_bytes % 16 == 0 &&
                        args.ldo * out_bytes % 16 == 0 && args.lda < kMaxRowBytes &&
@@ -219,10 +224,9 @@ bool lt_supports(const MatmulArgs& args, int capability) {
   const bool aligned = alignment_of(args.a) >= 16 && alignment_of(args.b) >= 16 &&
                        alignment_of(args.out) >= 16 && alignment_of(args.scale_a) >= 16 &&
                        alignment_of(args.scale_b) >= 16;
-  const Dtype bias_dtype =
-      args.out_dtype == Dtype::kFloat16 ? Dtype::kFloat16 : Dtype::kBFloat16;
-  const bool bias = args.bias == nullptr ||
-                    (args.bias_dtype == bias_dtype && !args.accumulate && alignment_of(args.bias) >= 16);
+  const Dtype bias_dtype = args.out_dtype == Dtype::kFloat16 ? Dtype::kFloat16 : Dtype::kBFloat16;
+  const bool bias = args.bias == nullptr || (args.bias_dtype == bias_dtype && !args.accumulate &&
+                                             alignment_of(args.bias) >= 16);
   return formats && device && extents && aligned && bias;
 }
 
@@ -260,9 +264,9 @@ void run_matmul(const MatmulPlan& plan, const MatmulArgs& args, void* workspace,
   const float alpha = 1.0F;
   const float beta = args.accumulate ? 1.0F : 0.0F;
   // C is out itself: read for beta = 1, ignored for beta = 0. It never has a scale.
-  FP8_LT_CHECK(cublasLtMatmul(handle_of(current_device().index, args), &lt.desc, &alpha, args.b, &lt.a,
-                              args.a, &lt.b, &beta, args.out, &lt.out, args.out, &lt.out, &lt.algo,
-                              workspace, plan.workspace_bytes, stream),
+  FP8_LT_CHECK(cublasLtMatmul(handle_of(current_device().index, args), &lt.desc, &alpha, args.b,
+                              &lt.a, args.a, &lt.b, &beta, args.out, &lt.out, args.out, &lt.out,
+                              &lt.algo, workspace, plan.workspace_bytes, stream),
                args);
 }
 
@@ -270,7 +274,8 @@ PlanCacheInfo plan_cache_info() {
   Cache& cache = Cache::instance();
   const auto info = cache.plans.info();
   return {static_cast<int64_t>(info.size), static_cast<int64_t>(info.capacity),
-          static_cast<int64_t>(info.hits), static_cast<int64_t>(info.misses), cache.fallbacks.load()};
+          static_cast<int64_t>(info.hits), static_cast<int64_t>(info.misses),
+          cache.fallbacks.load()};
 }
 
 void plan_cache_clear() {

@@ -10,8 +10,8 @@ namespace fp8::core {
 // The problem in one line, for messages.
 std::string describe(const MatmulArgs& args);
 
-// Whether cuBLASLt takes the problem at all on a device of this compute capability (90 for 9.0): formats, extents,
-// alignments. Host logic, tested on any machine.
+// Whether cuBLASLt takes the problem at all on a device of this compute capability (90 for 9.0):
+// formats, extents, alignments. Host logic, tested on any machine.
 bool lt_supports(const MatmulArgs& args, int capability);
 
 }  // namespace fp8::core

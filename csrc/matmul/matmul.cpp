@@ -1,6 +1,7 @@
-// Chooses how an FP8 matmul runs: cuBLASLt with scales, bias and accumulation in its epilogue; with padded rows of
-// out where they are no multiple of 16 bytes; or, where cuBLASLt has no algorithm, by a high-precision matmul of the
-// codes (exact in bf16) that gives the same values up to the order of accumulation. The CPU does the latter too.
+// Chooses how an FP8 matmul runs: cuBLASLt with scales, bias and accumulation in its epilogue; with
+// padded rows of out where they are no multiple of 16 bytes; or, where cuBLASLt has no algorithm,
+// by a high-precision matmul of the codes (exact in bf16) that gives the same values up to the
+// order of accumulation. The CPU does the latter too.
 #include "matmul/matmul.h"
 
 #include <ATen/ATen.h>
@@ -72,9 +73,10 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
   const auto fills_rows = [&](at::ScalarType dtype) {
     return n * static_cast<int64_t>(c10::elementSize(dtype)) % 16 == 0;
   };
-  // cuBLASLt adds to `into` itself only if it can write there; else the product is made in fp32 and added.
-  const bool direct = into.defined() && fills_rows(options.out_dtype) && into.is_contiguous() &&
-                      on_16_bytes(into);
+  // cuBLASLt adds to `into` itself only if it can write there; else the product is made in fp32 and
+  // added.
+  const bool direct =
+      into.defined() && fills_rows(options.out_dtype) && into.is_contiguous() && on_16_bytes(into);
   const at::ScalarType out_dtype = into.defined() && !direct ? at::kFloat : options.out_dtype;
   const int64_t padded_n = fills_rows(out_dtype) ? n : pad16(n);
 
@@ -87,8 +89,7 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
     bias = bias.clone(at::MemoryFormat::Contiguous);
   }
 
-  at::Tensor out =
-      direct ? into : at::empty({a.rows, padded_n}, a.data.options().dtype(out_dtype));
+  at::Tensor out = direct ? into : at::empty({a.rows, padded_n}, a.data.options().dtype(out_dtype));
   const core::MatmulArgs args{.m = a.rows,
                               .n = padded_n,
                               .k = a.data.size(1),
@@ -114,10 +115,11 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
 
   at::Tensor workspace;
   if (plan.workspace_bytes > 0) {
-    workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)},
-                          a.data.options().dtype(at::kByte));
+    workspace =
+        at::empty({static_cast<int64_t>(plan.workspace_bytes)}, a.data.options().dtype(at::kByte));
   }
-  core::run_matmul(plan, args, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream);
+  core::run_matmul(plan, args, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
+                   stream);
   if (direct) return into;
   if (padded_n != n) out = out.narrow(1, 0, n).contiguous();
   if (bias.defined() && !fused_bias) out.add_(bias);

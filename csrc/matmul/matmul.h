@@ -9,8 +9,8 @@
 
 namespace fp8 {
 
-// A quantized operand in a padded storage, as quantize_matrix makes it: data [>= rows, k] contiguous with k a
-// multiple of 16 and zeros where there is no matrix.
+// A quantized operand in a padded storage, as quantize_matrix makes it: data [>= rows, k]
+// contiguous with k a multiple of 16 and zeros where there is no matrix.
 struct Operand {
   const at::Tensor& data;
   const at::Tensor& scale;  // [] tensorwise, [>= rows] rowwise
@@ -21,13 +21,14 @@ struct MatmulOptions {
   core::Granularity granularity = core::Granularity::kTensorwise;
   at::ScalarType out_dtype = at::kBFloat16;
   bool fast_accum = true;
-  at::Tensor bias = {};        // [b.rows], optional
-  at::Tensor accumulate = {};  // [a.rows, b.rows] in out_dtype, optional: the product is added to it
+  at::Tensor bias = {};  // [b.rows], optional
+  at::Tensor accumulate =
+      {};  // [a.rows, b.rows] in out_dtype, optional: the product is added to it
 };
 
-// out[i, j] = sum_k a[i, k] b[j, k] * scale_a * scale_b (+ bias[j]): [a.rows, b.rows] contiguous, or
-// options.accumulate. Where b.rows * out_dtype's size is no multiple of 16 bytes, b.data (and a rowwise scale of b)
-// must have pad16(b.rows) rows. Extents must be positive.
+// out[i, j] = sum_k a[i, k] b[j, k] * scale_a * scale_b (+ bias[j]): [a.rows, b.rows] contiguous,
+// or options.accumulate. Where b.rows * out_dtype's size is no multiple of 16 bytes, b.data (and a
+// rowwise scale of b) must have pad16(b.rows) rows. Extents must be positive.
 at::Tensor matmul(const Operand& a, const Operand& b, const MatmulOptions& options);
 
 }  // namespace fp8

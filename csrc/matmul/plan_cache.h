@@ -1,6 +1,6 @@
-// A bounded map from problem to plan that forgets the least recently used one. Thread-safe: plans go in and out
-// by value, so nothing a caller holds can be changed or freed by another thread.
-// Host logic: no CUDA, tested on any machine.
+// A bounded map from problem to plan that forgets the least recently used one. Thread-safe: plans
+// go in and out by value, so nothing a caller holds can be changed or freed by another thread. Host
+// logic: no CUDA, tested on any machine.
 #pragma once
 
 #include <algorithm>

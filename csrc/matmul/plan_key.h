@@ -1,5 +1,5 @@
-// What a matmul plan depends on, and nothing else: two calls with equal keys run the same algorithm.
-// Host logic: no CUDA, tested on any machine.
+// What a matmul plan depends on, and nothing else: two calls with equal keys run the same
+// algorithm. Host logic: no CUDA, tested on any machine.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 
 namespace fp8::core {
 
-// The largest power of two up to 256 that divides an address: what cuBLASLt's heuristic wants to know.
+// The largest power of two up to 256 that divides an address: what cuBLASLt's heuristic wants to
+// know.
 inline uint32_t alignment_of(const void* pointer) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   return address == 0 ? 256U : 1U << std::min(std::countr_zero(address), 8);

@@ -1,12 +1,13 @@
 // Second pass over x: cast to FP8, row-major, transposed, or both.
 //
-// A block of 256 threads casts 128 x 64 tiles of x, a few one below the other. A thread reads four rows by eight
-// columns (16-byte loads of bf16), writes its eight codes of each row, turns the 4 x 8 bytes by byte permutes into
-// eight words of four rows each, and exchanges them through shared memory, so that the transposed tile leaves as
-// 128-byte rows. Shared memory holds a word per column and row group at [column][row group ^ 4 * (column / 8)]:
-// free of bank conflicts for the 4-byte writes and the 16-byte reads, without padding.
-// Strips are taken from the bottom up: the first pass ended there, so part of x is still in L2.
-// Bound by bandwidth: 2 + 1 + 1 bytes an element.
+// A block of 256 threads casts 128 x 64 tiles of x, a few one below the other. A thread reads four
+// rows by eight columns (16-byte loads of bf16), writes its eight codes of each row, turns the 4 x
+// 8 bytes by byte permutes into eight words of four rows each, and exchanges them through shared
+// memory, so that the transposed tile leaves as 128-byte rows. Shared memory holds a word per
+// column and row group at [column][row group ^ 4 * (column / 8)]: free of bank conflicts for the
+// 4-byte writes and the 16-byte reads, without padding. Strips are taken from the bottom up: the
+// first pass ended there, so part of x is still in L2. Bound by bandwidth: 2 + 1 + 1 bytes an
+// element.
 #include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
@@ -75,15 +76,17 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
   return group.quant_multiplier;
 }
 
-// quant_multipliers of columns [col0, col0 + 64) into `multiplier`; `writes_scale` blocks store scale_t too.
-__device__ __forceinline__ void column_multipliers(const CastParams& p, int64_t col0, float format_max,
-                                                   bool writes_scale, uint32_t* partial,
-                                                   float* multiplier) {
+// quant_multipliers of columns [col0, col0 + 64) into `multiplier`; `writes_scale` blocks store
+// scale_t too.
+__device__ __forceinline__ void column_multipliers(const CastParams& p, int64_t col0,
+                                                   float format_max, bool writes_scale,
+                                                   uint32_t* partial, float* multiplier) {
   const int column = threadIdx.x % kTileCols;
   const int part0 = threadIdx.x / kTileCols;
   const int64_t col = col0 + column;
   uint32_t bits = 0;
   if (col < p.cols) {
+#pragma unroll 4
     for (int64_t part = part0; part < p.col_parts; part += kThreads / kTileCols) {
       bits = max(bits, __ldg(p.col_amax + part * p.cols + col));
     }
@@ -92,7 +95,8 @@ __device__ __forceinline__ void column_multipliers(const CastParams& p, int64_t 
   __syncthreads();
   if (threadIdx.x < kTileCols) {
 #pragma unroll
-    for (int i = 1; i < kThreads / kTileCols; ++i) bits = max(bits, partial[i * kTileCols + column]);
+    for (int i = 1; i < kThreads / kTileCols; ++i)
+      bits = max(bits, partial[i * kTileCols + column]);
     const GroupScale group = scale_from_amax(bits, format_max);
     multiplier[column] = group.quant_multiplier;
     if (writes_scale && col < p.data_t.rows) p.scale_t[col] = group.scale;
@@ -100,7 +104,8 @@ __device__ __forceinline__ void column_multipliers(const CastParams& p, int64_t 
 }
 
 // Sums of columns [col0, col0 + 64) over the row chunks, in a fixed order.
-__device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t col0, float* partial) {
+__device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t col0,
+                                                   float* partial) {
   const int column = threadIdx.x % kTileCols;
   const int64_t col = col0 + column;
   float sum = 0.0F;
@@ -119,12 +124,27 @@ __device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t 
   }
 }
 
-// Blocks to a multiprocessor: enough loads in flight to saturate memory, few enough that no register spills.
+// Blocks to a multiprocessor: enough loads in flight to saturate memory, few enough that no
+// register spills.
 template <typename T, Granularity kGranularity>
 constexpr int kMinBlocks = sizeof(T) == 4 || kGranularity == Granularity::kRowwise ? 3 : 5;
 
+// amax of the tile's row that this thread looks after; the first 128 threads have one.
+__device__ __forceinline__ uint32_t row_amax_bits(const CastParams& p, int64_t tile) {
+  const int64_t row = tile * kTileRows + threadIdx.x;
+  uint32_t bits = 0;
+  if (threadIdx.x < kTileRows && row < p.rows) {
+#pragma unroll 4
+    for (int64_t part = 0; part < p.row_parts; ++part) {
+      bits = max(bits, __ldg(p.row_amax + part * p.rows + row));
+    }
+  }
+  return bits;
+}
+
 template <typename T, typename Format, Granularity kGranularity, bool kData, bool kDataT>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>) cast_kernel(const CastParams p) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
+    cast_kernel(const CastParams p) {
   constexpr bool kRowwise = kGranularity == Granularity::kRowwise;
   __shared__ alignas(16) uint32_t turned[kDataT ? kTileCols * kGroups : 1];
   __shared__ alignas(16) uint32_t scratch[kThreads];
@@ -152,6 +172,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>) cast_ke
   Vec8<T> v[kRowsPerThread];
   load_tile(tile_begin, v);
 
+  [[maybe_unused]] uint32_t row_bits = 0;
+  if constexpr (kRowwise && kData) row_bits = row_amax_bits(p, tile_begin);
+
   float m[8];
   if constexpr (!kRowwise) {
     const float multiplier = tensor_multiplier(p, Format::kMax, scratch);
@@ -171,13 +194,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>) cast_ke
       __syncthreads();  // the previous tile's readers are done
       if (threadIdx.x < kTileRows) {
         const int64_t row = tile_row + threadIdx.x;
-        uint32_t bits = 0;
-        if (row < p.rows) {
-          for (int64_t part = 0; part < p.row_parts; ++part) {
-            bits = max(bits, __ldg(p.row_amax + part * p.rows + row));
-          }
-        }
-        const GroupScale row_group = scale_from_amax(bits, Format::kMax);
+        const GroupScale row_group = scale_from_amax(row_bits, Format::kMax);
         row_multiplier[threadIdx.x] = row_group.quant_multiplier;
         if (tile_col == 0 && row < p.data.rows) p.scale[row] = row_group.scale;
       }
@@ -212,7 +229,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>) cast_ke
         codes[r] = keep_first(encode8<T, Format>(v[r], m), valid);
       }
     }
-    if (tile + 1 < tile_end) load_tile(tile + 1, v);
+    if (tile + 1 < tile_end) {
+      load_tile(tile + 1, v);
+      if constexpr (kRowwise && kData) row_bits = row_amax_bits(p, tile + 1);
+    }
 
     if constexpr (kDataT) {
       uint32_t words[8];

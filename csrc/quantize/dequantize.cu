@@ -1,7 +1,7 @@
 // data * scale, elementwise, from any strides of data and scale to a contiguous matrix.
 //
-// Rows of whole 8-byte groups with one scale each, the usual case, go eight elements a thread; anything else goes one
-// element a thread. Bound by bandwidth: 1 + 2 bytes an element (bf16).
+// Rows of whole 8-byte groups with one scale each, the usual case, go eight elements a thread;
+// anything else goes one element a thread. Bound by bandwidth: 1 + 2 bytes an element (bf16).
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
 
@@ -29,7 +29,8 @@ template <typename T, typename Format>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeArgs p) {
   const int64_t count = p.rows * p.cols;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += step) {
     const int64_t row = i / p.cols;
     const int64_t col = i % p.cols;
     const uint8_t code =
@@ -74,14 +75,15 @@ void dequantize(const DequantizeArgs& args, Stream stream) {
     dispatch_format(args.dtype, [&](auto format) {
       using T = typename decltype(output)::type;
       using Format = typename decltype(format)::type;
-      const bool by_rows = args.col_stride == 1 && args.scale_col_stride == 0 && args.cols % 8 == 0 &&
-                           args.row_stride % 8 == 0 &&
+      const bool by_rows = args.col_stride == 1 && args.scale_col_stride == 0 &&
+                           args.cols % 8 == 0 && args.row_stride % 8 == 0 &&
                            reinterpret_cast<uintptr_t>(args.data) % 8 == 0 &&
                            reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
       const int64_t threads = args.rows * args.cols / (by_rows ? 8 : 1);
-      const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(threads, kThreads), 65536 * 16));
-      launch(by_rows ? dequantize_rows_kernel<T, Format> : dequantize_kernel<T, Format>, blocks, kThreads,
-             stream, args);
+      const auto blocks =
+          static_cast<unsigned>(std::min<int64_t>(ceil_div(threads, kThreads), 65536 * 16));
+      launch(by_rows ? dequantize_rows_kernel<T, Format> : dequantize_kernel<T, Format>, blocks,
+             kThreads, stream, args);
     });
   });
 }

@@ -1,4 +1,5 @@
-// From run-time types to template arguments, and the one way in which this library launches a kernel.
+// From run-time types to template arguments, and the one way in which this library launches a
+// kernel.
 #pragma once
 
 #include <utility>

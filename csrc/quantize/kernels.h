@@ -1,4 +1,5 @@
-// What the quantize kernels take, and their launchers. Internal to fp8_core; the entry is core::quantize.
+// What the quantize kernels take, and their launchers. Internal to fp8_core; the entry is
+// core::quantize.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,11 +11,11 @@
 
 namespace fp8::core {
 
-// First pass: partial results of each block, in fixed places, so that nothing is zeroed and nothing is atomic.
-// amax as the bits of a non-negative float.
+// First pass: partial results of each block, in fixed places, so that nothing is zeroed and nothing
+// is atomic. amax as the bits of a non-negative float.
 struct StatisticsParams {
-  const void* x;         // [rows, cols]
-  bool vectorized;       // rows start on 16-byte boundaries
+  const void* x;    // [rows, cols]
+  bool vectorized;  // rows start on 16-byte boundaries
   StatisticsPlan plan;
   uint32_t* tensor_amax;  // [row_chunks * col_tiles], or nullptr
   uint32_t* row_amax;     // [col_tiles, rows], or nullptr

@@ -1,5 +1,5 @@
-// Memory and device of a quantization: allocates the padded destinations, then hands raw pointers to the CUDA
-// kernels (fp8_core) or the CPU kernels, which take the same arguments.
+// Memory and device of a quantization: allocates the padded destinations, then hands raw pointers
+// to the CUDA kernels (fp8_core) or the CPU kernels, which take the same arguments.
 #include "quantize/quantize.h"
 
 #include <ATen/ATen.h>
@@ -21,7 +21,8 @@ QuantizedMatrix quantize_empty(const at::Tensor& x, const QuantizeRequest& reque
   if (request.data) result.data = at::zeros({pad16(rows), pad16(cols)}, fp8_options);
   if (request.data_t) result.data_t = at::zeros({pad16(cols), pad16(rows)}, fp8_options);
   if (!rowwise) {
-    result.scale = request.static_scale.defined() ? request.static_scale.clone() : at::ones({}, fp32);
+    result.scale =
+        request.static_scale.defined() ? request.static_scale.clone() : at::ones({}, fp32);
     if (request.keep_amax) result.amax = at::zeros({}, fp32);
   } else {
     if (request.data) result.scale = at::ones({pad16(rows)}, fp32);
@@ -103,7 +104,8 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
 #endif
 }
 
-at::Tensor dequantize_matrix(const at::Tensor& data, const at::Tensor& scale, at::ScalarType dtype) {
+at::Tensor dequantize_matrix(const at::Tensor& data, const at::Tensor& scale,
+                             at::ScalarType dtype) {
   at::Tensor out = at::empty(data.sizes(), data.options().dtype(dtype));
   if (out.numel() == 0) return out;
   const core::DequantizeArgs args{.data = data.const_data_ptr(),

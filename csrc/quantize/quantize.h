@@ -30,7 +30,8 @@ struct QuantizedMatrix {
   at::Tensor column_sum;  // [cols]
 };
 
-// x: [rows, cols] from as_matrix, on the CPU or a CUDA device. An empty x gives zeros and scales of 1.
+// x: [rows, cols] from as_matrix, on the CPU or a CUDA device. An empty x gives zeros and scales
+// of 1.
 QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& request);
 
 // data * scale with fp8 data of any strides and a broadcastable scale, both as matrices.

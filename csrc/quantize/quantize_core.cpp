@@ -27,8 +27,7 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, int sm_count) {
   QuantizePlan plan;
   const bool rowwise = a.granularity == Granularity::kRowwise;
   plan.one_pass = rowwise && a.data_t.data == nullptr;
-  plan.statistics =
-      rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr;
+  plan.statistics = rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr;
   if (!plan.statistics) return plan;
   plan.row_amax = rowwise && a.data.data != nullptr;
   plan.col_amax = rowwise;
@@ -82,8 +81,9 @@ void quantize(const QuantizeArgs& args, Stream stream) {
   const bool vectorized = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                           (args.rows == 1 || args.ld * dtype_bytes(args.x_dtype) % 16 == 0);
   if (plan.one_pass) {
-    const RowwiseParams params{args.x,  args.rows, args.cols, args.ld, vectorized,
-                               plan_rowwise(args.data.ld), args.data, args.scale};
+    const RowwiseParams params{args.x,    args.rows,  args.cols,
+                               args.ld,   vectorized, plan_rowwise(args.data.ld),
+                               args.data, args.scale};
     return launch_rowwise(params, args.x_dtype, args.dtype, stream);
   }
 

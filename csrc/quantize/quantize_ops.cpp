@@ -1,5 +1,5 @@
-// The public quantize ops: what they accept (check_*), what they return (meta), and their CPU and CUDA kernels,
-// which share everything but the device.
+// The public quantize ops: what they accept (check_*), what they return (meta), and their CPU and
+// CUDA kernels, which share everything but the device.
 #include "quantize/quantize_ops.h"
 
 #include <ATen/ATen.h>
@@ -17,19 +17,21 @@ using Dtype = std::optional<at::ScalarType>;
 // Returns the FP8 dtype that is meant.
 at::ScalarType check_quantize(const char* op, const at::Tensor& x, Dtype dtype) {
   FP8_CHECK_HIGH_PRECISION(op, "x", x);
-  TORCH_CHECK_VALUE(x.dim() >= 1, "fp8::", op, ": expected x of at least one dimension, got a scalar");
+  FP8_CHECK_VALUE(x.dim() >= 1, "fp8::", op,
+                  ": expected x of at least one dimension, got a scalar");
   const at::ScalarType format = dtype.value_or(at::kFloat8_e4m3fn);
-  TORCH_CHECK_TYPE(is_fp8(format), "fp8::", op,
-                   ": expected dtype float8_e4m3fn or float8_e5m2, got ", format);
+  FP8_CHECK_TYPE(is_fp8(format), "fp8::", op, ": expected dtype float8_e4m3fn or float8_e5m2, got ",
+                 format);
   return format;
 }
 
-void check_static_scale(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& scale) {
+void check_static_scale(const char* op, const at::Tensor& x,
+                        const std::optional<at::Tensor>& scale) {
   if (!scale) return;
-  TORCH_CHECK_TYPE(scale->scalar_type() == at::kFloat, "fp8::", op,
-                   ": expected scale in float32, got ", scale->scalar_type());
-  TORCH_CHECK_VALUE(scale->sym_numel() == 1, "fp8::", op,
-                    ": expected scale of one element, got shape ", scale->sym_sizes());
+  FP8_CHECK_TYPE(scale->scalar_type() == at::kFloat, "fp8::", op,
+                 ": expected scale in float32, got ", scale->scalar_type());
+  FP8_CHECK_VALUE(scale->sym_numel() == 1, "fp8::", op,
+                  ": expected scale of one element, got shape ", scale->sym_sizes());
   FP8_CHECK_SAME_DEVICE(op, "scale", *scale, "x", x);
 }
 
@@ -60,9 +62,8 @@ at::Tensor row_scale_view(const at::Tensor& scale, const at::Tensor& x) {
 
 QuantizedMatrix run(const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity,
                     bool transpose, const std::optional<at::Tensor>& scale) {
-  QuantizeRequest request{.dtype = check_quantize(op, x, dtype),
-                          .granularity = granularity,
-                          .data_t = transpose};
+  QuantizeRequest request{
+      .dtype = check_quantize(op, x, dtype), .granularity = granularity, .data_t = transpose};
   check_static_scale(op, x, scale);
   if (scale) request.static_scale = scale->reshape({});
   const c10::DeviceGuard guard(x.device());
@@ -72,7 +73,8 @@ QuantizedMatrix run(const char* op, const at::Tensor& x, Dtype dtype, Granularit
 // --- fake tensors ---
 
 at::Tensor meta_padded(const at::Tensor& x, c10::SymIntArrayRef sizes, at::ScalarType dtype) {
-  return at::empty_strided_symint(sizes, padded_strides<c10::SymInt>(sizes), x.options().dtype(dtype));
+  return at::empty_strided_symint(sizes, padded_strides<c10::SymInt>(sizes),
+                                  x.options().dtype(dtype));
 }
 
 at::Tensor meta_transposed(const at::Tensor& x, at::ScalarType dtype) {
@@ -142,9 +144,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
     const at::Tensor& x, Dtype dtype) {
   const auto format = check_quantize("quantize_rowwise_transpose", x, dtype);
-  const at::Tensor scale_t =
-      at::empty_symint({x.sym_size(-1), 1}, x.options().dtype(at::kFloat));
-  return {meta_padded(x, x.sym_sizes(), format), meta_transposed(x, format), meta_row_scale(x), scale_t};
+  const at::Tensor scale_t = at::empty_symint({x.sym_size(-1), 1}, x.options().dtype(at::kFloat));
+  return {meta_padded(x, x.sym_sizes(), format), meta_transposed(x, format), meta_row_scale(x),
+          scale_t};
 }
 
 }  // namespace meta
@@ -156,8 +158,8 @@ namespace {
 // Returns the dtype that is meant.
 at::ScalarType check_dequantize(const at::Tensor& data, const at::Tensor& scale, Dtype dtype) {
   FP8_CHECK_FP8("dequantize", "data", data);
-  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat,
-                   "fp8::dequantize: expected scale in float32, got ", scale.scalar_type());
+  FP8_CHECK_TYPE(scale.scalar_type() == at::kFloat,
+                 "fp8::dequantize: expected scale in float32, got ", scale.scalar_type());
   FP8_CHECK_SAME_DEVICE("dequantize", "scale", scale, "data", data);
   bool matches = scale.dim() == 0;
   if (scale.dim() == data.dim() && data.dim() >= 1) {
@@ -166,13 +168,14 @@ at::ScalarType check_dequantize(const at::Tensor& data, const at::Tensor& scale,
       matches = matches && scale.sym_size(i) == data.sym_size(i);
     }
   }
-  TORCH_CHECK_VALUE(matches,
-                    "fp8::dequantize: expected scale of shape [] (tensorwise) or data.shape[:-1] + [1] "
-                    "(rowwise), got data=",
-                    data.sym_sizes(), ", scale=", scale.sym_sizes());
+  FP8_CHECK_VALUE(
+      matches,
+      "fp8::dequantize: expected scale of shape [] (tensorwise) or data.shape[:-1] + [1] "
+      "(rowwise), got data=",
+      data.sym_sizes(), ", scale=", scale.sym_sizes());
   const at::ScalarType out = dtype.value_or(at::kBFloat16);
-  TORCH_CHECK_TYPE(is_high_precision(out),
-                   "fp8::dequantize: expected dtype bfloat16, float16 or float32, got ", out);
+  FP8_CHECK_TYPE(is_high_precision(out),
+                 "fp8::dequantize: expected dtype bfloat16, float16 or float32, got ", out);
   return out;
 }
 

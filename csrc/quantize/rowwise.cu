@@ -1,8 +1,8 @@
 // Rowwise quantization in one pass: a row is read once into registers, its amax reduced, and cast.
 //
-// threads_per_row threads (32 to 512) hold a row as up to 8 vectors of 8 elements each; small rows share a block.
-// A row longer than 512 * 8 * 8 elements does not fit and is read twice, the second time mostly from L2.
-// Bound by bandwidth: 2 + 1 bytes an element.
+// threads_per_row threads (32 to 512) hold a row as up to 8 vectors of 8 elements each; small rows
+// share a block. A row longer than 512 * 8 * 8 elements does not fit and is read twice, the second
+// time mostly from L2. Bound by bandwidth: 2 + 1 bytes an element.
 #include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(512, 1) rowwise_kernel(const RowwiseParams p) 
 template <typename T, typename Format>
 void launch_typed(const RowwiseParams& params, cudaStream_t stream) {
   const int threads = params.plan.threads_per_row * params.plan.rows_per_block;
-  const auto blocks =
-      static_cast<unsigned>(ceil_div(params.data.rows, params.plan.rows_per_block));
+  const auto blocks = static_cast<unsigned>(ceil_div(params.data.rows, params.plan.rows_per_block));
   switch (params.plan.vectors_per_thread) {
     case 1:
       return launch(rowwise_kernel<T, Format, 1>, blocks, threads, stream, params);

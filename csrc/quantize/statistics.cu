@@ -1,10 +1,12 @@
-// First pass over x: maxima of |x| over the tensor, its rows or its columns, and sums of its columns.
+// First pass over x: maxima of |x| over the tensor, its rows or its columns, and sums of its
+// columns.
 //
-// A block of 8 warps owns rows_per_chunk rows by 1024 columns. A warp takes every eighth row of them and reads
-// it with four 16-byte loads a lane (bf16), so each lane keeps its 32 columns to itself: column results need no
-// shuffles until the end, when the 8 warps meet in shared memory. Bound by bandwidth: 2 bytes an element.
-// Results are partial (one a block and row, column or block) and go to fixed places: no zeroing, no atomics, the
-// same bits on every run. The cast pass reduces them.
+// A block of 8 warps owns rows_per_chunk rows by 1024 columns. A warp takes every eighth row of
+// them and reads it with four 16-byte loads a lane (bf16), so each lane keeps its 32 columns to
+// itself: column results need no shuffles until the end, when the 8 warps meet in shared memory.
+// Bound by bandwidth: 2 bytes an element. Results are partial (one a block and row, column or
+// block) and go to fixed places: no zeroing, no atomics, the same bits on every run. The cast pass
+// reduces them.
 #include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
@@ -52,7 +54,8 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsPa
     }
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if constexpr ((kWhat & (kTensorAmax | kColAmax)) != 0) amax[kPerColumnAmax ? i : 0].update(v[i]);
+      if constexpr ((kWhat & (kTensorAmax | kColAmax)) != 0)
+        amax[kPerColumnAmax ? i : 0].update(v[i]);
       if constexpr (kPerColumnSum) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum[i * 8 + j] += v[i].get(j);

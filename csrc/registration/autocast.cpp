@@ -1,4 +1,5 @@
-// Autocast: inside torch.autocast, fused_linear takes x, weight and bias in the autocast dtype, as F.linear does.
+// Autocast: inside torch.autocast, fused_linear takes x, weight and bias in the autocast dtype, as
+// F.linear does.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 

@@ -1,5 +1,5 @@
-// What torch.compile makes of the one in-place op: out of place, then `out` replaced. PyTorch derives this for its own
-// ops only; a custom op that returns the tensor it writes brings its own.
+// What torch.compile makes of the one in-place op: out of place, then `out` replaced. PyTorch
+// derives this for its own ops only; a custom op that returns the tensor it writes brings its own.
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>

@@ -1,5 +1,5 @@
-// Every schema, then one table per dispatch key. The contract of each op is in fp8/ops.h; dtype None means
-// float8_e4m3fn where an op quantizes and bfloat16 where it returns high precision.
+// Every schema, then one table per dispatch key. The contract of each op is in fp8/ops.h; dtype
+// None means float8_e4m3fn where an op quantizes and bfloat16 where it returns high precision.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -9,29 +9,47 @@
 
 TORCH_LIBRARY(fp8, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  m.def("quantize_tensorwise(Tensor x, ScalarType? dtype=None, Tensor? scale=None)"
-        " -> (Tensor data, Tensor scale)", tags);
+  m.def(
+      "quantize_tensorwise(Tensor x, ScalarType? dtype=None, Tensor? scale=None)"
+      " -> (Tensor data, Tensor scale)",
+      tags);
   m.def("quantize_rowwise(Tensor x, ScalarType? dtype=None) -> (Tensor data, Tensor scale)", tags);
-  m.def("quantize_tensorwise_transpose(Tensor x, ScalarType? dtype=None, Tensor? scale=None)"
-        " -> (Tensor data, Tensor data_t, Tensor scale)", tags);
-  m.def("quantize_rowwise_transpose(Tensor x, ScalarType? dtype=None)"
-        " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)", tags);
+  m.def(
+      "quantize_tensorwise_transpose(Tensor x, ScalarType? dtype=None, Tensor? scale=None)"
+      " -> (Tensor data, Tensor data_t, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_rowwise_transpose(Tensor x, ScalarType? dtype=None)"
+      " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
+      tags);
   m.def("dequantize(Tensor data, Tensor scale, ScalarType? dtype=None) -> Tensor", tags);
-  m.def("scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None,"
-        " ScalarType? out_dtype=None, bool fast_accum=True) -> Tensor", tags);
-  m.def("scaled_mm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b,"
-        " bool fast_accum=False) -> Tensor(a!)", tags);
-  m.def("fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\")"
-        " -> Tensor", tags);
-  // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what fused_linear is
-  // differentiated through.
-  m.def("_scaled_mm_accumulate(Tensor out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b,"
-        " bool fast_accum) -> Tensor", tags);
-  m.def("_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
-        " bool save_weight_amax) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)", tags);
-  m.def("_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
-        " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
-        " bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)", tags);
+  m.def(
+      "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None,"
+      " ScalarType? out_dtype=None, bool fast_accum=True) -> Tensor",
+      tags);
+  m.def(
+      "scaled_mm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b,"
+      " bool fast_accum=False) -> Tensor(a!)",
+      tags);
+  m.def(
+      "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\")"
+      " -> Tensor",
+      tags);
+  // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what
+  // fused_linear is differentiated through.
+  m.def(
+      "_scaled_mm_accumulate(Tensor out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b,"
+      " bool fast_accum) -> Tensor",
+      tags);
+  m.def(
+      "_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
+      " bool save_weight_amax) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
+      tags);
+  m.def(
+      "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
+      " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
+      " bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      tags);
 }
 
 namespace {

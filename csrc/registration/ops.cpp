@@ -1,4 +1,5 @@
-// The typed C++ functions of fp8/ops.h: each looks its operator up once and calls it through the dispatcher.
+// The typed C++ functions of fp8/ops.h: each looks its operator up once and calls it through the
+// dispatcher.
 #include "fp8/ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -1,13 +1,13 @@
 // fp8/core.h: the library without LibTorch. Quantize kernels and cuBLASLt matmuls on raw pointers.
 //
-// Nothing here allocates device memory, synchronizes, or knows a torch header: the caller brings memory,
-// workspace and stream. Every function that launches work acts on the current CUDA device, which must own
-// the pointers and the stream. Failures throw fp8::core::Error (a std::runtime_error) with the call, the
-// status by name and the problem.
+// Nothing here allocates device memory, synchronizes, or knows a torch header: the caller brings
+// memory, workspace and stream. Every function that launches work acts on the current CUDA device,
+// which must own the pointers and the stream. Failures throw fp8::core::Error (a
+// std::runtime_error) with the call, the status by name and the problem.
 //
-// Words: `scale` is the dequantization factor (x ~ data * scale), `amax` the maximum of |x| over a scaling
-// group, e4m3 = float8_e4m3fn, e5m2 = float8_e5m2. All matrices are row-major with a leading dimension in
-// elements.
+// Words: `scale` is the dequantization factor (x ~ data * scale), `amax` the maximum of |x| over a
+// scaling group, e4m3 = float8_e4m3fn, e5m2 = float8_e5m2. All matrices are row-major with a
+// leading dimension in elements.
 #pragma once
 
 #include <cstddef>
@@ -31,8 +31,8 @@ enum class Dtype : uint8_t { kFloat32, kBFloat16, kFloat16, kE4M3, kE5M2 };
 // kTensorwise: one scale. kRowwise: one scale per row of the operand as the matmul reads it.
 enum class Granularity : uint8_t { kTensorwise, kRowwise };
 
-// Where a quantized matrix goes. Both extents may exceed the matrix: the rest is filled with zeros, so that
-// a matmul may contract over `ld` elements.
+// Where a quantized matrix goes. Both extents may exceed the matrix: the rest is filled with zeros,
+// so that a matmul may contract over `ld` elements.
 struct Destination {
   void* data = nullptr;  // 16-byte aligned; nullptr: not made
   int64_t rows = 0;      // rows written, >= the matrix's rows
@@ -41,7 +41,8 @@ struct Destination {
 
 // Quantizes x [rows, cols]:
 //   quant_multiplier = fp8_max / amax   (1 if amax is 0, at most FLT_MAX; fp8_max is 448 or 57344)
-//   data = round_to_nearest_even_saturate(float(x) * quant_multiplier),  scale = 1 / quant_multiplier
+//   data = round_to_nearest_even_saturate(float(x) * quant_multiplier),  scale = 1 /
+//   quant_multiplier
 // NaN and Inf in a scaling group make its scale NaN or Inf. With static_scale, quant_multiplier is
 // 1 / static_scale, and values out of range saturate (Inf too; NaN stays NaN).
 struct QuantizeArgs {
@@ -54,16 +55,17 @@ struct QuantizeArgs {
   Granularity granularity = Granularity::kTensorwise;
   Destination data;    // [rows, cols]
   Destination data_t;  // [cols, rows], the transposed copy
-  // tensorwise: `scale` is one float, `scale_t` unused. rowwise: `scale` is [data.rows] (1 in the padding) for
-  // data, `scale_t` [data_t.rows] for data_t, whose scaling groups are the columns of x.
+  // tensorwise: `scale` is one float, `scale_t` unused. rowwise: `scale` is [data.rows] (1 in the
+  // padding) for data, `scale_t` [data_t.rows] for data_t, whose scaling groups are the columns of
+  // x.
   float* scale = nullptr;
   float* scale_t = nullptr;
   // tensorwise only, each optional
   const float* static_scale = nullptr;  // one float: given scale
   const float* amax = nullptr;          // one float: amax known from an earlier call on the same x
   float* amax_out = nullptr;            // one float: the amax found
-  // Column sums of x, accumulated in fp32 in a fixed order: the bias gradient when x is dy. [cols], optional;
-  // not together with static_scale, amax, or rowwise without data_t.
+  // Column sums of x, accumulated in fp32 in a fixed order: the bias gradient when x is dy. [cols],
+  // optional; not together with static_scale, amax, or rowwise without data_t.
   void* column_sum = nullptr;
   Dtype column_sum_dtype = Dtype::kFloat32;
   void* workspace = nullptr;  // quantize_workspace_bytes(args) bytes, 16-byte aligned
@@ -72,11 +74,12 @@ struct QuantizeArgs {
 // Bytes of device workspace that quantize(args) needs; depends on the extents and options only.
 size_t quantize_workspace_bytes(const QuantizeArgs& args);
 
-// At most two launches (one for rowwise without data_t, and where the tensorwise scale or amax is given).
-// rows and cols must be positive.
+// At most two launches (one for rowwise without data_t, and where the tensorwise scale or amax is
+// given). rows and cols must be positive.
 void quantize(const QuantizeArgs& args, Stream stream);
 
-// out[r, c] = float(data[r, c]) * scale[r * scale_row_stride + c * scale_col_stride], rounded to dtype.
+// out[r, c] = float(data[r, c]) * scale[r * scale_row_stride + c * scale_col_stride], rounded to
+// dtype.
 struct DequantizeArgs {
   const void* data = nullptr;  // [rows, cols] e4m3 or e5m2
   Dtype dtype = Dtype::kE4M3;
@@ -92,7 +95,8 @@ struct DequantizeArgs {
 };
 void dequantize(const DequantizeArgs& args, Stream stream);
 
-// out[m, n] = sum_k a[m, k] b[n, k] * scale_a * scale_b (+ bias[n]), or added to out when `accumulate`.
+// out[m, n] = sum_k a[m, k] b[n, k] * scale_a * scale_b (+ bias[n]), or added to out when
+// `accumulate`.
 struct MatmulArgs {
   int64_t m = 0;  // rows of a and out (tokens)
   int64_t n = 0;  // rows of b, columns of out
@@ -115,20 +119,23 @@ struct MatmulArgs {
   bool fast_accum = true;
 };
 
-// A planned matmul: descriptors and the chosen algorithm, by value. Valid for later calls whose arguments
-// differ in pointers only (of the same alignment).
+// A planned matmul: descriptors and the chosen algorithm, by value. Valid for later calls whose
+// arguments differ in pointers only (of the same alignment).
 struct alignas(8) MatmulPlan {
   static constexpr size_t kStateBytes = 1024;
   unsigned char state[kStateBytes];
   size_t workspace_bytes = 0;
-  bool supported = false;  // false: cuBLASLt has no (safe) algorithm; the caller must take another way
+  bool supported =
+      false;  // false: cuBLASLt has no (safe) algorithm; the caller must take another way
 };
 
-// Looks the plan up in the process-wide cache; asks cuBLASLt's heuristic on a miss. Throws when `stream` is
-// capturing a CUDA graph and the plan is not known yet: run the same shapes once before the capture.
+// Looks the plan up in the process-wide cache; asks cuBLASLt's heuristic on a miss. Throws when
+// `stream` is capturing a CUDA graph and the plan is not known yet: run the same shapes once before
+// the capture.
 MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream);
 
-// One cublasLtMatmul. workspace: plan.workspace_bytes bytes, 256-byte aligned, not used by other work meanwhile.
+// One cublasLtMatmul. workspace: plan.workspace_bytes bytes, 256-byte aligned, not used by other
+// work meanwhile.
 void run_matmul(const MatmulPlan& plan, const MatmulArgs& args, void* workspace, Stream stream);
 
 struct PlanCacheInfo {
@@ -141,7 +148,8 @@ struct PlanCacheInfo {
 PlanCacheInfo plan_cache_info();
 void plan_cache_clear();
 
-// Version of the cuBLASLt that this process loaded, as cublasLtGetVersion gives it (130100 is 13.1.0).
+// Version of the cuBLASLt that this process loaded, as cublasLtGetVersion gives it (130100
+// is 13.1.0).
 size_t cublaslt_runtime_version();
 
 }  // namespace fp8::core

@@ -1,15 +1,18 @@
-// fp8/ops.h: the operators as C++ functions. Each goes through PyTorch's dispatcher, so autograd and autocast apply
-// as in Python (torch.ops.fp8.*). Link libfp8_torch; no Python is needed.
+// fp8/ops.h: the operators as C++ functions. Each goes through PyTorch's dispatcher, so autograd
+// and autocast apply as in Python (torch.ops.fp8.*). Link libfp8_torch; no Python is needed.
 //
-// Words: `scale` is the dequantization factor (x ~ data * scale); e4m3 = float8_e4m3fn, e5m2 = float8_e5m2. M tokens,
-// N out-features, K in-features. High precision means bfloat16, float16 or float32.
+// Words: `scale` is the dequantization factor (x ~ data * scale); e4m3 = float8_e4m3fn, e5m2 =
+// float8_e5m2. M tokens, N out-features, K in-features. High precision means bfloat16, float16 or
+// float32.
 //
-// Quantization of a scaling group (the tensor, or a row): amax = max |x|, quant_multiplier = fp8_max / amax (fp8_max
-// 448 for e4m3, 57344 for e5m2; 1 if amax is 0; at most FLT_MAX), data = round to nearest even, saturating, of
-// float(x) * quant_multiplier, scale = 1 / quant_multiplier. NaN or Inf in a group makes its scale non-finite.
+// Quantization of a scaling group (the tensor, or a row): amax = max |x|, quant_multiplier =
+// fp8_max / amax (fp8_max 448 for e4m3, 57344 for e5m2; 1 if amax is 0; at most FLT_MAX), data =
+// round to nearest even, saturating, of float(x) * quant_multiplier, scale = 1 / quant_multiplier.
+// NaN or Inf in a group makes its scale non-finite.
 //
-// Errors: c10::TypeError for dtypes, c10::ValueError for shapes, devices and recipes, c10::NotImplementedError for
-// double backward. Messages name the op, what was expected and what came.
+// Errors: c10::TypeError for dtypes, c10::ValueError for shapes, devices and recipes,
+// c10::NotImplementedError for double backward. Messages name the op, what was expected and what
+// came.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,9 +23,9 @@
 
 namespace fp8 {
 
-// x [..., K] high precision -> data (x's shape, dtype; rows padded to 16 elements in memory), scale [] fp32.
-// With `scale` ([] fp32, on x's device): static scaling, quant_multiplier = 1 / scale; values out of range saturate,
-// Inf too; the given scale is returned.
+// x [..., K] high precision -> data (x's shape, dtype; rows padded to 16 elements in memory), scale
+// [] fp32. With `scale` ([] fp32, on x's device): static scaling, quant_multiplier = 1 / scale;
+// values out of range saturate, Inf too; the given scale is returned.
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(
     const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn,
     const std::optional<at::Tensor>& scale = std::nullopt);
@@ -31,25 +34,29 @@ std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(
 std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x,
                                                     at::ScalarType dtype = at::kFloat8_e4m3fn);
 
-// x [..., K] with M the product of the leading dimensions -> data, data_t [K, M] row-major, scale [].
+// x [..., K] with M the product of the leading dimensions -> data, data_t [K, M] row-major, scale
+// [].
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
     const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn,
     const std::optional<at::Tensor>& scale = std::nullopt);
 
-// x [..., K] -> data, data_t [K, M], scale x.shape[:-1] + [1], scale_t [K, 1]: data_t is quantized along M, with
-// scaling groups of its own.
+// x [..., K] -> data, data_t [K, M], scale x.shape[:-1] + [1], scale_t [K, 1]: data_t is quantized
+// along M, with scaling groups of its own.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
     const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn);
 
-// data [..., K] e4m3 or e5m2 of any strides, scale [] or data.shape[:-1] + [1] -> float(data) * scale in dtype.
+// data [..., K] e4m3 or e5m2 of any strides, scale [] or data.shape[:-1] + [1] -> float(data) *
+// scale in dtype.
 at::Tensor dequantize(const at::Tensor& data, const at::Tensor& scale,
                       at::ScalarType dtype = at::kBFloat16);
 
-// a [M, K], b [N, K] FP8; scale_a and scale_b both [], or [M, 1] and [N, 1]; bias [N] in out_dtype (or bf16 for
-// fp32). Returns (a * scale_a) (b * scale_b)^T + bias, [M, N] in out_dtype. fast_accum: Hopper's tensor cores keep
-// about 14 bits while they accumulate; false promotes to fp32 on the way (split accumulation).
+// a [M, K], b [N, K] FP8; scale_a and scale_b both [], or [M, 1] and [N, 1]; bias [N] in out_dtype
+// (or bf16 for fp32). Returns (a * scale_a) (b * scale_b)^T + bias, [M, N] in out_dtype.
+// fast_accum: Hopper's tensor cores keep about 14 bits while they accumulate; false promotes to
+// fp32 on the way (split accumulation).
 at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
-                     const at::Tensor& scale_b, const std::optional<at::Tensor>& bias = std::nullopt,
+                     const at::Tensor& scale_b,
+                     const std::optional<at::Tensor>& bias = std::nullopt,
                      at::ScalarType out_dtype = at::kBFloat16, bool fast_accum = true);
 
 // out [M, N] += (a * scale_a) (b * scale_b)^T, in place; returns out.
@@ -57,8 +64,9 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
                                   const at::Tensor& scale_a, const at::Tensor& scale_b,
                                   bool fast_accum = false);
 
-// x [..., K], weight [N, K], bias [N], all of one high-precision dtype -> y [..., N] in that dtype. Quantizes x and
-// weight as the recipe says ("tensorwise", "rowwise", "rowwise_gw_hp") and multiplies in FP8. Differentiable once.
+// x [..., K], weight [N, K], bias [N], all of one high-precision dtype -> y [..., N] in that dtype.
+// Quantizes x and weight as the recipe says ("tensorwise", "rowwise", "rowwise_gw_hp") and
+// multiplies in FP8. Differentiable once.
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias = std::nullopt,
                         std::string_view recipe = "tensorwise");

@@ -57,7 +57,8 @@ struct Quantized {
             cudaStream_t stream)
       : rows(rows_), cols(cols_), data(pad16(rows) * pad16(cols)), scale(pad16(rows)) {
     Buffer<float> x(host);
-    QuantizeArgs args{.x = x.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
+    QuantizeArgs args{
+        .x = x.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
     args.granularity = granularity;
     args.data = {data.data, pad16(rows), pad16(cols)};
     args.scale = scale.data;
@@ -138,8 +139,10 @@ TEST_CASE("matmul on an own stream matches the dequantized product") {
           sum += product;
           size += std::fabs(product);
         }
-        const double scale = static_cast<double>(scale_a[rowwise ? i : 0]) * scale_b[rowwise ? j : 0];
-        // Tensor cores keep about 14 bits of a partial sum over 32 products, also between promotions.
+        const double scale =
+            static_cast<double>(scale_a[rowwise ? i : 0]) * scale_b[rowwise ? j : 0];
+        // Tensor cores keep about 14 bits of a partial sum over 32 products, also between
+        // promotions.
         REQUIRE(std::fabs(result[i * n + j] - sum * scale) <= size * scale * std::ldexp(1.0, -12));
       }
     }

@@ -11,15 +11,17 @@ namespace {
 using fp8::E4M3;
 using fp8::E5M2;
 
-// All finite non-negative values in code order, from sign, exponent and mantissa as the OCP FP8 paper defines them.
+// All finite non-negative values in code order, from sign, exponent and mantissa as the OCP FP8
+// paper defines them.
 std::vector<float> finite_values(int mantissa_bits, int bias, int codes) {
   std::vector<float> values;
   for (int code = 0; code < codes; ++code) {
     const int exponent = code >> mantissa_bits;
     const double fraction =
         static_cast<double>(code & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits);
-    values.push_back(static_cast<float>(
-        exponent == 0 ? fraction * std::pow(2.0, 1 - bias) : (1 + fraction) * std::pow(2.0, exponent - bias)));
+    values.push_back(static_cast<float>(exponent == 0
+                                            ? fraction * std::pow(2.0, 1 - bias)
+                                            : (1 + fraction) * std::pow(2.0, exponent - bias)));
   }
   return values;
 }
@@ -82,7 +84,12 @@ TEST_CASE("quant_multiplier keeps the numerics contract") {
 }
 
 TEST_CASE("magnitude_bits orders like the values, NaN above all") {
-  const float values[] = {0.0F, 1e-45F, 1e-38F, 1.0F, 3e38F, std::numeric_limits<float>::infinity(),
+  const float values[] = {0.0F,
+                          1e-45F,
+                          1e-38F,
+                          1.0F,
+                          3e38F,
+                          std::numeric_limits<float>::infinity(),
                           std::numeric_limits<float>::quiet_NaN()};
   for (size_t i = 0; i + 1 < std::size(values); ++i) {
     REQUIRE(fp8::magnitude_bits(values[i]) < fp8::magnitude_bits(values[i + 1]));

@@ -109,7 +109,12 @@ TEST_CASE("the key holds all that changes a plan") {
 
 TEST_CASE("permuted extents hash apart") {
   std::set<size_t> hashes;
-  for (const auto& [m, n, k] : {std::array{16, 32, 64}, {16, 64, 32}, {32, 16, 64}, {32, 64, 16}, {64, 16, 32}, {64, 32, 16}}) {
+  for (const auto& [m, n, k] : {std::array{16, 32, 64},
+                                {16, 64, 32},
+                                {32, 16, 64},
+                                {32, 64, 16},
+                                {64, 16, 32},
+                                {64, 32, 16}}) {
     MatmulArgs args = problem();
     args.m = m;
     args.n = n;

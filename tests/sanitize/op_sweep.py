@@ -1,0 +1,53 @@
+"""Every op once on small and ragged CUDA tensors, for compute-sanitizer (`make sanitize`).
+
+Checks nothing itself: values are the tests' business. Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so
+that each tensor is an allocation of its own and an access past its end is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+import fp8
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+from samples import TABLE, samples
+
+SHAPES = [(1, 1, 1), (3, 17, 5), (16, 64, 32), (129, 80, 65), (130, 1040, 24), (40, 2064, 16)]
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("op_sweep.py: needs a CUDA device")
+    calls = 0
+    for name in TABLE:
+        for sample in samples(name, "cuda"):
+            getattr(torch.ops.fp8, name)(*sample.args, **sample.kwargs)
+            calls += 1
+    for recipe in fp8.RECIPES:
+        for tokens, k, n in SHAPES:
+            for dtype in (torch.bfloat16, torch.float32):
+                x, weight, bias = (
+                    torch.randn(s, device="cuda", dtype=dtype, requires_grad=True)
+                    for s in ((tokens, k), (n, k), (n,))
+                )
+                y = torch.ops.fp8.fused_linear(x, weight, bias, recipe)
+                y.backward(torch.randn_like(y))
+                calls += 2
+    # Rows that start off 16 bytes, and rows longer than the registers of a block hold.
+    odd = torch.randn(9, 1031, device="cuda", dtype=torch.bfloat16)[:, 1:]
+    long = torch.randn(3, 40_000, device="cuda", dtype=torch.bfloat16)
+    for x in (odd, long, odd.t(), odd[:1].expand(5, -1)):
+        torch.ops.fp8.quantize_tensorwise_transpose(x)
+        torch.ops.fp8.quantize_rowwise_transpose(x)
+        torch.ops.fp8.quantize_rowwise(x)
+        calls += 3
+    torch.cuda.synchronize()
+    print(f"op_sweep: {calls} calls")
+
+
+if __name__ == "__main__":
+    main()
