@@ -24,6 +24,16 @@ namespace cuda {
 inline cudaStream_t current_stream(const at::Tensor& tensor) {
   return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
 }
+
+// Identifies the CUDA graph capture that the stream is in; 0 when it is in none.
+inline uint64_t capture_id(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id);
+  TORCH_CHECK(error == cudaSuccess,
+              "fp8: cudaStreamGetCaptureInfo failed: ", cudaGetErrorName(error));
+  return status == cudaStreamCaptureStatusNone ? 0 : id + 1;
+}
 }  // namespace cuda
 #endif
 

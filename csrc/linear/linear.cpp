@@ -14,6 +14,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "common/tensors.h"
+#include "linear/memory.h"
 #include "linear/recipe.h"
 #include "matmul/matmul.h"
 #include "quantize/quantize.h"
@@ -35,17 +36,19 @@ auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
 at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const QuantizedMatrix& qx,
                            const QuantizedMatrix& qw, Granularity granularity) {
-  const int64_t rows = x.size(0);
   const int64_t features = weight.size(0);
-  if (rows == 0 || features == 0 || x.size(1) == 0) {
-    at::Tensor y = at::zeros({rows, features}, x.options());
+  const std::vector<int64_t> shape = with_last(x.sizes(), features);
+  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  if (rows == 0 || features == 0 || x.size(-1) == 0) {
+    at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
   }
-  return matmul({qx.data, qx.scale, rows}, {qw.data, qw.scale, features},
-                {.granularity = granularity,
-                 .out_dtype = x.scalar_type(),
-                 .fast_accum = true,
-                 .bias = bias.value_or(at::Tensor())});
+  const at::Tensor y = matmul({qx.data, qx.scale, rows}, {qw.data, qw.scale, features},
+                              {.granularity = granularity,
+                               .out_dtype = x.scalar_type(),
+                               .fast_accum = true,
+                               .bias = bias.value_or(at::Tensor())});
+  return x.dim() == 2 ? y : y.view(shape);
 }
 
 }  // namespace
@@ -83,20 +86,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   const Recipe& recipe = recipe_at(recipe_id);
   const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
   const c10::DeviceGuard guard(x.device());
-  const at::Tensor matrix = as_matrix(x);
-  const QuantizedMatrix qx = quantize_matrix(matrix, {.dtype = recipe.forward_dtype,
-                                                      .granularity = recipe.granularity,
-                                                      .data_t = save_x_t && recipe.fp8_wgrad});
+  const bool x_t = save_x_t && recipe.fp8_wgrad;
+  const QuantizedMatrix qx = memory::quantize_input(
+      x, {.dtype = recipe.forward_dtype, .granularity = recipe.granularity, .data_t = x_t});
   const QuantizedMatrix qw =
-      quantize_matrix(as_matrix(weight), {.dtype = recipe.forward_dtype,
-                                          .granularity = recipe.granularity,
-                                          .keep_amax = save_weight_amax && tensorwise});
-  at::Tensor y = forward_product(matrix, weight, bias, qx, qw, recipe.granularity);
-  if (x.dim() != 2) y = y.view(with_last(x.sizes(), weight.size(0)));
+      memory::quantize_weight(weight, {.dtype = recipe.forward_dtype,
+                                       .granularity = recipe.granularity,
+                                       .keep_amax = save_weight_amax && tensorwise});
+  at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe.granularity);
   const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
-  const bool x_t = qx.data_t.defined();
   return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),
-          qw.amax.defined() ? qw.amax : none_like(x)};
+          save_weight_amax && tensorwise ? qw.amax : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
@@ -108,6 +108,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
   const c10::DeviceGuard guard(dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       c10::autocast_dispatch_keyset);  // for at::mm
+  memory::drop_gone_inputs();
   const at::Tensor matrix = as_matrix(dy);
   const int64_t rows = matrix.size(0);
   const int64_t features = matrix.size(1);
@@ -146,7 +147,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
                             .data = false,
                             .data_t = true};
     if (tensorwise) request.amax = *weight_amax;
-    const QuantizedMatrix qw = quantize_matrix(as_matrix(*weight), request);
+    const QuantizedMatrix qw = memory::quantize_weight(*weight, request);
     const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
     dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, options);
   }

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "linear/linear.h"
+#include "linear/memory.h"
 #include "matmul/scaled_mm.h"
 #include "quantize/quantize_ops.h"
 
@@ -45,6 +46,9 @@ TORCH_LIBRARY(fp8, m) {
       "_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
       " bool save_weight_amax) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
       tags);
+  // What fp8.cached_weights opens and closes: no device, no gradient.
+  m.def("_cache_weights(Tensor[] weights) -> ()", &fp8::memory::cache_weights);
+  m.def("_uncache_weights(Tensor[] weights) -> ()", &fp8::memory::uncache_weights);
   m.def(
       "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
       " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"

@@ -1,0 +1,47 @@
+// Quantized tensors that are used more than once: quantize each once.
+//
+// Inputs: q/k/v and gate/up projections read one activation. The quantized form of the last two
+// inputs is kept while their tensors live, and reused for the same tensor (identity, version
+// counter, memory) in the same recipe, stream and CUDA graph capture: the condition that autograd
+// relies on for its saved tensors. Only eager calls under autograd take part, because generated
+// code may write into a tensor without counting a version.
+//
+// Weights: kept only inside fp8.cached_weights(model), where the user says that they do not change.
+// A version counter does not see every update of a weight (p.data.copy_, all-gathers), so nothing
+// is assumed outside of it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "quantize/quantize.h"
+
+namespace fp8::memory {
+
+// While one is alive on a thread, quantize_input may remember.
+class EagerScope {
+ public:
+  EagerScope();
+  ~EagerScope();
+  EagerScope(const EagerScope&) = delete;
+  EagerScope& operator=(const EagerScope&) = delete;
+};
+
+// quantize_matrix(as_matrix(x), request), or what is remembered of it.
+QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& request);
+
+// Quantized weight. Outside of cached_weights: quantize_matrix(as_matrix(weight), request). Inside:
+// made once, with the transposed copy as soon as a backward may come (request.keep_amax or
+// request.data_t).
+QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest& request);
+
+// Lets go of inputs whose tensors are gone; every call of the library, backward included, begins
+// with it.
+void drop_gone_inputs();
+
+// fp8.cached_weights: contexts may nest and share weights.
+void cache_weights(const std::vector<at::Tensor>& weights);
+void uncache_weights(const std::vector<at::Tensor>& weights);
+
+}  // namespace fp8::memory

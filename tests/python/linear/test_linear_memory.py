@@ -1,0 +1,149 @@
+"""What is quantized once: the input of several layers, and weights inside fp8.cached_weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fp8
+
+RECIPES = ("tensorwise", "rowwise")
+
+
+def saved_pointers(run):
+    """Addresses of the FP8 tensors that autograd keeps while `run` makes a graph."""
+    found = []
+
+    def pack(tensor):
+        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            found.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = run()
+    return found, kept
+
+
+def layers(device, count=3, recipe="tensorwise"):
+    torch.manual_seed(0)
+    return [
+        fp8.Linear(64, 48, device=device, dtype=torch.bfloat16, recipe=recipe) for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_input_is_quantized_once_for_all_its_layers(device, recipe):
+    q, k, v = layers(device, recipe=recipe)
+    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    pointers, outputs = saved_pointers(lambda: [layer(x) for layer in (q, k, v)])
+    assert len(pointers) == 3
+    assert len(set(pointers)) == 1
+    alone = [layer(x.clone()) for layer in (q, k, v)]
+    for shared, single in zip(outputs, alone, strict=True):
+        assert torch.equal(shared, single)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.mul_(2),
+        lambda x: x.__setattr__("data", x.data * 2),
+        lambda x: x.t_().mul_(2).t_(),
+    ],
+    ids=["in place", "data", "transposed and back"],
+)
+def test_a_changed_input_is_quantized_again(device, recipe, change):
+    (layer,) = layers(device, 1, recipe)
+    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    before = layer(x)
+    change(x)
+    after = layer(x)
+    assert torch.equal(after, layer(x.clone()))
+    assert not torch.equal(after, before)
+
+
+def test_a_remembered_input_is_not_mistaken_for_another_view(device):
+    first, second = layers(device, 2)
+    x = torch.randn(64, 64, device=device, dtype=torch.bfloat16)
+    first(x)
+    assert torch.equal(second(x.t()), second(x.t().clone()))
+    assert torch.equal(second(x[:32]), second(x[:32].clone()))
+
+
+def test_a_frozen_layer_does_not_deprive_the_next_one(device):
+    """The first call needs no transposed copy, the second does."""
+    frozen, trained = layers(device, 2)
+    frozen.weight.requires_grad_(False)
+    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    (frozen(x) + trained(x)).sum().backward()
+    expected = x.detach().clone().requires_grad_()
+    other = torch.autograd.grad(trained(expected).sum(), trained.weight)[0]
+    assert torch.equal(trained.weight.grad, other)
+
+
+def test_inputs_are_let_go_with_their_tensors(device):
+    (layer,) = layers(device, 1)
+    gone = []
+    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    torch.utils.weak.weakref.finalize(x, gone.append, True)
+    layer(x)
+    del x
+    assert gone
+
+
+def test_recipes_do_not_share(device):
+    tensorwise, rowwise = layers(device, 1)[0], layers(device, 1, "rowwise")[0]
+    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    tensorwise(x)
+    assert torch.equal(rowwise(x), rowwise(x.clone()))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_cached_weights_change_nothing_but_the_work(device, recipe):
+    (layer,) = layers(device, 1, recipe)
+    batches = [torch.randn(32, 64, device=device, dtype=torch.bfloat16) for _ in range(3)]
+
+    def gradients():
+        layer.zero_grad()
+        inputs = [batch.clone().requires_grad_() for batch in batches]
+        outputs = [layer(x) for x in inputs]
+        for y in outputs:
+            y.square().sum().backward()
+        return [layer.weight.grad, layer.bias.grad, *(x.grad for x in inputs), *outputs]
+
+    plain = gradients()
+    with fp8.cached_weights(layer):
+        cached = gradients()
+    for one, other in zip(plain, cached, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_cached_weights_notice_a_counted_update(device):
+    (layer,) = layers(device, 1)
+    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    with fp8.cached_weights(layer), torch.no_grad():
+        before = layer(x)
+        layer.weight.mul_(-1)
+        assert not torch.equal(layer(x), before)
+
+
+def test_cached_weights_are_kept_only_inside(device):
+    """A change that no version counter sees is missed inside, as documented, and seen after."""
+    (layer,) = layers(device, 1)
+    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        with fp8.cached_weights(layer):
+            with fp8.cached_weights(layer):
+                before = layer(x)
+            layer.weight.data.mul_(-1)
+            assert torch.equal(layer(x), before)
+        assert not torch.equal(layer(x), before)
+
+
+def test_cached_weights_error_not_a_module():
+    expected = pytest.raises(
+        TypeError, match=r"fp8.cached_weights: expected an nn.Module, got list"
+    )
+    with expected, fp8.cached_weights([]):
+        pass
