@@ -61,7 +61,7 @@ sanitize: build  ## compute-sanitizer over every op; needs a GPU
 	@PYTHON=$(PY) scripts/sanitize.sh
 
 bench: build  ## every benchmark, the README's table and the plots; needs a GPU
-	@for name in linear block quantize matmul host; do $(PY) benchmarks/bench_$$name.py $(ARGS); done
+	@for name in linear block quantize matmul host sizes; do $(PY) benchmarks/bench_$$name.py $(ARGS); done
 	@$(PY) benchmarks/report.py --readme --plots
 
 lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering

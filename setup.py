@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,12 @@ class CMakeBuild(build_ext):
                 "fp8: building needs torch. Install torch 2.11 first, then run "
                 "`pip install --no-build-isolation .`"
             ) from error
+        missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        if missing:
+            raise SystemExit(
+                f"fp8: building needs {' and '.join(missing)} on the PATH. Install with "
+                f"`pip install {' '.join(missing)}`, then run `pip install --no-build-isolation .`"
+            )
         inplace = self.get_finalized_command("build_py").get_package_dir("fp8")
         package = Path(inplace if self.inplace else f"{self.build_lib}/fp8").resolve()
         build = Path(self.build_temp).resolve()

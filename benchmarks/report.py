@@ -19,6 +19,7 @@ import bench_host
 import bench_linear
 import bench_matmul
 import bench_quantize
+import bench_sizes
 import tables
 from runs import RESULTS, ROOT, Row, read
 
@@ -29,6 +30,7 @@ TABLES = {
     "host": bench_host.table,
     "matmul": bench_matmul.table,
     "block": bench_block.table,
+    "sizes": bench_sizes.table,
 }
 
 # What a later run is compared by: figures that hardly depend on the machine, larger is better.
@@ -38,6 +40,7 @@ RATIOS = {
     "host": (("variant",), "step_ratio"),
     "matmul": (("m", "k", "n", "variant"), "speedup"),
     "block": (("variant",), "speedup"),
+    "sizes": (("m", "k", "n", "variant"), "step_speedup"),
 }
 SMALLER_IS_BETTER = {"step_ratio"}
 

@@ -22,22 +22,38 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kStatisticsCols = 1024;
 
+// Thread block clusters (sm_90 and later) of this many blocks are possible everywhere.
+constexpr int kMaxCluster = 8;
+
 struct StatisticsPlan {
-  int64_t rows =
-      0;  // extents that the kernel walks; a contiguous matrix is folded to kStatisticsCols
+  // Extents that the kernel walks. A contiguous matrix without results per axis is folded into rows
+  // of kStatisticsCols elements, of which the last may be shorter.
+  int64_t rows = 0;
   int64_t cols = 0;
   int64_t ld = 0;
-  int64_t last_row_cols = 0;  // columns of the last row, < cols only when folded
+  int64_t last_row_cols = 0;
   int64_t col_tiles = 0;
   int64_t row_chunks = 0;
   int64_t rows_per_chunk = 0;
+  // A cluster of cluster_x column tiles by cluster_y row chunks joins its results before it writes.
+  int cluster_x = 1;
+  int cluster_y = 1;
+  int64_t row_parts = 0;  // partial results per row, ceil(col_tiles / cluster_x)
+  int64_t col_parts = 0;  // and per column, ceil(row_chunks / cluster_y)
 };
 
-// per_axis: the pass keeps results per row or column, so the matrix keeps its shape, and fewer,
-// taller chunks make fewer partial results for the cast pass to read.
-inline StatisticsPlan plan_statistics(int64_t rows, int64_t cols, int64_t ld, bool per_axis,
-                                      int sm_count) {
-  StatisticsPlan plan{rows, cols, ld, cols, 0, 0, 0};
+// What a pass keeps beside the tensor's amax.
+struct StatisticsAxes {
+  bool rows = false;
+  bool cols = false;
+};
+
+// max_cluster: kMaxCluster, or 1 where the device has no clusters.
+inline StatisticsPlan plan_statistics(int64_t rows, int64_t cols, int64_t ld, StatisticsAxes axes,
+                                      int sm_count, int max_cluster) {
+  constexpr int64_t kMaxRowsPerChunk = 1024;  // rows whose amax a block keeps in shared memory
+  const bool per_axis = axes.rows || axes.cols;
+  StatisticsPlan plan{.rows = rows, .cols = cols, .ld = ld, .last_row_cols = cols};
   if (!per_axis && ld == cols) {
     const int64_t count = rows * cols;
     plan.cols = std::min(count, kStatisticsCols);
@@ -46,11 +62,29 @@ inline StatisticsPlan plan_statistics(int64_t rows, int64_t cols, int64_t ld, bo
     plan.last_row_cols = count - (plan.rows - 1) * plan.cols;
   }
   plan.col_tiles = ceil_div(plan.cols, kStatisticsCols);
+  // Per axis a block needs more registers, and each chunk costs the cast pass a partial result.
   const int64_t blocks = static_cast<int64_t>(sm_count) * (per_axis ? 2 : 16);
   const int64_t wanted =
       std::clamp<int64_t>(blocks / plan.col_tiles, 1, ceil_div(plan.rows, kWarps));
   plan.rows_per_chunk = round_up(ceil_div(plan.rows, wanted), kWarps);
+  if (axes.rows) plan.rows_per_chunk = std::min(plan.rows_per_chunk, kMaxRowsPerChunk);
   plan.row_chunks = ceil_div(plan.rows, plan.rows_per_chunk);
+
+  // The cluster that leaves a cast tile of 128 rows by 64 columns the fewest partial results.
+  int64_t fewest = 0;
+  for (int x = 1; x <= max_cluster && x <= plan.col_tiles; x *= 2) {
+    for (int y = 1; x * y <= max_cluster && y <= plan.row_chunks; y *= 2) {
+      const int64_t row_parts = ceil_div(plan.col_tiles, x);
+      const int64_t col_parts = ceil_div(plan.row_chunks, y);
+      const int64_t reads = (axes.rows ? 2 * row_parts : 0) + (axes.cols ? col_parts : 0);
+      if (plan.row_parts != 0 && reads >= fewest) continue;
+      fewest = reads;
+      plan.cluster_x = x;
+      plan.cluster_y = y;
+      plan.row_parts = row_parts;
+      plan.col_parts = col_parts;
+    }
+  }
   return plan;
 }
 

@@ -48,4 +48,21 @@ void launch(Kernel kernel, dim3 grid, dim3 block, cudaStream_t stream, const Par
   FP8_CUDA_CHECK(cudaGetLastError());
 }
 
+// The same with thread block clusters; a cluster of one block is an ordinary launch.
+template <typename Kernel, typename Params>
+void launch_cluster(Kernel kernel, dim3 grid, dim3 block, dim3 cluster, cudaStream_t stream,
+                    const Params& params) {
+  if (cluster.x * cluster.y == 1) return launch(kernel, grid, block, stream, params);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster.x, cluster.y, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  FP8_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+}
+
 }  // namespace fp8::core

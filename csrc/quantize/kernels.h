@@ -18,9 +18,9 @@ struct StatisticsParams {
   bool vectorized;  // rows start on 16-byte boundaries
   StatisticsPlan plan;
   uint32_t* tensor_amax;  // [row_chunks * col_tiles], or nullptr
-  uint32_t* row_amax;     // [col_tiles, rows], or nullptr
-  uint32_t* col_amax;     // [row_chunks, cols], or nullptr
-  float* col_sum;         // [row_chunks, cols], or nullptr
+  uint32_t* row_amax;     // [row_parts, rows], or nullptr
+  uint32_t* col_amax;     // [col_parts, cols], or nullptr
+  float* col_sum;         // [col_parts, cols], or nullptr
 };
 void launch_statistics(const StatisticsParams& params, Dtype x_dtype, cudaStream_t stream);
 

@@ -23,7 +23,7 @@ struct QuantizePlan {
   size_t words = 0;
 };
 
-QuantizePlan plan_quantize(const QuantizeArgs& a, int sm_count) {
+QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
   QuantizePlan plan;
   const bool rowwise = a.granularity == Granularity::kRowwise;
   plan.one_pass = rowwise && a.data_t.data == nullptr;
@@ -32,16 +32,18 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, int sm_count) {
   plan.row_amax = rowwise && a.data.data != nullptr;
   plan.col_amax = rowwise;
   plan.col_sum = a.column_sum != nullptr;
-  plan.first = plan_statistics(a.rows, a.cols, a.ld, plan.col_amax || plan.col_sum, sm_count);
+  plan.first = plan_statistics(a.rows, a.cols, a.ld,
+                               {.rows = plan.row_amax, .cols = plan.col_amax || plan.col_sum},
+                               device.sm_count, device.capability >= 90 ? kMaxCluster : 1);
   const auto take = [&](bool wanted, int64_t words) {
     const size_t offset = plan.words;
     if (wanted) plan.words += static_cast<size_t>(round_up(words, 4));
     return offset;
   };
   plan.tensor_offset = take(!rowwise, plan.first.row_chunks * plan.first.col_tiles);
-  plan.row_offset = take(plan.row_amax, plan.first.col_tiles * a.rows);
-  plan.col_offset = take(plan.col_amax, plan.first.row_chunks * a.cols);
-  plan.sum_offset = take(plan.col_sum, plan.first.row_chunks * a.cols);
+  plan.row_offset = take(plan.row_amax, plan.first.row_parts * a.rows);
+  plan.col_offset = take(plan.col_amax, plan.first.col_parts * a.cols);
+  plan.sum_offset = take(plan.col_sum, plan.first.col_parts * a.cols);
   return plan;
 }
 
@@ -71,13 +73,13 @@ void check(const QuantizeArgs& a) {
 }  // namespace
 
 size_t quantize_workspace_bytes(const QuantizeArgs& args) {
-  return plan_quantize(args, current_device().sm_count).words * sizeof(uint32_t);
+  return plan_quantize(args, current_device()).words * sizeof(uint32_t);
 }
 
 void quantize(const QuantizeArgs& args, Stream stream) {
   check(args);
-  const int sm_count = current_device().sm_count;
-  const QuantizePlan plan = plan_quantize(args, sm_count);
+  const DeviceInfo device = current_device();
+  const QuantizePlan plan = plan_quantize(args, device);
   const bool vectorized = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                           (args.rows == 1 || args.ld * dtype_bytes(args.x_dtype) % 16 == 0);
   if (plan.one_pass) {
@@ -114,7 +116,7 @@ void quantize(const QuantizeArgs& args, Stream stream) {
                .cols = args.cols,
                .ld = args.ld,
                .vectorized = vectorized,
-               .plan = plan_cast(rows, cols, plan.col_amax, sm_count),
+               .plan = plan_cast(rows, cols, plan.col_amax, device.sm_count),
                .data = args.data,
                .data_t = args.data_t,
                .scale = args.scale,
@@ -125,9 +127,9 @@ void quantize(const QuantizeArgs& args, Stream stream) {
                .tensor_parts = tensor_amax ? plan.first.row_chunks * plan.first.col_tiles : 1,
                .amax_out = args.amax_out,
                .row_amax = row_amax,
-               .row_parts = plan.first.col_tiles,
+               .row_parts = plan.first.row_parts,
                .col_amax = col_amax,
-               .col_parts = plan.first.row_chunks,
+               .col_parts = plan.first.col_parts,
                .col_sum = col_sum,
                .column_sum = args.column_sum,
                .column_sum_dtype = args.column_sum_dtype},

@@ -1,7 +1,8 @@
 """Every op once on small and ragged CUDA tensors, for compute-sanitizer (`make sanitize`).
 
 Checks nothing itself: values are the tests' business. Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so
-that each tensor is an allocation of its own and an access past its end is seen.
+that each tensor is an allocation of its own and an access past its end is seen. --no-matmul:
+quantization only.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ SHAPES = [(1, 1, 1), (3, 17, 5), (16, 64, 32), (129, 80, 65), (130, 1040, 24), (
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("op_sweep.py: needs a CUDA device")
+    matmul = "--no-matmul" not in sys.argv[1:]
     calls = 0
-    for name in TABLE:
+    for name in TABLE if matmul else [name for name in TABLE if "quantize" in name]:
         for sample in samples(name, "cuda"):
             getattr(torch.ops.fp8, name)(*sample.args, **sample.kwargs)
             calls += 1
-    for recipe in fp8.RECIPES:
+    for recipe in fp8.RECIPES if matmul else ():
         for tokens, k, n in SHAPES:
             for dtype in (torch.bfloat16, torch.float32):
                 x, weight, bias = (
@@ -40,7 +42,8 @@ def main() -> None:
     # Rows that start off 16 bytes, and rows longer than the registers of a block hold.
     odd = torch.randn(9, 1031, device="cuda", dtype=torch.bfloat16)[:, 1:]
     long = torch.randn(3, 40_000, device="cuda", dtype=torch.bfloat16)
-    for x in (odd, long, odd.t(), odd[:1].expand(5, -1)):
+    tall = torch.randn(3000, 2100, device="cuda", dtype=torch.bfloat16)  # several clusters
+    for x in (odd, long, tall, odd.t(), odd[:1].expand(5, -1)):
         torch.ops.fp8.quantize_tensorwise_transpose(x)
         torch.ops.fp8.quantize_rowwise_transpose(x)
         torch.ops.fp8.quantize_rowwise(x)

@@ -11,7 +11,8 @@ TEST_CASE("the statistics pass covers each row and column once") {
       for (const bool per_axis : {false, true}) {
         for (const bool contiguous : {false, true}) {
           const StatisticsPlan plan =
-              plan_statistics(rows, cols, contiguous ? cols : cols + 3, per_axis, 132);
+              plan_statistics(rows, cols, contiguous ? cols : cols + 3,
+                              {.rows = per_axis, .cols = per_axis}, 132, kMaxCluster);
           INFO("rows=" << rows << " cols=" << cols << " per_axis=" << per_axis);
           REQUIRE((plan.rows - 1) * plan.cols + plan.last_row_cols == rows * cols);
           REQUIRE(plan.last_row_cols >= 1);
@@ -20,6 +21,10 @@ TEST_CASE("the statistics pass covers each row and column once") {
           REQUIRE(plan.row_chunks * plan.rows_per_chunk >= plan.rows);
           REQUIRE((plan.row_chunks - 1) * plan.rows_per_chunk < plan.rows);
           REQUIRE(plan.rows_per_chunk % kWarps == 0);
+          REQUIRE(plan.cluster_x * plan.cluster_y <= kMaxCluster);
+          REQUIRE(plan.row_parts * plan.cluster_x >= plan.col_tiles);
+          REQUIRE(plan.col_parts * plan.cluster_y >= plan.row_chunks);
+          if (per_axis) REQUIRE(plan.rows_per_chunk <= 1024);
           if (per_axis || !contiguous) {
             REQUIRE(plan.rows == rows);
             REQUIRE(plan.cols == cols);
@@ -31,9 +36,17 @@ TEST_CASE("the statistics pass covers each row and column once") {
 }
 
 TEST_CASE("a large contiguous tensor keeps the number of partial maxima small") {
-  const StatisticsPlan plan = plan_statistics(8192, 14336, 14336, false, 132);
+  const StatisticsPlan plan = plan_statistics(8192, 14336, 14336, {}, 132, kMaxCluster);
   REQUIRE(plan.row_chunks * plan.col_tiles <= 132 * 16);
   REQUIRE(plan.row_chunks * plan.col_tiles >= 132);
+}
+
+TEST_CASE("clusters leave few partial results") {
+  const StatisticsPlan both = plan_statistics(8192, 4096, 4096, {true, true}, 132, kMaxCluster);
+  const StatisticsPlan alone = plan_statistics(8192, 4096, 4096, {true, true}, 132, 1);
+  REQUIRE(alone.cluster_x * alone.cluster_y == 1);
+  REQUIRE(both.cluster_x * both.cluster_y == kMaxCluster);
+  REQUIRE(2 * both.row_parts + both.col_parts < 2 * alone.row_parts + alone.col_parts);
 }
 
 TEST_CASE("the cast pass covers every tile within the grid's limits") {
