@@ -43,7 +43,7 @@ class Job:
 
 JOBS = {
     "tiny": Job(ModelSize(32, 64, 1, 2), 4, 32, 12, 3e-3, torch.float32, small=True),
-    "cpu": Job(ModelSize(192, 512, 3, 6), 8, 128, 60, 3e-3, torch.float32, small=True),
+    "cpu": Job(ModelSize(192, 512, 3, 6), 8, 128, 60, 2e-3, torch.float32, small=True),
     "gpu": Job(ModelSize(4096, 14336, 3, 32), 8, 1024, 120, 2e-4, torch.bfloat16, small=False),
 }
 

@@ -187,7 +187,16 @@ print(seconds)
 
 def test_public_names():
     assert set(fp8.__all__) == {
-        *("RECIPES", "Linear", "__version__", "cmake_prefix_path", "convert", "info", "ops"),
+        *(
+            "RECIPES",
+            "Linear",
+            "__version__",
+            "cached_weights",
+            "cmake_prefix_path",
+            "convert",
+            "info",
+            "ops",
+        ),
         *("plan_cache_clear", "plan_cache_info", "revert", "summary"),
     }
     assert all(hasattr(fp8, name) for name in fp8.__all__)

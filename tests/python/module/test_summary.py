@@ -32,7 +32,7 @@ def test_summary_is_an_aligned_table():
     expected = """\
 name     in -> out      dtype     recipe
 up       4096 -> 14336  bfloat16  rowwise
-router   4096 -> 8      float32   - (small: K*N/(K+N) = 7, FP8 gains from 1024)
+router   4096 -> 8      float32   - (small: K*N/(K+N) = 7, FP8 gains from 900)
 lm_head  4096 -> 4096   float32   - (output head, kept in high precision by default)
 3 linear: 1 in FP8 (1 rowwise), 2 left alone; 77.7% of their weight elements in FP8"""
     assert fp8.summary(fp8.convert(large_model(), "rowwise")) == expected
