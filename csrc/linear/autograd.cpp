@@ -42,7 +42,8 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const auto [dx, dweight, dbias] = unpack(needs);
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
-    const memory::EagerScope eager;
+    std::optional<memory::EagerScope> shares_input;
+    if (!x.is_leaf()) shares_input.emplace();
     auto [y, x_t, x_t_scale, weight_amax] = op.call(x, weight, bias, recipe, dweight, dx);
     const bool fp8_wgrad = recipe_at(recipe).fp8_wgrad;
     const bool tensorwise = recipe_at(recipe).granularity == core::Granularity::kTensorwise;

@@ -108,7 +108,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
   const c10::DeviceGuard guard(dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       c10::autocast_dispatch_keyset);  // for at::mm
-  memory::drop_gone_inputs();
+  memory::drop_inputs();
   const at::Tensor matrix = as_matrix(dy);
   const int64_t rows = matrix.size(0);
   const int64_t features = matrix.size(1);

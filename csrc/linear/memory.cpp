@@ -73,9 +73,12 @@ struct Inputs {
     static auto* inputs = new Inputs;
     return *inputs;
   }
-  void drop_gone() {
+  template <typename Condition>
+  void drop_if(const Condition& condition) {
+    if (filled.load(std::memory_order_relaxed) == 0) return;
+    const std::lock_guard lock(mutex);
     for (auto& slot : slots) {
-      if (slot && slot->tensor.expired()) {
+      if (slot && condition(*slot)) {
         slot.reset();
         filled.fetch_sub(1, std::memory_order_relaxed);
       }
@@ -109,10 +112,11 @@ EagerScope::EagerScope() { ++eager_depth; }
 EagerScope::~EagerScope() { --eager_depth; }
 
 void drop_gone_inputs() {
-  Inputs& inputs = Inputs::instance();
-  if (inputs.filled.load(std::memory_order_relaxed) == 0) return;
-  const std::lock_guard lock(inputs.mutex);
-  inputs.drop_gone();
+  Inputs::instance().drop_if([](const RememberedInput& input) { return input.tensor.expired(); });
+}
+
+void drop_inputs() {
+  Inputs::instance().drop_if([](const RememberedInput&) { return true; });
 }
 
 QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& request) {

@@ -1,10 +1,11 @@
 // Quantized tensors that are used more than once: quantize each once.
 //
 // Inputs: q/k/v and gate/up projections read one activation. The quantized form of the last two
-// inputs is kept while their tensors live, and reused for the same tensor (identity, version
-// counter, memory) in the same recipe, stream and CUDA graph capture: the condition that autograd
-// relies on for its saved tensors. Only eager calls under autograd take part, because generated
-// code may write into a tensor without counting a version.
+// inputs is kept while their tensors live, until the next backward, and reused for the same tensor
+// (identity, version counter, memory) in the same recipe, stream and CUDA graph capture. Only eager
+// calls under autograd take part, and only inputs with a history in the graph: results of other
+// operators, made anew in each step. A long-lived buffer may be filled by something that counts no
+// version (a Triton kernel, a graph replay, p.data), so it is quantized in every call.
 //
 // Weights: kept only inside fp8.cached_weights(model), where the user says that they do not change.
 // A version counter does not see every update of a weight (p.data.copy_, all-gathers), so nothing
@@ -36,9 +37,10 @@ QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& reque
 // request.data_t).
 QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest& request);
 
-// Lets go of inputs whose tensors are gone; every call of the library, backward included, begins
-// with it.
+// Lets go of inputs whose tensors are gone; quantize_input begins with it.
 void drop_gone_inputs();
+// Lets go of all: a backward ends what the forward shared.
+void drop_inputs();
 
 // fp8.cached_weights: contexts may nest and share weights.
 void cache_weights(const std::vector<at::Tensor>& weights);

@@ -24,6 +24,12 @@ def saved_pointers(run):
     return found, kept
 
 
+def activation(device):
+    """The result of an operator in the graph, as a norm's output is; its history, too, is kept."""
+    torch.manual_seed(1)
+    return torch.randn(32, 64, device=device, dtype=torch.bfloat16, requires_grad=True) * 1
+
+
 def layers(device, count=3, recipe="tensorwise"):
     torch.manual_seed(0)
     return [
@@ -34,7 +40,7 @@ def layers(device, count=3, recipe="tensorwise"):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_input_is_quantized_once_for_all_its_layers(device, recipe):
     q, k, v = layers(device, recipe=recipe)
-    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    x = activation(device)
     pointers, outputs = saved_pointers(lambda: [layer(x) for layer in (q, k, v)])
     assert len(pointers) == 3
     assert len(set(pointers)) == 1
@@ -55,7 +61,7 @@ def test_an_input_is_quantized_once_for_all_its_layers(device, recipe):
 )
 def test_a_changed_input_is_quantized_again(device, recipe, change):
     (layer,) = layers(device, 1, recipe)
-    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    x = activation(device)
     before = layer(x)
     change(x)
     after = layer(x)
@@ -65,7 +71,7 @@ def test_a_changed_input_is_quantized_again(device, recipe, change):
 
 def test_a_remembered_input_is_not_mistaken_for_another_view(device):
     first, second = layers(device, 2)
-    x = torch.randn(64, 64, device=device, dtype=torch.bfloat16)
+    x = torch.randn(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True) * 1
     first(x)
     assert torch.equal(second(x.t()), second(x.t().clone()))
     assert torch.equal(second(x[:32]), second(x[:32].clone()))
@@ -75,17 +81,35 @@ def test_a_frozen_layer_does_not_deprive_the_next_one(device):
     """The first call needs no transposed copy, the second does."""
     frozen, trained = layers(device, 2)
     frozen.weight.requires_grad_(False)
-    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = activation(device)
     (frozen(x) + trained(x)).sum().backward()
     expected = x.detach().clone().requires_grad_()
     other = torch.autograd.grad(trained(expected).sum(), trained.weight)[0]
     assert torch.equal(trained.weight.grad, other)
 
 
+def test_a_buffer_is_quantized_in_every_call(device):
+    """Nothing counts a write through .data, nor one of a kernel that PyTorch does not know."""
+    (layer,) = layers(device, 1)
+    buffer = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    before = layer(buffer)
+    buffer.data.mul_(-1)
+    assert not torch.equal(layer(buffer), before)
+
+
+def test_a_backward_ends_the_sharing(device):
+    (layer,) = layers(device, 1)
+    x = activation(device)
+    before = layer(x)
+    before.sum().backward()
+    x.data.mul_(-1)
+    assert not torch.equal(layer(x), before)
+
+
 def test_inputs_are_let_go_with_their_tensors(device):
     (layer,) = layers(device, 1)
     gone = []
-    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    x = activation(device)
     torch.utils.weak.weakref.finalize(x, gone.append, True)
     layer(x)
     del x
@@ -94,7 +118,7 @@ def test_inputs_are_let_go_with_their_tensors(device):
 
 def test_recipes_do_not_share(device):
     tensorwise, rowwise = layers(device, 1)[0], layers(device, 1, "rowwise")[0]
-    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+    x = activation(device)
     tensorwise(x)
     assert torch.equal(rowwise(x), rowwise(x.clone()))
 
