@@ -37,14 +37,15 @@ MIN_WORK: Mapping[str, int] = MappingProxyType(
 )
 """Smallest K·N / (K + N), per recipe, for which `worthwhile` lets FP8 run.
 
-From `benchmarks/bench_sizes.py` on an H100 (benchmarks/results/sizes_h100.json), forward + backward
-of one layer alone, 8192 tokens: from 1228 on FP8 is 1.14 to 1.38 times as fast as bf16, at 955 it
-is 1.03 to 1.15 times, at 819 between 0.92 and 0.98 times. Layers at 819 are the k and v projections
-of grouped-query attention, whose input is quantized for q already; tensorwise they gain from that.
+From `benchmarks/bench_sizes.py` on an H200 (benchmarks/results/sizes_h200.json), forward + backward
+of one layer alone, 8192 tokens, against bf16: from 1228 on FP8 is 1.17 to 1.45 times as fast, at
+955 1.11 to 1.25 times, at 819 0.95 to 1.07 times. Layers at 819 are the k and v projections of
+grouped-query attention, whose input is quantized for q already; tensorwise they gain from that.
 
-Steps below about 0.5 ms are bound by the host, in bf16 too, where FP8 takes 1.1 to 1.2 times as
-long: so do all layers here at 2048 tokens, when they run alone. What pays depends on the tokens of
-a step; this rule assumes the thousands of a training step."""
+Steps below about 0.5 ms are bound by the host, in bf16 too, and there FP8 takes up to 1.4 times as
+long when a layer runs alone: so do most layers of this grid at 2048 tokens, and 2048 -> 2048 at
+8192. What pays depends on the tokens of a step; this rule assumes the thousands of a training step.
+"""
 
 
 def worthwhile(in_features: int, out_features: int, recipe: str) -> str | None:
