@@ -42,6 +42,10 @@ struct StatisticsPlan {
   int64_t col_parts = 0;  // and per column, ceil(row_chunks / cluster_y)
 };
 
+constexpr int64_t kMaxGridY = 65535;
+constexpr int64_t kMaxRowsPerChunk = 1024;  // rows whose amax a block keeps in shared memory
+constexpr int64_t kMaxRowsPerAxisPass = kMaxGridY * kMaxRowsPerChunk;
+
 // What a pass keeps beside the tensor's amax.
 struct StatisticsAxes {
   bool rows = false;
@@ -51,7 +55,6 @@ struct StatisticsAxes {
 // max_cluster: kMaxCluster, or 1 where the device has no clusters.
 inline StatisticsPlan plan_statistics(int64_t rows, int64_t cols, int64_t ld, StatisticsAxes axes,
                                       int sm_count, int max_cluster) {
-  constexpr int64_t kMaxRowsPerChunk = 1024;  // rows whose amax a block keeps in shared memory
   const bool per_axis = axes.rows || axes.cols;
   StatisticsPlan plan{.rows = rows, .cols = cols, .ld = ld, .last_row_cols = cols};
   if (!per_axis && ld == cols) {
@@ -109,7 +112,6 @@ inline CastPlan plan_cast(int64_t rows, int64_t cols, bool per_axis, int sm_coun
   plan.row_tiles = ceil_div(rows, kTileRows);
   const int64_t resident = static_cast<int64_t>(sm_count) * 4;
   const int64_t tiles = plan.col_tiles * plan.row_tiles;
-  constexpr int64_t kMaxGridY = 65535;
   plan.tiles_per_block = std::max(std::clamp<int64_t>(tiles / resident, 1, per_axis ? 4 : 1),
                                   ceil_div(plan.row_tiles, kMaxGridY));
   plan.strips = ceil_div(plan.row_tiles, plan.tiles_per_block);

@@ -28,9 +28,10 @@ struct Identity {
   bool operator==(const Identity&) const = default;
 };
 
-// Nothing for tensors that cannot be told apart from their past (no version counter).
+// Nothing for tensors that cannot be told apart from their past: no version counter, or strides of
+// their own (x.data = x.data.t() changes nothing else).
 std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& request) {
-  if (x.is_inference() || x.numel() == 0) return std::nullopt;
+  if (x.is_inference() || x.numel() == 0 || !x.is_contiguous()) return std::nullopt;
   Identity id{.data = x.const_data_ptr(),
               .version = x.unsafeGetTensorImpl()->version_counter().current_version(),
               .rows = x.numel() / x.size(-1),

@@ -8,6 +8,9 @@
 namespace fp8::core {
 namespace {
 
+// Code for an older architecture, which a newer GPU may run through PTX, has no clusters in it.
+constexpr bool kClustersCompiled = FP8_OLDEST_CUDA_ARCH >= 90;
+
 // How the passes of one request share the work.
 struct QuantizePlan {
   bool one_pass = false;    // the rowwise kernel
@@ -34,7 +37,7 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
   plan.col_sum = a.column_sum != nullptr;
   // Clusters save the cast pass partial results. With column sums a block holds too many registers
   // for clusters to pack well: measured 5 to 15% slower than without.
-  const bool clusters = device.capability >= 90 && !plan.col_sum;
+  const bool clusters = kClustersCompiled && device.capability >= 90 && !plan.col_sum;
   plan.first = plan_statistics(a.rows, a.cols, a.ld,
                                {.rows = plan.row_amax, .cols = plan.col_amax || plan.col_sum},
                                device.sm_count, clusters ? kMaxCluster : 1);
@@ -63,6 +66,8 @@ void check(const QuantizeArgs& a) {
   if (a.granularity == Granularity::kRowwise) {
     require(a.static_scale == nullptr && a.amax == nullptr && a.amax_out == nullptr,
             "a given scale or amax is tensorwise");
+    require(a.data_t.data == nullptr || a.rows <= kMaxRowsPerAxisPass,
+            "rowwise quantize with a transposed copy takes at most 67107840 rows");
     require((a.data.data == nullptr || a.scale != nullptr) &&
                 (a.data_t.data == nullptr || a.scale_t != nullptr),
             "rowwise quantize expects a scale for each destination");

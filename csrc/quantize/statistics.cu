@@ -22,8 +22,6 @@ constexpr int kVectors = kStatisticsCols / (32 * 8);  // a lane's vectors of a r
 
 enum Statistics : int { kTensorAmax = 1, kRowAmax = 2, kColAmax = 4, kColSum = 8 };
 
-constexpr int kMaxRowsPerChunk = 1024;
-
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_sync() { cg::this_cluster().sync(); }
 // The same shared variable in another block of the cluster.

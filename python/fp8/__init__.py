@@ -23,8 +23,7 @@ from .linear import Linear
 from .recipe import RECIPES
 
 cmake_prefix_path: str = str(_PACKAGE)
-"""For CMake: `-DCMAKE_PREFIX_PATH=$(python -c "import fp8; print(fp8.cmake_prefix_path)")`, then
-`find_package(FP8)`."""
+"""The package's folder, for `-DCMAKE_PREFIX_PATH=`. There is no CMake package to find there yet."""
 
 __all__ = [
     "RECIPES",

@@ -15,6 +15,19 @@ OPS = torch.ops.fp8
 RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
 
 
+# The public contract: names and order of arguments, and what is returned.
+SCHEMAS = {
+    "quantize_tensorwise": ("x dtype scale", 2),
+    "quantize_rowwise": ("x dtype", 2),
+    "quantize_tensorwise_transpose": ("x dtype scale", 3),
+    "quantize_rowwise_transpose": ("x dtype", 4),
+    "dequantize": ("data scale dtype", 1),
+    "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
+    "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
+    "fused_linear": ("x weight bias recipe", 1),
+}
+
+
 @dataclass
 class Sample:
     """Arguments of one call. Every tensor is fresh, so a sample may be modified."""
