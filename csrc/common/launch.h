@@ -15,8 +15,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t kPad = 16;
 constexpr int64_t pad16(int64_t extent) { return round_up(extent, kPad); }
 
-// --- statistics pass: blocks of 8 warps, a warp reads kStatisticsCols columns of one row at a time
-// ---
+// --- statistics pass: blocks of 8 warps; a warp reads 1024 columns of a row at a time ---
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
