@@ -1,8 +1,8 @@
 // Messages of the torch layer, joined from strings, numbers, shapes, dtypes and devices.
 //
-// They are built from std::string alone: an extension that streams numbers into a
-// std::ostringstream can end up with half of the stream from LibTorch's copy of libstdc++ and half
-// from the system's, and crash where it should explain.
+// They are built from std::string alone. Streaming a number into a std::ostringstream crashed where
+// the library was built with g++ 13 (inside libstdc++, called from libc10): why is not known, but a
+// message must not be able to.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -42,7 +42,7 @@ of one layer alone, 8192 tokens, against bf16: from 1228 on FP8 is 1.17 to 1.45 
 955 1.11 to 1.25 times, at 819 0.95 to 1.07 times. Layers at 819 are the k and v projections of
 grouped-query attention, whose input is quantized for q already; tensorwise they gain from that.
 
-Steps below about 0.5 ms are bound by the host, in bf16 too, and there FP8 takes up to 1.4 times as
+Steps below about 0.5 ms are bound by the host, in bf16 too, and there FP8 takes up to 1.5 times as
 long when a layer runs alone: so do most layers of this grid at 2048 tokens, and 2048 -> 2048 at
 8192. What pays depends on the tokens of a step; this rule assumes the thousands of a training step.
 """
