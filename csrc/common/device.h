@@ -18,12 +18,12 @@ struct DeviceInfo {
 
 inline constexpr int kMaxDevices = 64;
 
-inline DeviceInfo current_device() {
+// index: of the current device, or -1 to ask for it.
+inline DeviceInfo current_device(int index = -1) {
   // 0: not read yet; else capability << 16 | sm_count. Reading twice in a race gives the same
   // value.
   static std::array<std::atomic<int>, kMaxDevices> known{};
-  int index = 0;
-  FP8_CUDA_CHECK(cudaGetDevice(&index));
+  if (index < 0) FP8_CUDA_CHECK(cudaGetDevice(&index));
   require(index < kMaxDevices, "more CUDA devices than this library counts");
   int packed = known[index].load(std::memory_order_relaxed);
   if (packed == 0) {

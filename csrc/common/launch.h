@@ -94,12 +94,13 @@ inline StatisticsPlan plan_statistics(int64_t rows, int64_t cols, int64_t ld, St
 
 constexpr int64_t kTileRows = 128;
 constexpr int64_t kTileCols = 64;
+constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;  // more tiles than fit in any memory
 
 struct CastPlan {
   int64_t col_tiles = 0;
   int64_t row_tiles = 0;
   int64_t tiles_per_block = 0;
-  int64_t strips = 0;  // blocks along the rows
+  int64_t strips = 0;  // blocks along the rows; col_tiles * strips blocks in all
 };
 
 // rows, cols: the larger of the matrix's and its destinations' padded extents. `per_axis` blocks
@@ -111,8 +112,7 @@ inline CastPlan plan_cast(int64_t rows, int64_t cols, bool per_axis, int sm_coun
   plan.row_tiles = ceil_div(rows, kTileRows);
   const int64_t resident = static_cast<int64_t>(sm_count) * 4;
   const int64_t tiles = plan.col_tiles * plan.row_tiles;
-  plan.tiles_per_block = std::max(std::clamp<int64_t>(tiles / resident, 1, per_axis ? 4 : 1),
-                                  ceil_div(plan.row_tiles, kMaxGridY));
+  plan.tiles_per_block = per_axis ? std::clamp<int64_t>(tiles / resident, 1, 4) : 1;
   plan.strips = ceil_div(plan.row_tiles, plan.tiles_per_block);
   return plan;
 }

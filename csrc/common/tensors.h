@@ -1,8 +1,13 @@
 // Small things that every op of the torch layer needs: dtypes, extents, checks, flattening.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
+
+#ifdef FP8_WITH_CUDA
+#include <ATen/cuda/EmptyTensor.h>
+#endif
 
 #include "common/launch.h"
 #include "common/messages.h"
@@ -35,6 +40,15 @@ inline core::Dtype to_core(at::ScalarType dtype) {
   }
 }
 
+// at::empty on like's device, a CPU or a GPU, past the dispatcher: a linear layer's step makes
+// about twenty tensors, and those that are not returned concern nobody else.
+inline at::Tensor empty_on(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
+#ifdef FP8_WITH_CUDA
+  if (like.is_cuda()) return at::detail::empty_cuda(sizes, dtype, like.device(), std::nullopt);
+#endif
+  return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, std::nullopt);
+}
+
 // Extents of padded buffers; template so that symbolic extents pad too.
 template <typename Int>
 Int pad16(const Int& extent) {
@@ -54,11 +68,16 @@ Int pad16(const Int& extent) {
                   " on the device of ", other_name, ", ", (other).device(), ", got ",      \
                   (tensor).device())
 
+// Whether as_matrix(x) is x.
+inline bool is_matrix(const at::Tensor& x) {
+  return x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1);
+}
+
 // x seen as [product of leading dimensions, last dimension] with contiguous columns: a view where
 // strides allow it, else a copy.
 inline at::Tensor as_matrix(const at::Tensor& x) {
   const int64_t cols = x.size(-1);
-  if (x.dim() == 2 && (x.stride(1) == 1 || cols == 1)) return x;
+  if (is_matrix(x)) return x;
   const int64_t rows =
       x.numel() == 0 ? c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)) : x.numel() / cols;
   const at::Tensor matrix = x.reshape({rows, cols});

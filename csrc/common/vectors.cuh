@@ -39,16 +39,21 @@ struct Vec8 {
   }
 };
 
-// Loads columns [col, col + 8) of a row that has `cols` of them; what lies beyond is zero.
-// `vectorized` says that the row starts on a 16-byte boundary.
+// Of `count` elements that may be negative or many, how many of the next eight are there; for load8
+// and keep_first, which take what is below 0 as 0 and above 8 as 8.
+__device__ __forceinline__ int of_eight(int64_t count) {
+  return static_cast<int>(min(count, int64_t{8}));
+}
+
+// Loads the first `valid` of the eight elements at `source`; the others are zero. `vectorized` says
+// that the source lies on a 16-byte boundary.
 template <typename T>
-__device__ __forceinline__ Vec8<T> load8(const T* row, int64_t col, int64_t cols, bool vectorized) {
+__device__ __forceinline__ Vec8<T> load8(const T* source, int valid, bool vectorized) {
   Vec8<T> v;
-  if (vectorized && col + 8 <= cols) {
-    const uint4* source = reinterpret_cast<const uint4*>(row + col);
+  if (vectorized && valid >= 8) {
 #pragma unroll
     for (int i = 0; i < Vec8<T>::kWords / 4; ++i) {
-      const uint4 q = __ldg(source + i);
+      const uint4 q = __ldg(reinterpret_cast<const uint4*>(source) + i);
       v.words[4 * i] = q.x;
       v.words[4 * i + 1] = q.y;
       v.words[4 * i + 2] = q.z;
@@ -60,11 +65,11 @@ __device__ __forceinline__ Vec8<T> load8(const T* row, int64_t col, int64_t cols
   for (int i = 0; i < Vec8<T>::kWords; ++i) v.words[i] = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (col + i < cols) {
+    if (i < valid) {
       if constexpr (sizeof(T) == 4) {
-        v.words[i] = __ldg(reinterpret_cast<const uint32_t*>(row) + col + i);
+        v.words[i] = __ldg(reinterpret_cast<const uint32_t*>(source) + i);
       } else {
-        const uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(row) + col + i);
+        const uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(source) + i);
         v.words[i / 2] |= bits << (16 * (i & 1));
       }
     }
@@ -146,7 +151,7 @@ __device__ __forceinline__ GroupScale scale_from_amax(uint32_t bits, float forma
 }
 
 // Zeroes the codes from `valid` on; codes hold eight bytes.
-__device__ __forceinline__ uint2 keep_first(uint2 codes, int64_t valid) {
+__device__ __forceinline__ uint2 keep_first(uint2 codes, int valid) {
   if (valid >= 8) return codes;
   const uint64_t mask = valid <= 0 ? 0 : (uint64_t{1} << (8 * valid)) - 1;
   return make_uint2(codes.x & static_cast<uint32_t>(mask),

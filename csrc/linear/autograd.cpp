@@ -51,8 +51,7 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     ctx->save_for_backward({dweight ? (fp8_wgrad ? x_t : x) : none,
                             dweight && fp8_wgrad ? x_t_scale : none, dx ? weight : none,
                             dx && tensorwise ? weight_amax : none});
-    ctx->saved_data["recipe"] = recipe;
-    ctx->saved_data["needs"] = needs;
+    ctx->saved_data["call"] = recipe << 3 | needs;
     ctx->saved_data["in_features"] = weight.sym_size(1);
     return y;
   }
@@ -62,12 +61,12 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const at::Tensor& dy = grads[0];
     if (!dy.defined()) return {none, none, none, none, none};
     const variable_list saved = ctx->get_saved_variables();
-    const auto [dx, dweight, dbias] = unpack(ctx->saved_data["needs"].toInt());
+    const int64_t call = ctx->saved_data["call"].toInt();
+    const auto [dx, dweight, dbias] = unpack(call);
     static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
     const auto [gx, gweight, gbias] =
         op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
-                ctx->saved_data["in_features"].toSymInt(), ctx->saved_data["recipe"].toInt(), dx,
-                dweight, dbias);
+                ctx->saved_data["in_features"].toSymInt(), call >> 3, dx, dweight, dbias);
     return {dx ? gx : none, dweight ? gweight : none, dbias ? gbias : none, none, none};
   }
 

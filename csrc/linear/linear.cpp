@@ -24,7 +24,9 @@ namespace {
 
 using core::Granularity;
 
-at::Tensor none_like(const at::Tensor& x) { return at::empty({0}, x.options()); }
+at::Tensor none_like(const at::Tensor& x) {
+  return x.is_meta() ? at::empty({0}, x.options()) : empty_on(x, {0}, x.scalar_type());
+}
 
 template <typename Sizes>
 auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
@@ -92,7 +94,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   const QuantizedMatrix qw =
       memory::quantize_weight(weight, {.dtype = recipe.forward_dtype,
                                        .granularity = recipe.granularity,
-                                       .keep_amax = save_weight_amax && tensorwise});
+                                       .keep_amax = save_weight_amax && tensorwise,
+                                       .overlaps_previous = qx.launched && is_matrix(weight)});
   at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe.granularity);
   const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
   return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),
@@ -145,7 +148,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     QuantizeRequest request{.dtype = recipe.forward_dtype,
                             .granularity = recipe.granularity,
                             .data = false,
-                            .data_t = true};
+                            .data_t = true,
+                            .overlaps_previous = qdy.launched && is_matrix(*weight)};
     if (tensorwise) request.amax = *weight_amax;
     const QuantizedMatrix qw = memory::quantize_weight(*weight, request);
     const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;

@@ -141,6 +141,7 @@ QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& reque
   inputs.next = (inputs.next + 1) % inputs.slots.size();
   if (!slot) inputs.filled.fetch_add(1, std::memory_order_relaxed);
   slot = RememberedInput{decltype(RememberedInput::tensor)(x.getIntrusivePtr()), *id, quantized};
+  slot->quantized.launched = false;  // not when it is used again
   return quantized;
 }
 
@@ -164,6 +165,7 @@ QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest&
   both.keep_amax = request.granularity == core::Granularity::kTensorwise;
   both.amax = at::Tensor();
   cached.quantized = quantize_matrix(as_matrix(weight), both);
+  cached.quantized.launched = false;
   cached.id = id;
   return cached.quantized;
 }

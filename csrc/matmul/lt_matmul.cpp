@@ -231,7 +231,7 @@ bool lt_supports(const MatmulArgs& args, int capability) {
 }
 
 MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream) {
-  const DeviceInfo device = current_device();
+  const DeviceInfo device = current_device(args.device);
   if (!lt_supports(args, device.capability)) {
     Cache::instance().fallbacks.fetch_add(1, std::memory_order_relaxed);
     return {};
@@ -264,9 +264,9 @@ void run_matmul(const MatmulPlan& plan, const MatmulArgs& args, void* workspace,
   const float alpha = 1.0F;
   const float beta = args.accumulate ? 1.0F : 0.0F;
   // C is out itself: read for beta = 1, ignored for beta = 0. It never has a scale.
-  FP8_LT_CHECK(cublasLtMatmul(handle_of(current_device().index, args), &lt.desc, &alpha, args.b,
-                              &lt.a, args.a, &lt.b, &beta, args.out, &lt.out, args.out, &lt.out,
-                              &lt.algo, workspace, plan.workspace_bytes, stream),
+  FP8_LT_CHECK(cublasLtMatmul(handle_of(current_device(args.device).index, args), &lt.desc, &alpha,
+                              args.b, &lt.a, args.a, &lt.b, &beta, args.out, &lt.out, args.out,
+                              &lt.out, &lt.algo, workspace, plan.workspace_bytes, stream),
                args);
 }
 

@@ -89,7 +89,7 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
     bias = bias.clone(at::MemoryFormat::Contiguous);
   }
 
-  at::Tensor out = direct ? into : at::empty({a.rows, padded_n}, a.data.options().dtype(out_dtype));
+  at::Tensor out = direct ? into : empty_on(a.data, {a.rows, padded_n}, out_dtype);
   const core::MatmulArgs args{.m = a.rows,
                               .n = padded_n,
                               .k = a.data.size(1),
@@ -108,15 +108,15 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
                               .out_dtype = to_core(out_dtype),
                               .ldo = padded_n,
                               .accumulate = direct,
-                              .fast_accum = options.fast_accum};
+                              .fast_accum = options.fast_accum,
+                              .device = a.data.device().index()};
   const cudaStream_t stream = cuda::current_stream(a.data);
   const core::MatmulPlan plan = core::plan_matmul(args, stream);
   if (!plan.supported) return matmul_dequantized(a, b, options);
 
   at::Tensor workspace;
   if (plan.workspace_bytes > 0) {
-    workspace =
-        at::empty({static_cast<int64_t>(plan.workspace_bytes)}, a.data.options().dtype(at::kByte));
+    workspace = empty_on(a.data, {static_cast<int64_t>(plan.workspace_bytes)}, at::kByte);
   }
   core::run_matmul(plan, args, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
                    stream);

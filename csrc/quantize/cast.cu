@@ -5,9 +5,9 @@
 // 8 bytes by byte permutes into eight words of four rows each, and exchanges them through shared
 // memory, so that the transposed tile leaves as 128-byte rows. Shared memory holds a word per
 // column and row group at [column][row group ^ 4 * (column / 8)]: free of bank conflicts for the
-// 4-byte writes and the 16-byte reads, without padding. Strips are taken from the bottom up: the
-// first pass ended there, so part of x is still in L2. Bound by bandwidth: 2 + 1 + 1 bytes an
-// element.
+// 4-byte writes and the 16-byte reads, without padding. Strips are taken from the side where the
+// first pass ended: part of x is still in L2 there. The grid may start while the first pass
+// drains: its first loads do not depend on it. Bound by bandwidth: 2 + 1 + 1 bytes an element.
 #include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
@@ -34,12 +34,14 @@ __device__ __forceinline__ void transpose_bytes(uint32_t a, uint32_t b, uint32_t
   out[3] = __byte_perm(ab23, cd23, 0x7632);
 }
 
-template <typename T, typename Format>
-__device__ __forceinline__ uint2 encode8(const Vec8<T>& v, const float (&m)[8]) {
+// multiplier(j): that of element j
+template <typename Format, typename T, typename Multiplier>
+__device__ __forceinline__ uint2 encode8(const Vec8<T>& v, const Multiplier& multiplier) {
   uint32_t pairs[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    pairs[i] = encode2<Format>(v.get(2 * i) * m[2 * i], v.get(2 * i + 1) * m[2 * i + 1]);
+    pairs[i] =
+        encode2<Format>(v.get(2 * i) * multiplier(2 * i), v.get(2 * i + 1) * multiplier(2 * i + 1));
   }
   return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
 }
@@ -65,7 +67,7 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
   }
   uint32_t bits = 0;
   for (int64_t i = threadIdx.x; i < p.tensor_parts; i += kThreads) {
-    bits = max(bits, __ldg(p.tensor_amax + i));
+    bits = max(bits, __ldcg(p.tensor_amax + i));
   }
   bits = block_max<kWarps>(bits, scratch);
   const GroupScale group = scale_from_amax(bits, format_max);
@@ -82,13 +84,15 @@ __device__ __forceinline__ void column_multipliers(const CastParams& p, int64_t 
                                                    float format_max, bool writes_scale,
                                                    uint32_t* partial, float* multiplier) {
   const int column = threadIdx.x % kTileCols;
-  const int part0 = threadIdx.x / kTileCols;
+  const int part0 = static_cast<int>(threadIdx.x) / kTileCols;
   const int64_t col = col0 + column;
   uint32_t bits = 0;
   if (col < p.cols) {
+    const uint32_t* source = p.col_amax + part0 * p.cols + col;
 #pragma unroll 4
-    for (int64_t part = part0; part < p.col_parts; part += kThreads / kTileCols) {
-      bits = max(bits, __ldg(p.col_amax + part * p.cols + col));
+    for (int part = part0; part < p.col_parts; part += kThreads / kTileCols) {
+      bits = max(bits, __ldcg(source));
+      source += kThreads / kTileCols * p.cols;
     }
   }
   partial[threadIdx.x] = bits;
@@ -110,8 +114,11 @@ __device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t 
   const int64_t col = col0 + column;
   float sum = 0.0F;
   if (col < p.cols) {
-    for (int64_t part = threadIdx.x / kTileCols; part < p.col_parts; part += kThreads / kTileCols) {
-      sum += __ldg(p.col_sum + part * p.cols + col);
+    const int part0 = static_cast<int>(threadIdx.x) / kTileCols;
+    const float* source = p.col_sum + part0 * p.cols + col;
+    for (int part = part0; part < p.col_parts; part += kThreads / kTileCols) {
+      sum += __ldcg(source);
+      source += kThreads / kTileCols * p.cols;
     }
   }
   __syncthreads();
@@ -127,16 +134,20 @@ __device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t 
 // Blocks to a multiprocessor: enough loads in flight to saturate memory, few enough that no
 // register spills.
 template <typename T, Granularity kGranularity>
-constexpr int kMinBlocks = sizeof(T) == 4 || kGranularity == Granularity::kRowwise ? 3 : 5;
+constexpr int kMinBlocks = sizeof(T) == 4                          ? 3
+                           : kGranularity == Granularity::kRowwise ? 4
+                                                                   : 5;
 
 // amax of the tile's row that this thread looks after; the first 128 threads have one.
 __device__ __forceinline__ uint32_t row_amax_bits(const CastParams& p, int64_t tile) {
   const int64_t row = tile * kTileRows + threadIdx.x;
   uint32_t bits = 0;
   if (threadIdx.x < kTileRows && row < p.rows) {
+    const uint32_t* source = p.row_amax + row;
 #pragma unroll 4
-    for (int64_t part = 0; part < p.row_parts; ++part) {
-      bits = max(bits, __ldg(p.row_amax + part * p.rows + row));
+    for (int part = 0; part < p.row_parts; ++part) {
+      bits = max(bits, __ldcg(source));
+      source += p.rows;
     }
   }
   return bits;
@@ -146,6 +157,7 @@ template <typename T, typename Format, Granularity kGranularity, bool kData, boo
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
     cast_kernel(const CastParams p) {
   constexpr bool kRowwise = kGranularity == Granularity::kRowwise;
+  let_next_start();
   __shared__ alignas(16) uint32_t turned[kDataT ? kTileCols * kGroups : 1];
   __shared__ alignas(16) uint32_t scratch[kThreads];
   __shared__ float row_multiplier[kRowwise && kData ? kTileRows : 1];
@@ -153,38 +165,41 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
 
   const int group = threadIdx.x / kColGroups;
   const int col_group = threadIdx.x % kColGroups;
-  const int64_t tile_col = blockIdx.x;
-  const int64_t strip = p.plan.strips - 1 - blockIdx.y;
+  const auto tiles_across = static_cast<unsigned>(p.plan.col_tiles);
+  const int64_t tile_col = blockIdx.x % tiles_across;
+  int64_t strip = blockIdx.x / tiles_across;
+  if constexpr (kDataT && !kRowwise) strip = p.plan.strips - 1 - strip;  // see kernels.h
   const int64_t col0 = tile_col * kTileCols;
   const int64_t col = col0 + col_group * 8;
-  const int64_t tile_begin = strip * p.plan.tiles_per_block;
-  const int64_t tile_end = min(tile_begin + p.plan.tiles_per_block, p.plan.row_tiles);
+  // Tensorwise a block casts one tile, and the loop below goes: it would cost registers.
+  const int64_t tile_begin = kRowwise ? strip * p.plan.tiles_per_block : strip;
+  const int64_t tile_end =
+      kRowwise ? min(tile_begin + p.plan.tiles_per_block, p.plan.row_tiles) : tile_begin + 1;
 
+  const int valid_cols = of_eight(p.cols - col);
+  const bool writes_cols = col < p.data.ld;
   const auto load_tile = [&](int64_t tile, Vec8<T>(&v)[kRowsPerThread]) {
     const int64_t row = tile * kTileRows + group * kRowsPerThread;
+    const T* source = static_cast<const T*>(p.x) + row * p.ld + col;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const T* source = static_cast<const T*>(p.x) + (row + r) * p.ld;
-      v[r] = load8(source, col, row + r < p.rows ? p.cols : 0, p.vectorized);
+      v[r] = load8(source, row + r < p.rows ? valid_cols : 0, p.vectorized);
+      source += p.ld;
     }
   };
   // The first tile is under way while the partial results are reduced.
   Vec8<T> v[kRowsPerThread];
   load_tile(tile_begin, v);
+  wait_for_previous();
 
   [[maybe_unused]] uint32_t row_bits = 0;
   if constexpr (kRowwise && kData) row_bits = row_amax_bits(p, tile_begin);
-
-  float m[8];
-  if constexpr (!kRowwise) {
-    const float multiplier = tensor_multiplier(p, Format::kMax, scratch);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) m[j] = multiplier;
-  }
+  [[maybe_unused]] float tensor = 0.0F;
+  if constexpr (!kRowwise) tensor = tensor_multiplier(p, Format::kMax, scratch);
   if constexpr (kRowwise && kDataT) {
-    column_multipliers(p, col0, Format::kMax, strip == 0, scratch, col_multiplier);
+    column_multipliers(p, col0, Format::kMax, tile_begin == 0, scratch, col_multiplier);
   }
-  if (p.column_sum != nullptr && strip == 0) {
+  if (p.column_sum != nullptr && tile_begin == 0) {
     finish_column_sums(p, col0, reinterpret_cast<float*>(scratch));
   }
 
@@ -201,37 +216,35 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
     }
     if constexpr (kRowwise || kDataT) __syncthreads();
 
+    const int64_t row0 = tile_row + group * kRowsPerThread;
     uint2 codes[kRowsPerThread];
+    if constexpr (kData || !kRowwise) {
+      uint8_t* out = static_cast<uint8_t*>(p.data.data) + row0 * p.data.ld + col;
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      const int64_t row = tile_row + group * kRowsPerThread + r;
-      const int64_t valid = row < p.rows ? p.cols - col : 0;
-      if constexpr (kRowwise && kData) {
-        const float multiplier = row_multiplier[group * kRowsPerThread + r];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) m[j] = multiplier;
-      }
-      if constexpr (kData || !kRowwise) codes[r] = keep_first(encode8<T, Format>(v[r], m), valid);
-      if constexpr (kData) {
-        if (row < p.data.rows && col < p.data.ld) {
-          *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.data.data) + row * p.data.ld + col) =
-              codes[r];
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        float multiplier = tensor;
+        if constexpr (kRowwise) multiplier = row_multiplier[group * kRowsPerThread + r];
+        codes[r] = keep_first(encode8<Format>(v[r], [&](int) { return multiplier; }),
+                              row0 + r < p.rows ? valid_cols : 0);
+        if constexpr (kData) {
+          if (row0 + r < p.data.rows && writes_cols) *reinterpret_cast<uint2*>(out) = codes[r];
+          out += p.data.ld;
         }
       }
     }
     if constexpr (kRowwise && kDataT) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) m[j] = col_multiplier[col_group * 8 + j];
+      const auto multiplier = [&](int j) { return col_multiplier[col_group * 8 + j]; };
 #pragma unroll
       for (int r = 0; r < kRowsPerThread; ++r) {
-        const int64_t row = tile_row + group * kRowsPerThread + r;
-        const int64_t valid = row < p.rows ? p.cols - col : 0;
-        codes[r] = keep_first(encode8<T, Format>(v[r], m), valid);
+        codes[r] =
+            keep_first(encode8<Format>(v[r], multiplier), row0 + r < p.rows ? valid_cols : 0);
       }
     }
-    if (tile + 1 < tile_end) {
-      load_tile(tile + 1, v);
-      if constexpr (kRowwise && kData) row_bits = row_amax_bits(p, tile + 1);
+    if constexpr (kRowwise) {
+      if (tile + 1 < tile_end) {
+        load_tile(tile + 1, v);
+        if constexpr (kData) row_bits = row_amax_bits(p, tile + 1);
+      }
     }
 
     if constexpr (kDataT) {
@@ -264,14 +277,16 @@ template <typename T, typename Format, Granularity kGranularity>
 void launch_typed(const CastParams& params, cudaStream_t stream) {
   const bool data = params.data.data != nullptr;
   const bool data_t = params.data_t.data != nullptr;
-  const dim3 grid(static_cast<unsigned>(params.plan.col_tiles),
-                  static_cast<unsigned>(params.plan.strips));
+  const auto grid = static_cast<unsigned>(params.plan.col_tiles * params.plan.strips);
+  const auto go = [&](auto kernel) {
+    launch(kernel, grid, kThreads, stream, params, {.overlaps_previous = params.overlaps_previous});
+  };
   if (data && data_t) {
-    launch(cast_kernel<T, Format, kGranularity, true, true>, grid, kThreads, stream, params);
+    go(cast_kernel<T, Format, kGranularity, true, true>);
   } else if (data_t) {
-    launch(cast_kernel<T, Format, kGranularity, false, true>, grid, kThreads, stream, params);
+    go(cast_kernel<T, Format, kGranularity, false, true>);
   } else if constexpr (kGranularity == Granularity::kTensorwise) {
-    launch(cast_kernel<T, Format, kGranularity, true, false>, grid, kThreads, stream, params);
+    go(cast_kernel<T, Format, kGranularity, true, false>);
   }
 }
 

@@ -42,27 +42,47 @@ void dispatch_format(Dtype dtype, F&& f) {
   }
 }
 
-template <typename Kernel, typename Params>
-void launch(Kernel kernel, dim3 grid, dim3 block, cudaStream_t stream, const Params& params) {
-  kernel<<<grid, block, 0, stream>>>(params);
-  FP8_CUDA_CHECK(cudaGetLastError());
-}
+// How a launch differs from an ordinary one.
+struct LaunchOptions {
+  dim3 cluster{1, 1, 1};
+  // Programmatic dependent launch: the grid may start while the one before it in the stream drains.
+  // The kernel must call wait_for_previous() before it reads what that one wrote, and before it
+  // writes anything; every thread must.
+  bool overlaps_previous = false;
+};
 
-// The same with thread block clusters; a cluster of one block is an ordinary launch.
 template <typename Kernel, typename Params>
-void launch_cluster(Kernel kernel, dim3 grid, dim3 block, dim3 cluster, cudaStream_t stream,
-                    const Params& params) {
-  if (cluster.x * cluster.y == 1) return launch(kernel, grid, block, stream, params);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster.x, cluster.y, 1};
+void launch(Kernel kernel, dim3 grid, dim3 block, cudaStream_t stream, const Params& params,
+            const LaunchOptions& options = {}) {
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  if (options.cluster.x * options.cluster.y > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {options.cluster.x, options.cluster.y, 1};
+  }
+  if (options.overlaps_previous) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   FP8_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+// The two ends of a programmatic dependent launch; without it, and before sm_90, they do nothing.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace fp8::core

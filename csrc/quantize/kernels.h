@@ -11,11 +11,19 @@
 
 namespace fp8::core {
 
+// overlaps_previous, in all three: a programmatic dependent launch (dispatch.cuh).
+
+// The cast pass begins where the first pass ended: part of x is still in L2 there. Tensorwise with
+// a transposed copy it goes from the last rows up, else from the first rows down: 1 to 4% faster
+// than the other way round on an H100 (67 MB).
+
 // First pass: partial results of each block, in fixed places, so that nothing is zeroed and nothing
 // is atomic. amax as the bits of a non-negative float.
 struct StatisticsParams {
   const void* x;    // [rows, cols]
   bool vectorized;  // rows start on 16-byte boundaries
+  bool overlaps_previous;
+  bool from_below;  // begins at the last rows
   StatisticsPlan plan;
   uint32_t* tensor_amax;  // [row_chunks * col_tiles], or nullptr
   uint32_t* row_amax;     // [row_parts, rows], or nullptr
@@ -31,6 +39,7 @@ struct CastParams {
   int64_t cols;
   int64_t ld;
   bool vectorized;
+  bool overlaps_previous;  // the first pass, as a rule
   CastPlan plan;
   Destination data;
   Destination data_t;
@@ -41,9 +50,9 @@ struct CastParams {
   int64_t tensor_parts;
   float* amax_out;
   const uint32_t* row_amax;  // rowwise: [row_parts, rows] where data is made
-  int64_t row_parts;
+  int row_parts;
   const uint32_t* col_amax;  // rowwise: [col_parts, cols] where data_t is made
-  int64_t col_parts;
+  int col_parts;
   const float* col_sum;  // [col_parts, cols], or nullptr
   void* column_sum;      // [cols]
   Dtype column_sum_dtype;
@@ -58,6 +67,7 @@ struct RowwiseParams {
   int64_t cols;
   int64_t ld;
   bool vectorized;
+  bool overlaps_previous;
   RowwisePlan plan;
   Destination data;
   float* scale;  // [data.rows]

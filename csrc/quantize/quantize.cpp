@@ -41,8 +41,7 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
   const int64_t rows = x.size(0);
   const int64_t cols = x.size(1);
   const bool rowwise = request.granularity == core::Granularity::kRowwise;
-  const auto fp8_options = x.options().dtype(request.dtype);
-  const auto fp32 = x.options().dtype(at::kFloat);
+  const auto floats = [&](at::IntArrayRef sizes) { return empty_on(x, sizes, at::kFloat); };
 
   QuantizedMatrix result;
   core::QuantizeArgs args{.x = x.const_data_ptr(),
@@ -51,38 +50,40 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
                           .cols = cols,
                           .ld = leading_dim(x),
                           .dtype = to_core(request.dtype),
-                          .granularity = request.granularity};
+                          .granularity = request.granularity,
+                          .overlaps_previous = request.overlaps_previous,
+                          .device = x.is_cuda() ? x.device().index() : -1};
   if (request.data) {
-    result.data = at::empty({pad16(rows), pad16(cols)}, fp8_options);
+    result.data = empty_on(x, {pad16(rows), pad16(cols)}, request.dtype);
     args.data = {result.data.mutable_data_ptr(), pad16(rows), pad16(cols)};
   }
   if (request.data_t) {
-    result.data_t = at::empty({pad16(cols), pad16(rows)}, fp8_options);
+    result.data_t = empty_on(x, {pad16(cols), pad16(rows)}, request.dtype);
     args.data_t = {result.data_t.mutable_data_ptr(), pad16(cols), pad16(rows)};
   }
   if (!rowwise) {
-    result.scale = at::empty({}, fp32);
+    result.scale = floats({});
     args.scale = result.scale.mutable_data_ptr<float>();
     if (request.static_scale.defined()) {
       args.static_scale = request.static_scale.const_data_ptr<float>();
     }
     if (request.amax.defined()) args.amax = request.amax.const_data_ptr<float>();
     if (request.keep_amax) {
-      result.amax = at::empty({}, fp32);
+      result.amax = floats({});
       args.amax_out = result.amax.mutable_data_ptr<float>();
     }
   } else {
     if (request.data) {
-      result.scale = at::empty({pad16(rows)}, fp32);
+      result.scale = floats({pad16(rows)});
       args.scale = result.scale.mutable_data_ptr<float>();
     }
     if (request.data_t) {
-      result.scale_t = at::empty({pad16(cols)}, fp32);
+      result.scale_t = floats({pad16(cols)});
       args.scale_t = result.scale_t.mutable_data_ptr<float>();
     }
   }
   if (request.column_sum) {
-    result.column_sum = at::empty({cols}, x.options().dtype(*request.column_sum));
+    result.column_sum = empty_on(x, {cols}, *request.column_sum);
     args.column_sum = result.column_sum.mutable_data_ptr();
     args.column_sum_dtype = to_core(*request.column_sum);
   }
@@ -94,10 +95,11 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
 #ifdef FP8_WITH_CUDA
   at::Tensor workspace;
   if (const size_t bytes = core::quantize_workspace_bytes(args); bytes > 0) {
-    workspace = at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
+    workspace = empty_on(x, {static_cast<int64_t>(bytes)}, at::kByte);
     args.workspace = workspace.mutable_data_ptr();
   }
   core::quantize(args, cuda::current_stream(x));
+  result.launched = true;
   return result;
 #else
   throw_no_cuda(x);
@@ -106,7 +108,7 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
 
 at::Tensor dequantize_matrix(const at::Tensor& data, const at::Tensor& scale,
                              at::ScalarType dtype) {
-  at::Tensor out = at::empty(data.sizes(), data.options().dtype(dtype));
+  at::Tensor out = empty_on(data, data.sizes(), dtype);
   if (out.numel() == 0) return out;
   const core::DequantizeArgs args{.data = data.const_data_ptr(),
                                   .dtype = to_core(data.scalar_type()),

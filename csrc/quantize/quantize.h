@@ -17,6 +17,7 @@ struct QuantizeRequest {
   at::Tensor static_scale;  // [] fp32, tensorwise: a given scale
   at::Tensor amax;          // [] fp32, tensorwise: amax of an earlier call on the same x
   bool keep_amax = false;
+  bool overlaps_previous = false;            // see core::QuantizeArgs
   std::optional<at::ScalarType> column_sum;  // sums of x's columns in this dtype
 };
 
@@ -28,6 +29,7 @@ struct QuantizedMatrix {
   at::Tensor scale_t;     // [pad16(cols)], rowwise
   at::Tensor amax;        // []
   at::Tensor column_sum;  // [cols]
+  bool launched = false;  // kernels of this quantization are the last that were launched
 };
 
 // x: [rows, cols] from as_matrix, on the CPU or a CUDA device. An empty x gives zeros and scales

@@ -8,8 +8,11 @@
 namespace fp8::core {
 namespace {
 
-// Code for an older architecture, which a newer GPU may run through PTX, has no clusters in it.
-constexpr bool kClustersCompiled = FP8_OLDEST_CUDA_ARCH >= 90;
+// Clusters and programmatic dependent launches. Code for an older architecture, which a newer GPU
+// may run through PTX, has neither in it.
+bool has_hopper_launches(const DeviceInfo& device) {
+  return FP8_OLDEST_CUDA_ARCH >= 90 && device.capability >= 90;
+}
 
 // How the passes of one request share the work.
 struct QuantizePlan {
@@ -37,7 +40,7 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
   plan.col_sum = a.column_sum != nullptr;
   // Clusters save the cast pass partial results. With column sums a block holds so many registers
   // that clusters pack badly: 10 to 20% slower than without, but for one shape of those measured.
-  const bool clusters = kClustersCompiled && device.capability >= 90 && !plan.col_sum;
+  const bool clusters = has_hopper_launches(device) && !plan.col_sum;
   plan.first = plan_statistics(a.rows, a.cols, a.ld,
                                {.rows = plan.row_amax, .cols = plan.col_amax || plan.col_sum},
                                device.sm_count, clusters ? kMaxCluster : 1);
@@ -81,20 +84,28 @@ void check(const QuantizeArgs& a) {
 }  // namespace
 
 size_t quantize_workspace_bytes(const QuantizeArgs& args) {
-  return plan_quantize(args, current_device()).words * sizeof(uint32_t);
+  return plan_quantize(args, current_device(args.device)).words * sizeof(uint32_t);
 }
 
 void quantize(const QuantizeArgs& args, Stream stream) {
   check(args);
-  const DeviceInfo device = current_device();
+  const DeviceInfo device = current_device(args.device);
   const QuantizePlan plan = plan_quantize(args, device);
+  const bool can_overlap = has_hopper_launches(device);
+  const bool overlaps_previous = args.overlaps_previous && can_overlap;
   const bool vectorized = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                           (args.rows == 1 || args.ld * dtype_bytes(args.x_dtype) % 16 == 0);
   if (plan.one_pass) {
-    const RowwiseParams params{args.x,    args.rows,  args.cols,
-                               args.ld,   vectorized, plan_rowwise(args.data.ld),
-                               args.data, args.scale};
-    return launch_rowwise(params, args.x_dtype, args.dtype, stream);
+    return launch_rowwise({.x = args.x,
+                           .rows = args.rows,
+                           .cols = args.cols,
+                           .ld = args.ld,
+                           .vectorized = vectorized,
+                           .overlaps_previous = overlaps_previous,
+                           .plan = plan_rowwise(args.data.ld),
+                           .data = args.data,
+                           .scale = args.scale},
+                          args.x_dtype, args.dtype, stream);
   }
 
   auto* words = static_cast<uint32_t*>(args.workspace);
@@ -110,6 +121,8 @@ void quantize(const QuantizeArgs& args, Stream stream) {
         folded ? reinterpret_cast<uintptr_t>(args.x) % 16 == 0 : vectorized;
     launch_statistics({.x = args.x,
                        .vectorized = first_vectorized,
+                       .overlaps_previous = overlaps_previous,
+                       .from_below = !tensor_amax || args.data_t.data == nullptr,
                        .plan = plan.first,
                        .tensor_amax = tensor_amax ? words + plan.tensor_offset : nullptr,
                        .row_amax = row_amax,
@@ -119,12 +132,15 @@ void quantize(const QuantizeArgs& args, Stream stream) {
   }
   const int64_t rows = std::max({args.rows, args.data.rows, args.data_t.ld});
   const int64_t cols = std::max({args.cols, args.data.ld, args.data_t.rows});
+  const CastPlan cast = plan_cast(rows, cols, plan.col_amax, device.sm_count);
+  require(cast.col_tiles * cast.strips <= kMaxGridX, "quantize expects fewer than 2^44 elements");
   launch_cast({.x = args.x,
                .rows = args.rows,
                .cols = args.cols,
                .ld = args.ld,
                .vectorized = vectorized,
-               .plan = plan_cast(rows, cols, plan.col_amax, device.sm_count),
+               .overlaps_previous = plan.statistics ? can_overlap : overlaps_previous,
+               .plan = cast,
                .data = args.data,
                .data_t = args.data_t,
                .scale = args.scale,
@@ -135,9 +151,9 @@ void quantize(const QuantizeArgs& args, Stream stream) {
                .tensor_parts = tensor_amax ? plan.first.row_chunks * plan.first.col_tiles : 1,
                .amax_out = args.amax_out,
                .row_amax = row_amax,
-               .row_parts = plan.first.row_parts,
+               .row_parts = static_cast<int>(plan.first.row_parts),
                .col_amax = col_amax,
-               .col_parts = plan.first.col_parts,
+               .col_parts = static_cast<int>(plan.first.col_parts),
                .col_sum = col_sum,
                .column_sum = args.column_sum,
                .column_sum_dtype = args.column_sum_dtype},

@@ -13,6 +13,7 @@ namespace {
 template <typename T, typename Format, int kVectors>
 __global__ void __launch_bounds__(512, 1) rowwise_kernel(const RowwiseParams p) {
   __shared__ uint32_t warp_amax[16];
+  let_next_start();
   const int threads_per_row = p.plan.threads_per_row;
   const int slot = static_cast<int>(threadIdx.x) / threads_per_row;  // which of the block's rows
   const int thread = static_cast<int>(threadIdx.x) % threads_per_row;
@@ -25,7 +26,10 @@ __global__ void __launch_bounds__(512, 1) rowwise_kernel(const RowwiseParams p) 
   const auto load = [&](int iteration) {
     const int64_t col0 = iteration * kVectors * stride + thread * 8;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) v[i] = load8(source, col0 + i * stride, cols, p.vectorized);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t col = col0 + i * stride;
+      v[i] = load8(source + col, of_eight(cols - col), p.vectorized);
+    }
   };
 
   PackedAmax<T> amax;
@@ -44,6 +48,7 @@ __global__ void __launch_bounds__(512, 1) rowwise_kernel(const RowwiseParams p) 
   }
   const GroupScale group = scale_from_amax(bits, Format::kMax);
 
+  wait_for_previous();
   if (row >= p.data.rows) return;
   if (thread == 0) p.scale[row] = group.scale;
   uint8_t* out = static_cast<uint8_t*>(p.data.data) + row * p.data.ld;
@@ -61,7 +66,7 @@ __global__ void __launch_bounds__(512, 1) rowwise_kernel(const RowwiseParams p) 
                                    v[i].get(2 * j + 1) * group.quant_multiplier);
       }
       const uint2 codes = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
-      *reinterpret_cast<uint2*>(out + col) = keep_first(codes, cols - col);
+      *reinterpret_cast<uint2*>(out + col) = keep_first(codes, of_eight(cols - col));
     }
   }
 }
@@ -70,15 +75,19 @@ template <typename T, typename Format>
 void launch_typed(const RowwiseParams& params, cudaStream_t stream) {
   const int threads = params.plan.threads_per_row * params.plan.rows_per_block;
   const auto blocks = static_cast<unsigned>(ceil_div(params.data.rows, params.plan.rows_per_block));
+  const auto go = [&](auto kernel) {
+    launch(kernel, blocks, threads, stream, params,
+           {.overlaps_previous = params.overlaps_previous});
+  };
   switch (params.plan.vectors_per_thread) {
     case 1:
-      return launch(rowwise_kernel<T, Format, 1>, blocks, threads, stream, params);
+      return go(rowwise_kernel<T, Format, 1>);
     case 2:
-      return launch(rowwise_kernel<T, Format, 2>, blocks, threads, stream, params);
+      return go(rowwise_kernel<T, Format, 2>);
     case 4:
-      return launch(rowwise_kernel<T, Format, 4>, blocks, threads, stream, params);
+      return go(rowwise_kernel<T, Format, 4>);
     default:
-      return launch(rowwise_kernel<T, Format, 8>, blocks, threads, stream, params);
+      return go(rowwise_kernel<T, Format, 8>);
   }
 }
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ const T* in_block(const T* shared, unsigned) {
 #endif
 
 template <typename T, int kWhat>
-__global__ void __launch_bounds__(kThreads, kWhat == kTensorAmax ? 4 : 1)
+__global__ void __launch_bounds__(kThreads, kWhat == kTensorAmax ? 5 : 1)
     statistics_kernel(const StatisticsParams p) {
   constexpr bool kPerRow = (kWhat & kRowAmax) != 0;
   constexpr bool kPerColumnAmax = (kWhat & kColAmax) != 0;
@@ -48,11 +48,12 @@ __global__ void __launch_bounds__(kThreads, kWhat == kTensorAmax ? 4 : 1)
   __shared__ uint32_t col_amax[kPerColumnAmax ? kStatisticsCols : 1];
   __shared__ float col_sum[kPerColumnSum ? kStatisticsCols : 1];
 
+  let_next_start();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int64_t tile =
-      blockIdx.x;  // the grid is rounded up to whole clusters: there may be no such
-  const int64_t chunk = blockIdx.y;  // tile or chunk
+  // The grid is rounded up to whole clusters: there may be no such tile or chunk.
+  const int64_t tile = blockIdx.x;
+  const int64_t chunk = p.from_below ? gridDim.y - 1 - blockIdx.y : blockIdx.y;
   const int64_t col0 = tile * kStatisticsCols + lane * 8;
   const int64_t row_begin = chunk * p.plan.rows_per_chunk;
   const int64_t row_end = min(row_begin + p.plan.rows_per_chunk, p.plan.rows);
@@ -69,7 +70,10 @@ __global__ void __launch_bounds__(kThreads, kWhat == kTensorAmax ? 4 : 1)
     const int64_t cols = row == p.plan.rows - 1 ? p.plan.last_row_cols : p.plan.cols;
     Vec8<T> v[kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) v[i] = load8(source, col0 + i * 256, cols, p.vectorized);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t col = col0 + i * 256;
+      v[i] = load8(source + col, of_eight(cols - col), p.vectorized);
+    }
 
     if constexpr (kPerRow) {
       PackedAmax<T> of_row;
@@ -91,6 +95,7 @@ __global__ void __launch_bounds__(kThreads, kWhat == kTensorAmax ? 4 : 1)
     }
   }
 
+  wait_for_previous();
   if constexpr ((kWhat & kTensorAmax) != 0) {
     __shared__ uint32_t scratch[kWarps];
     const uint32_t bits = block_max<kWarps>(amax[0].max_float_bits(), scratch);
@@ -133,6 +138,10 @@ __global__ void __launch_bounds__(kThreads, kWhat == kTensorAmax ? 4 : 1)
   const unsigned cy = p.plan.cluster_y;
   const unsigned x = blockIdx.x % cx;
   const unsigned y = blockIdx.y % cy;
+  // the block of this column's chunk i, counted downwards
+  [[maybe_unused]] const auto rank_of = [&](unsigned i) {
+    return (p.from_below ? cy - 1 - i : i) * cx + x;
+  };
   cluster_sync();
   if constexpr (kPerRow) {
     const int64_t part = blockIdx.x / cx;
@@ -143,15 +152,15 @@ __global__ void __launch_bounds__(kThreads, kWhat == kTensorAmax ? 4 : 1)
     }
   }
   if constexpr (kPerColumnAmax || kPerColumnSum) {
-    const int64_t part = blockIdx.y / cy;
+    const int64_t part = chunk / cy;
     for (unsigned c = y * kThreads + threadIdx.x; c < kStatisticsCols; c += cy * kThreads) {
       const int64_t col = tile * kStatisticsCols + c;
       if (col >= p.plan.cols) break;
       uint32_t bits = 0;
       float total = 0.0F;
       for (unsigned i = 0; i < cy; ++i) {
-        if constexpr (kPerColumnAmax) bits = max(bits, in_block(col_amax, i * cx + x)[c]);
-        if constexpr (kPerColumnSum) total += in_block(col_sum, i * cx + x)[c];
+        if constexpr (kPerColumnAmax) bits = max(bits, in_block(col_amax, rank_of(i))[c]);
+        if constexpr (kPerColumnSum) total += in_block(col_sum, rank_of(i))[c];
       }
       if constexpr (kPerColumnAmax) p.col_amax[part * p.plan.cols + col] = bits;
       if constexpr (kPerColumnSum) p.col_sum[part * p.plan.cols + col] = total;
@@ -168,7 +177,8 @@ void launch_what(const StatisticsParams& params, Dtype x_dtype, cudaStream_t str
     const auto cy = static_cast<unsigned>(params.plan.cluster_y);
     const dim3 grid(static_cast<unsigned>(round_up(params.plan.col_tiles, cx)),
                     static_cast<unsigned>(round_up(params.plan.row_chunks, cy)));
-    launch_cluster(statistics_kernel<T, kWhat>, grid, kThreads, dim3(cx, cy), stream, params);
+    launch(statistics_kernel<T, kWhat>, grid, kThreads, stream, params,
+           {.cluster = dim3(cx, cy), .overlaps_previous = params.overlaps_previous});
   });
 }
 

@@ -69,6 +69,11 @@ struct QuantizeArgs {
   void* column_sum = nullptr;
   Dtype column_sum_dtype = Dtype::kFloat32;
   void* workspace = nullptr;  // quantize_workspace_bytes(args) bytes, 16-byte aligned
+  // x was complete before the launch that precedes this one on the stream began: that launch did
+  // not write x, nor wait for what did. The first kernel may then start while it drains (sm_90 and
+  // later). Nothing is written before it has ended.
+  bool overlaps_previous = false;
+  int device = -1;  // index of the current device, where the caller knows it: asking costs time
 };
 
 // Bytes of device workspace that quantize(args) needs; depends on the extents and options only.
@@ -117,6 +122,7 @@ struct MatmulArgs {
   int64_t ldo = 0;
   bool accumulate = false;
   bool fast_accum = true;
+  int device = -1;  // as in QuantizeArgs
 };
 
 // A planned matmul: descriptors and the chosen algorithm, by value. Valid for later calls whose
