@@ -77,8 +77,9 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
     touch = timing.new_weights(parameters)
     repeats = 6 if options.quick else 12
     with tqdm(total=2 * repeats, unit="round", desc="time") as bar:
-        fwd = timing.device_times(forwards, repeats, before=touch, progress=bar.update)
-        both = timing.device_times(steps, repeats, before=touch, progress=bar.update)
+        settings = {"before": touch, "progress": bar.update, "lead": 1}
+        fwd = timing.device_times(forwards, repeats, **settings)
+        both = timing.device_times(steps, repeats, **settings)
     for row in rows:
         name = row["variant"]
         row["forward_us"], row["step_us"] = fwd[name].as_dict(), both[name].as_dict()

@@ -57,6 +57,7 @@ class BlockShape(NamedTuple):
     layers: int = 2
     sequences: int = 2
     tokens: int = 4096
+    rotary: bool = True  # False: without the position embedding
 
     @property
     def head_dim(self) -> int:
