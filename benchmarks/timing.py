@@ -144,17 +144,6 @@ def host_times(
     return {name: summarize(found) for name, found in times.items()}
 
 
-def peak_memory(run: Callable[[], object]) -> int:
-    """Peak bytes allocated during one call, what was there before included."""
-    run()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
-
-
 def sqnr(actual: torch.Tensor, exact: torch.Tensor) -> float | None:
     """Signal to quantization noise in dB, None for equal tensors. Raises ValueError for NaN: the
     time of a wrong result is not worth a row."""
