@@ -37,12 +37,12 @@ CONFIGURE := -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(PY) \
   -DFP8_WERROR=$(if $(CI),ON,OFF) $(CMAKE_ARGS)
 CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256sum | cut -c1-12)
 
-.PHONY: help build demo test test-gpu sanitize bench lint format clean distclean _tests_built _catch2
+.PHONY: help build demo test test-gpu sanitize bench bench-check lint format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | \
-	  while IFS=$$'\t' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+	  while IFS=$$'\t' read -r name text; do printf '  %-11s %s\n' "$$name" "$$text"; done
 
 build: $(CONFIGURED)  ## the libraries, into python/fp8 (then PYTHONPATH=python works)
 	@$(BIN)cmake --build build -j $$(scripts/jobs.sh) --target fp8_core fp8_torch _C
@@ -60,9 +60,14 @@ test-gpu: _tests_built  ## the tests that need a GPU; fails where there is none
 sanitize: build  ## compute-sanitizer over every op; needs a GPU
 	@PYTHON=$(PY) scripts/sanitize.sh
 
-bench: build  ## every benchmark, the README's table and the plots; needs a GPU
-	@for name in linear block quantize matmul host sizes; do $(PY) benchmarks/bench_$$name.py $(ARGS); done
-	@$(PY) benchmarks/report.py --readme --plots
+bench: build  ## every benchmark, the README's tables and the plots; needs a GPU, 8 minutes
+	@status=0; PYTHON=$(PY) scripts/bench.sh $(ARGS) || status=$$?; [ $$status -ne 2 ] || exit 2; \
+	  $(PY) benchmarks/report.py --readme --plots >/dev/null; exit $$status
+
+bench-check: build  ## the same into build/bench-new; fails where a ratio is worse than committed
+	@rm -rf build/bench-new
+	@PYTHON=$(PY) scripts/bench.sh --output build/bench-new $(ARGS)
+	@$(PY) benchmarks/report.py --results build/bench-new --check benchmarks/results
 
 lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering
 	@scripts/lint.sh

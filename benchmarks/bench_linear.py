@@ -1,8 +1,10 @@
 """One linear layer, forward and forward + backward, against nn.Linear and the peers.
 
-Runs fused_linear with each recipe on Llama 3's shapes. The weight counts as new before every timed
-step, as under an optimizer, so that nothing is kept between steps. "GEMMs alone" is the ceiling:
-the three FP8 products by torch._scaled_mm on operands quantized beforehand.
+Runs fused_linear with each recipe on Llama 3's shapes, and two of them over the number of tokens
+("sweep": "tokens"; bf16, tensorwise and rowwise only). The weight counts as new before every step,
+as under an optimizer, so that nothing is kept between steps. "GEMMs alone" is the ceiling: the
+three FP8 products by torch._scaled_mm on operands quantized beforehand, with cuBLASLt's first
+choice of algorithm, which fp8.autotune may beat.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 
+import memory
 import peers
 import tables
 import timing
 import torch
 from runs import Row, main
-from shapes import RECIPES, LinearShape, linear_shapes
+from shapes import RECIPES, LinearShape, main_shapes, sweep_shapes
 from torch import nn
 from tqdm import tqdm
 
@@ -54,37 +57,43 @@ def gemms_alone(shape: LinearShape, rowwise: bool):
     return fprop, step
 
 
-def measure_shape(shape: LinearShape, found: peers.Peers, repeats: int) -> list[Row]:
+def measure_shape(
+    shape: LinearShape, sweep: str, found: peers.Peers, options: argparse.Namespace
+) -> list[Row]:
     m, k, n = shape
     # The container lets peers replace the layer.
     model = nn.Sequential(nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16))
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     dy = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
     rows_checked = slice(0, 256)  # fp64 of the whole product would take longer than the benchmark
-    exact = x[rows_checked].double() @ model[0].weight.double().t()
-    forwards, steps, noise, parameters = {}, {}, {}, []
+    exact = x[rows_checked].double() @ model[0].weight.detach().double().t()
+    forwards, steps, noise, tuned, parameters = {}, {}, {}, {}, []
     for peer in list(found.found):
         try:
             module = peer.build(model)
+            tuned[peer.name] = peers.autotune(module, m, not options.no_autotune)
             forward, step = timing.forward_backward(module, x, dy)
             step()
             noise[peer.name] = timing.sqnr(forward()[rows_checked].detach(), exact)
         except Exception as error:  # a peer that fails is named, not fatal
-            found.skipped[f"{peer.name} at {shape}"] = str(error).splitlines()[0]
+            found.skipped[f"{peer.name} at {shape}"] = peers.reason(error)
             continue
         forwards[peer.name], steps[peer.name] = forward, step
         parameters += list(module.parameters())
     for name, rowwise in ((CEILING, False), (f"{CEILING}, rowwise", True)):
         forwards[name], steps[name] = gemms_alone(shape, rowwise)
     touch = timing.new_weights(parameters)
-    fwd = timing.device_times(forwards, repeats, before=touch)
-    both = timing.device_times(steps, repeats, before=touch)
+    repeats = options.repeats or (9 if options.quick else 15)
+    fwd = timing.device_times(forwards, repeats, before=touch, lead=1)
+    both = timing.device_times(steps, repeats, before=touch, lead=1)
     return [
         {
+            "sweep": sweep,
             "m": m,
             "k": k,
             "n": n,
             "variant": name,
+            "autotuned": tuned.get(name, False),
             "forward_us": fwd[name].as_dict(),
             "step_us": both[name].as_dict(),
             "forward_speedup": fwd["bf16"].median / fwd[name].median,
@@ -97,18 +106,19 @@ def measure_shape(shape: LinearShape, found: peers.Peers, repeats: int) -> list[
 
 def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
     recipes = options.recipes or RECIPES
-    wanted = [("bf16", peers.baseline)]
-    wanted += [(f"fp8 {r}", lambda r=r: peers.ours(r)) for r in recipes]
-    if not options.no_peers:
-        # Nothing in one bf16 linear is left for a compiler to gain.
-        wanted += [w for w in peers.others(compiled=not options.quick) if w[0] != "bf16 compiled"]
-    found = peers.gather(*wanted)
+    # Nothing in one bf16 linear is left for a compiler to gain.
+    others = [name for name in peers.PEERS if name != "bf16 compiled"]
+    if options.quick:
+        others = [name for name in others if not name.endswith("compiled")]
+    found = peers.standard(recipes, () if options.no_peers else others)
+    few = peers.standard([recipe for recipe in recipes if recipe in RECIPES[:2]])
+    wanted = [("main", shape, found) for shape in main_shapes(options.quick)]
+    wanted += [("tokens", shape, few) for shape in sweep_shapes(options.quick)]
     rows: list[Row] = []
-    for shape in tqdm(linear_shapes(options.quick), unit="shape"):
-        rows += measure_shape(shape, found, options.repeats or (10 if options.quick else 15))
-        torch.cuda.empty_cache()
-        torch._dynamo.reset()
-    return rows, found.skipped
+    for sweep, shape, variants in tqdm(wanted, unit="shape"):
+        rows += measure_shape(shape, sweep, variants, options)
+        memory.free()
+    return rows, found.skipped | few.skipped
 
 
 def table(rows: list[Row]) -> str:
@@ -130,7 +140,7 @@ def table(rows: list[Row]) -> str:
             tables.ratio(row["forward_speedup"]),
             row["step_us"]["median"],
             tables.ratio(row["step_speedup"]),
-            f"{100 * (row['step_us']['high'] / row['step_us']['low'] - 1):.0f}%",
+            tables.spread(row["step_us"]),
             row["sqnr_db"],
         ]
         for row in rows
@@ -142,6 +152,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: all")
     parser.add_argument("--repeats", type=int, help="timed calls per variant")
     parser.add_argument("--no-peers", action="store_true", help="nn.Linear and fp8 only")
+    peers.autotune_argument(parser)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def measure_shape(m: int, k: int, n: int, found: peers.Peers, repeats: int) -> l
         module = peer.build(model)
         _, steps[peer.name] = timing.forward_backward(module, x, dy)
         parameters += list(module.parameters())
-    both = timing.device_times(steps, repeats, before=timing.new_weights(parameters))
+    both = timing.device_times(steps, repeats, before=timing.new_weights(parameters), lead=1)
     return [
         {
             "m": m,
@@ -53,9 +53,7 @@ def measure_shape(m: int, k: int, n: int, found: peers.Peers, repeats: int) -> l
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
-    wanted = [("bf16", peers.baseline)]
-    wanted += [(f"fp8 {r}", lambda r=r: peers.ours(r)) for r in RECIPES]
-    found = peers.gather(*wanted)
+    found = peers.standard()
     layers = [(side, side) for side in SIDES] + list(OBLONG)
     if options.quick:
         layers = layers[:3]

@@ -3,14 +3,18 @@ into its own, with the same weights."""
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from runs import import_fp8
+from shapes import RECIPES
 from torch import nn
 
 Maker = Callable[[nn.Module], nn.Module]
@@ -64,20 +68,26 @@ def ours(recipe: str, everything: bool = True) -> Peer:
     return Peer(f"fp8 {recipe}", make)
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    # All variants share the code of nn.Sequential.forward, and with it one limit.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(model)
+
+
 def bf16_compiled() -> Peer:
-    return Peer("bf16 compiled", lambda model: torch.compile(model))
+    return Peer("bf16 compiled", compiled)
 
 
-def torchao(recipe: str, compiled: bool) -> Peer:
+def torchao(recipe: str, how: str) -> Peer:
+    """how: "compiled" or "eager"."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig.from_recipe_name(recipe)
 
     def make(model: nn.Module) -> nn.Module:
         model = convert_to_float8_training(model, config=config)
-        return torch.compile(model) if compiled else model
+        return compiled(model) if how == "compiled" else model
 
-    how = "compiled" if compiled else "eager"
     return Peer(f"torchao {version('torchao')} {recipe} {how}", make)
 
 
@@ -124,19 +134,68 @@ def gather(*wanted: tuple[str, Callable[[], Peer]]) -> Peers:
         try:
             peers.found.append(make())
         except (ImportError, PackageNotFoundError, OSError, RuntimeError) as error:
-            peers.skipped[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            peers.skipped[name] = reason(error)
     return peers
 
 
-def others(compiled: bool = True) -> list[tuple[str, Callable[[], Peer]]]:
-    """What `gather` takes, for every peer that is not ours."""
-    wanted: list[tuple[str, Callable[[], Peer]]] = []
-    if compiled:
-        wanted.append(("bf16 compiled", bf16_compiled))
-    for recipe in ("tensorwise", "rowwise"):
-        for flag in (True, False) if compiled else (False,):
-            name = f"torchao {recipe} {'compiled' if flag else 'eager'}"
-            wanted.append((name, lambda recipe=recipe, flag=flag: torchao(recipe, flag)))
-    for scaling in ("delayed", "current"):
-        wanted.append((f"TE {scaling}", lambda scaling=scaling: transformer_engine(scaling)))
-    return wanted
+def reason(error: Exception) -> str:
+    """One line of it."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+PEERS: dict[str, Callable[[], Peer]] = {
+    "bf16 compiled": bf16_compiled,
+    "torchao tensorwise compiled": lambda: torchao("tensorwise", "compiled"),
+    "torchao tensorwise eager": lambda: torchao("tensorwise", "eager"),
+    "torchao rowwise compiled": lambda: torchao("rowwise", "compiled"),
+    "torchao rowwise eager": lambda: torchao("rowwise", "eager"),
+    "TE delayed": lambda: transformer_engine("delayed"),
+    "TE current": lambda: transformer_engine("current"),
+}
+
+
+def too_late(peer: Peer, deadline: float) -> bool:
+    """Whether to leave a peer out because it compiles, which is slow, and time.monotonic() has
+    passed the deadline."""
+    return peer.name.endswith(" compiled") and time.monotonic() > deadline
+
+
+def budget_argument(parser: argparse.ArgumentParser, seconds: int) -> None:
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=seconds,
+        metavar="S",
+        help="seconds after which no further peer is compiled (default %(default)s)",
+    )
+
+
+def standard(
+    recipes: Iterable[str] = RECIPES, others: Iterable[str] = (), everything: bool = True
+) -> Peers:
+    """bf16 first, then our recipes, then the named PEERS. everything: see `ours`."""
+    wanted: list[tuple[str, Callable[[], Peer]]] = [("bf16", baseline)]
+    wanted += [(f"fp8 {r}", lambda r=r: ours(r, everything)) for r in recipes]
+    return gather(*wanted, *((name, PEERS[name]) for name in others))
+
+
+def autotune(module: nn.Module, tokens: int, wanted: bool) -> bool:
+    """Measures cuBLASLt's algorithms for each fp8.Linear of the module, which is on the GPU, at
+    that many tokens. Returns whether it did: not for peers, nor where fp8 has no autotune or it
+    fails, which stderr says; the benchmark is worth having without it."""
+    fp8 = import_fp8()
+    ours = any(isinstance(child, fp8.Linear) for child in module.modules())
+    if not (wanted and ours and hasattr(fp8, "autotune")):
+        return False
+    try:
+        fp8.autotune(module, tokens=tokens)
+    except Exception as error:
+        print(f"fp8.autotune failed at {tokens} tokens: {reason(error)}", file=sys.stderr)
+        return False
+    return True
+
+
+def autotune_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-autotune", action="store_true", help="cuBLASLt's first choice of algorithm for fp8"
+    )

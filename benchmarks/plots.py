@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from bench_block import case_of
 from matplotlib import colors, pyplot
 from runs import Row
 
@@ -18,6 +19,7 @@ _COLOURS = {
     "torchao": "#d1752b",
     "TE": "#9a4a8c",
 }
+_GROUPS = ("#1f5fbf", "#2a9d8f", "#9a4a8c", "#b8b8b8", "#eadfca")  # classes of kernels, idle
 _WHITENED = (0.0, 0.35, 0.6, 0.75)
 
 
@@ -38,62 +40,119 @@ def _positions(variants: list[str]) -> dict[str, int]:
     return found
 
 
-def speedup_over_shapes(run: Row, path: Path) -> None:
-    """Speed of a step (forward + backward) against bf16: a group of bars for each shape."""
-    rows = run["rows"]
-    shapes = list(dict.fromkeys((row["m"], row["k"], row["n"]) for row in rows))
+def speed_over_tokens(run: Row, path: Path) -> None:
+    """Speed of a layer's step (forward + backward) against bf16, a line over M for each variant; a
+    panel for each layer of the sweep."""
+    rows = [row for row in run["rows"] if row["sweep"] == "tokens"]
+    layers = list(dict.fromkeys((row["k"], row["n"]) for row in rows))
     variants = [v for v in dict.fromkeys(row["variant"] for row in rows) if v != "bf16"]
     places = _positions(variants)
-    value = {(row["m"], row["k"], row["n"], row["variant"]): row["step_speedup"] for row in rows}
-    figure, axes = pyplot.subplots(figsize=(10, 4.2), constrained_layout=True)
-    width = 0.84 / len(variants)
-    for i, variant in enumerate(variants):
-        offset = (i - (len(variants) - 1) / 2) * width
-        heights = [value.get((*shape, variant), 0) for shape in shapes]
-        at = [x + offset for x in range(len(shapes))]
-        axes.bar(at, heights, width * 0.92, label=variant, color=colour(variant, places[variant]))
-    axes.axhline(1, color=_COLOURS["bf16"], linewidth=1)
-    axes.set_xticks(range(len(shapes)), [f"M={m}\n{k} → {n}" for m, k, n in shapes], fontsize=8)
-    axes.set_ylabel("speed against bf16 nn.Linear")
-    axes.set_title(f"One linear layer, forward + backward, {run['header']['gpu']}", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.14))
+    figure, panels = pyplot.subplots(
+        1, len(layers), figsize=(10, 3.8), sharey=True, squeeze=False, constrained_layout=True
+    )
+    for axes, (k, n) in zip(panels[0], layers, strict=True):
+        for variant in variants:
+            chosen = [r for r in rows if (r["k"], r["n"], r["variant"]) == (k, n, variant)]
+            axes.plot(
+                [row["m"] for row in chosen],
+                [row["step_speedup"] for row in chosen],
+                marker="o",
+                markersize=4,
+                linestyle="--" if variant.startswith("GEMMs") else "-",
+                label=variant,
+                color=colour(variant, places[variant]),
+            )
+        tokens = sorted({row["m"] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, [str(m) for m in tokens], fontsize=8)
+        axes.axhline(1, color=_COLOURS["bf16"], linewidth=1)
+        axes.set_xlabel("tokens, M")
+        axes.set_title(f"{k} → {n}", loc="left", fontsize=10)
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("speed against bf16 nn.Linear")
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"One linear layer, forward + backward, {run['header']['gpu']}", fontsize=11)
     _save(figure, path)
 
 
-def step_times(run: Row, path: Path) -> None:
-    """Decoder layers: forward and backward time of each variant as one bar; its peak memory."""
+def decoder_cases(run: Row, path: Path) -> None:
+    """Decoder layers against bf16, a group of bars for each case: speed, and peak memory."""
     rows = run["rows"]
-    names = [row["variant"] for row in rows]
-    places = _positions(names)
-    figure, (left, right) = pyplot.subplots(
-        1,
-        2,
-        figsize=(10, 0.6 + 0.42 * len(rows)),
-        sharey=True,
-        constrained_layout=True,
-        width_ratios=(2, 1),
-    )
-    at = range(len(rows))
-    colours = [colour(name, places[name]) for name in names]
-    forward = [row["forward_us"]["median"] / 1e3 for row in rows]
-    backward = [row["step_us"]["median"] / 1e3 - f for row, f in zip(rows, forward, strict=True)]
-    left.barh(at, forward, color=colours)
-    left.barh(at, backward, left=forward, color=colours, alpha=0.55)
-    for i, row in enumerate(rows):
-        total = row["step_us"]["median"] / 1e3
-        left.text(total, i, f" {total:.1f} ms, {row['speedup']:.2f}x", va="center", fontsize=8)
-    left.set_yticks(at, names, fontsize=8)
-    left.invert_yaxis()
-    left.set_xlim(right=1.25 * max(f + b for f, b in zip(forward, backward, strict=True)))
-    left.set_xlabel("ms: forward (dark), backward (light)")
-    left.set_title(
-        f"Two Llama-3-8B decoder layers, 8192 tokens, {run['header']['gpu']}", loc="left"
-    )
-    right.barh(at, [row["peak_gib"] for row in rows], color=colours)
-    right.set_xlabel("peak memory, GiB")
-    for axes in (left, right):
+    cases = list(dict.fromkeys(case_of(row) for row in rows))
+    variants = [v for v in dict.fromkeys(row["variant"] for row in rows) if v != "bf16"]
+    if not variants:
+        return
+    places = _positions(variants)
+    found = {(case_of(row), row["variant"]): row for row in rows}
+    offsets = {}  # in bars, from the middle of the case's group
+    for case in cases:
+        present = [variant for variant in variants if (case, variant) in found]
+        for i, variant in enumerate(present):
+            offsets[case, variant] = i - (len(present) - 1) / 2
+    figure, panels = pyplot.subplots(2, 1, figsize=(10, 6), sharex=True, constrained_layout=True)
+    width = 0.84 / len(variants)
+    for axes, field, label in zip(
+        panels, ("speedup", "peak_ratio"), ("speed, bf16 = 1", "peak memory, bf16 = 1"), strict=True
+    ):
+        for variant in variants:
+            have = [j for j, case in enumerate(cases) if (case, variant) in found]
+            axes.bar(
+                [j + width * offsets[cases[j], variant] for j in have],
+                [found[cases[j], variant][field] for j in have],
+                width * 0.92,
+                label=variant,
+                color=colour(variant, places[variant]),
+            )
+        axes.axhline(1, color=_COLOURS["bf16"], linewidth=1)
+        axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[1].set_xticks(range(len(cases)), cases, fontsize=8)
+    panels[0].set_title(
+        f"Llama 3 decoder layers, forward + backward, {run['header']['gpu']}", loc="left"
+    )
+    panels[1].legend(
+        frameon=False, fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.12)
+    )
+    _save(figure, path)
+
+
+def breakdown(run: Row, path: Path) -> None:
+    """A step's time as one bar of kernel classes and idle time for each variant, a panel a case."""
+    rows = run["rows"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    groups = dict(zip(("gemm", "quantize", "attention", "other", "idle"), _GROUPS, strict=True))
+    figure, panels = pyplot.subplots(
+        len(cases), 1, figsize=(10, 0.5 + 1.25 * len(cases)), squeeze=False, constrained_layout=True
+    )
+    for axes, case in zip(panels[:, 0], cases, strict=True):
+        chosen = [row for row in rows if row["case"] == case]
+        left = [0.0] * len(chosen)
+        for group, tint in groups.items():
+            widths = [row[f"{group}_us"] / 1e3 for row in chosen]
+            axes.barh(
+                range(len(chosen)),
+                widths,
+                left=left,
+                color=tint,
+                label=group.replace("gemm", "GEMM"),
+                height=0.7,
+            )
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for i, row in enumerate(chosen):
+            note = f" {row['speedup']:.2f}x, {row['kernels']} kernels"
+            axes.text(left[i], i, note, va="center", fontsize=8)
+        axes.set_yticks(range(len(chosen)), [row["variant"] for row in chosen], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(right=1.2 * max(left))
+        axes.set_title(case, loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel("ms a step, forward + backward")
+    panels[-1, 0].legend(
+        frameon=False, fontsize=8, ncols=5, loc="upper left", bbox_to_anchor=(0, -0.45)
+    )
+    figure.suptitle(f"Where a step's time goes, {run['header']['gpu']}", fontsize=11)
     _save(figure, path)
 
 

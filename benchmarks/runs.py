@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,7 +114,8 @@ def main(
     table: Callable[[list[Row]], str],
     arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
-    """The command line that all benchmarks share. Returns the exit code: 2 without a GPU."""
+    """The command line that all benchmarks share. Returns the exit code: 2 without a GPU, 1 when
+    there is no row. wall_s and autotuned (of any row) join the header."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
@@ -124,12 +126,18 @@ def main(
     if not torch.cuda.is_available():
         print(f"{benchmark}: needs a CUDA GPU, and this machine has none.", file=sys.stderr)
         return NO_GPU
+    begin = time.perf_counter()
     facts = header()
-    print("\n".join(f"{name:9} {value}" for name, value in facts.items()))
+    print("\n".join(f"{name:9} {value}" for name, value in facts.items()), flush=True)
     rows, skipped = measure(options)
+    facts["wall_s"] = round(time.perf_counter() - begin, 1)
+    facts["autotuned"] = any(row.get("autotuned", False) for row in rows)
     for name, why in skipped.items():
         print(f"skipped   {name}: {why}")
-    print("\n" + table(rows))
+    if not rows:
+        print(f"{benchmark}: nothing was measured", file=sys.stderr)
+        return 1
+    print(f"\n{table(rows)}\n\n{benchmark} took {facts['wall_s']:.0f} s")
     if not options.no_write:
         print(f"\nwrote {write(benchmark, rows, facts, skipped, options.output)}")
     return 0

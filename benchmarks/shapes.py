@@ -22,14 +22,29 @@ class LinearShape(NamedTuple):
 
 
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # (K, N) of Llama 3 8B and 70B
-TOKENS = (2048, 8192)
 RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
 
+# The layers that are compared with every peer.
+MAIN_SHAPES = (
+    LinearShape(8192, 4096, 4096),
+    LinearShape(2048, 4096, 14336),
+    LinearShape(8192, 4096, 14336),
+    LinearShape(8192, 14336, 4096),
+    LinearShape(8192, 8192, 28672),
+)
 
-def linear_shapes(quick: bool = False) -> list[LinearShape]:
-    if quick:
-        return [LinearShape(8192, k, n) for k, n in ((4096, 14336), (14336, 4096))]
-    return [LinearShape(m, k, n) for k, n in LAYERS for m in TOKENS]
+# The two layers whose speed is measured over the number of tokens, M.
+SWEEP_LAYERS = ((4096, 14336), (14336, 4096))
+SWEEP_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+def main_shapes(quick: bool = False) -> list[LinearShape]:
+    return [MAIN_SHAPES[2]] if quick else list(MAIN_SHAPES)
+
+
+def sweep_shapes(quick: bool = False) -> list[LinearShape]:
+    tokens = SWEEP_TOKENS[1::4] if quick else SWEEP_TOKENS
+    return [LinearShape(m, k, n) for k, n in SWEEP_LAYERS for m in tokens]
 
 
 # Rows of bf16 inputs, 8192 columns: 16, 64, 128 and 235 MB of input.
@@ -48,7 +63,7 @@ QUANTIZE_BYTES = {
 
 
 class BlockShape(NamedTuple):
-    """A decoder layer, Llama 3 8B's by default."""
+    """Decoder layers on [sequences, tokens, hidden], Llama 3 8B's by default."""
 
     hidden: int = 4096
     ffn: int = 14336
@@ -57,7 +72,65 @@ class BlockShape(NamedTuple):
     layers: int = 2
     sequences: int = 2
     tokens: int = 4096
+    rotary: bool = True  # False: without the position embedding
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all sequences: M of each linear layer."""
+        return self.sequences * self.tokens
+
+
+LLAMA_8B = BlockShape()
+LLAMA_70B = BlockShape(hidden=8192, ffn=28672, heads=64, layers=1)
+
+
+class DecoderCase(NamedTuple):
+    """One decoder measurement. peers: names in peers.PEERS, besides bf16 and our recipes."""
+
+    model: str
+    shape: BlockShape
+    peers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return case_name(self.model, self.shape.sequences, self.shape.tokens, self.shape.rotary)
+
+
+def case_name(model: str, sequences: int, context: int, rotary: bool) -> str:
+    return f"{model}, {sequences} × {context}" + ("" if rotary else ", no RoPE")
+
+
+_TENSORWISE, _ROWWISE = "torchao tensorwise compiled", "torchao rowwise compiled"
+
+# Every case has 8192 tokens. Compiling a decoder takes half a minute, which is why only the second
+# has every peer. The last has less of the elementwise work that no linear layer can speed up.
+DECODER_CASES = (
+    DecoderCase("8B", LLAMA_8B._replace(sequences=4, tokens=2048), (_TENSORWISE, _ROWWISE)),
+    DecoderCase(
+        "8B",
+        LLAMA_8B,
+        (
+            "bf16 compiled",
+            *(_TENSORWISE, _ROWWISE, "torchao tensorwise eager", "torchao rowwise eager"),
+            *("TE delayed", "TE current"),
+        ),
+    ),
+    DecoderCase("70B", LLAMA_70B._replace(sequences=4, tokens=2048), (_TENSORWISE,)),
+    DecoderCase("70B", LLAMA_70B, (_TENSORWISE, _ROWWISE)),
+    DecoderCase("8B", LLAMA_8B._replace(rotary=False), (_TENSORWISE,)),
+)
+
+
+def decoder_cases(quick: bool = False) -> list[DecoderCase]:
+    """quick: one 8B layer, nothing compiled."""
+    if quick:
+        return [DecoderCase("8B", LLAMA_8B._replace(layers=1))]
+    return list(DECODER_CASES)
+
+
+# Gradient accumulation: micro-batches between two optimizer steps, and their tokens.
+MICRO_BATCHES = 4
+MICRO_TOKENS = (2048, 4096)

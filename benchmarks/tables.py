@@ -36,3 +36,8 @@ def cell(value: Any) -> str:
 def ratio(value: float | None) -> str:
     """A speed relative to a baseline: 1.523 -> '1.52x'."""
     return "" if value is None else f"{value:.2f}x"
+
+
+def spread(times: dict[str, float]) -> str:
+    """A Measurement's first to ninth decile: {'low': 100, 'high': 103} -> '3%'."""
+    return f"{100 * (times['high'] / times['low'] - 1):.0f}%"

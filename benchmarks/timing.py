@@ -64,11 +64,17 @@ def device_times(
     warmup: int = 3,
     before: Callable[[], None] | None = None,
     progress: Callable[[], None] | None = None,
+    lead: int = 0,
 ) -> dict[str, Measurement]:
     """Time between two events around each call, cold L2, the variants taking turns.
 
     What the host is too slow to queue ahead counts too, as it does in a training step. `before`
-    runs before each timed call, untimed (new version counters, fresh gradients).
+    runs before each call, untimed (new version counters, fresh gradients).
+
+    `lead` untimed calls of the same variant precede each timed one, as the step before does in
+    training. Without them a long call runs at the clocks its neighbour left: a power-limited one
+    has heated the GPU, one that waits for the host has let it rest. Calls of well under a
+    millisecond do not need them. The L2 is flushed between the untimed and the timed call.
     """
     flush = Flush()
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -82,6 +88,10 @@ def device_times(
     try:
         for _ in range(repeats):
             for name, run in variants.items():
+                for _ in range(lead):
+                    if before:
+                        before()
+                    run()
                 if before:
                     before()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -104,6 +114,7 @@ def host_times(
     calls: int = 20,
     warmup: int = 10,
     before: Callable[[], None] | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> dict[str, Measurement]:
     """Host time of one call, without waiting for the GPU: the mean of `calls` calls, repeated.
 
@@ -126,20 +137,11 @@ def host_times(
                     run()
                     elapsed += time.perf_counter() - begin
                 times[name].append(elapsed / calls * 1e6)
+            if progress:
+                progress()
     finally:
         gc.enable()
     return {name: summarize(found) for name, found in times.items()}
-
-
-def peak_memory(run: Callable[[], object]) -> int:
-    """Peak bytes allocated during one call, what was there before included."""
-    run()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
 
 
 def sqnr(actual: torch.Tensor, exact: torch.Tensor) -> float | None:

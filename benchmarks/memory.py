@@ -1,0 +1,34 @@
+"""GPU memory of a variant: its peak, and giving it back."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+GIB = 2**30
+
+
+def peak(run: Callable[[], object]) -> int:
+    """Peak bytes allocated during one call, what was there before included. The call before it
+    pays for what is allocated once."""
+    run()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def drop_gradients(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def free() -> None:
+    """Gives back what nothing refers to any more, compiled code included."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()

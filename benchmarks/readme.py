@@ -1,0 +1,172 @@
+"""README.md's tables of benchmark runs, in Markdown: for each GPU that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import bench_block
+import tables
+from runs import ROOT, Row
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+PLOTS = {"linear": "Speed of one layer over M", "breakdown": "Where a step's time goes"}
+
+
+def replace_between(document: str, table: str) -> str:
+    """The document with `table` between the markers. Raises ValueError when they are missing."""
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document lacks the lines {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def describe(facts: Row) -> str:
+    tuned = ", fp8.autotune" if facts.get("autotuned") else ""
+    return (
+        f"{facts['gpu']}, driver {facts['driver']}, CUDA {facts['cuda']}, torch {facts['torch']}, "
+        f"cuBLASLt {facts['cublaslt']}{tuned}, commit {facts['commit'] or 'unknown'}"
+    )
+
+
+def sections(runs: dict[str, Row], folder: Path) -> str:
+    """All of it. folder: of the JSON, where plots are looked for."""
+    gpus = dict.fromkeys(run["header"]["gpu"] for run in runs.values())
+    parts = []
+    for gpu in gpus:
+        of_gpu = {n: run for n, run in runs.items() if run["header"]["gpu"] == gpu}
+        by_benchmark = {run["benchmark"]: (n, run) for n, run in of_gpu.items()}
+        shown = [by_benchmark[b] for b in SECTIONS if b in by_benchmark]
+        if shown:
+            parts.append(f"### {gpu}")
+        for name, run in shown:
+            parts.append(SECTIONS[run["benchmark"]](run["rows"]))
+            if run["benchmark"] in PLOTS and (folder / f"{name}.png").exists():
+                link = f"benchmarks/results/{name}.png"
+                parts.append(f"![{PLOTS[run['benchmark']]}, {gpu}]({link})")
+            parts.append(f"<sub>{describe(run['header'])}; `benchmarks/results/{name}.json`</sub>")
+    return "\n\n".join(parts) if parts else "No results yet: run `make bench` on a GPU."
+
+
+def write(runs: dict[str, Row], folder: Path) -> Path:
+    readme = ROOT / "README.md"
+    readme.write_text(replace_between(readme.read_text(), sections(runs, folder)))
+    return readme
+
+
+def pivot(
+    corner: str,
+    rows: list[Row],
+    line: Callable[[Row], str],
+    column: Callable[[Row], str],
+    cell: Callable[[Row], str],
+) -> str:
+    """A line for each value of `line`, a column for each of `column`, in the rows' order."""
+    found = {(line(row), column(row)): cell(row) for row in rows}
+    lines = dict.fromkeys(name for name, _ in found)
+    columns = dict.fromkeys(name for _, name in found)
+    cells = [[name, *(found.get((name, each), "") for each in columns)] for name in lines]
+    return tables.markdown([corner, *columns], cells)
+
+
+def speed_and_memory(row: Row, us: float) -> str:
+    """'1.28x / 0.94x', and for bf16 '36.1 ms / 4.1 GiB'."""
+    if row["variant"] == "bf16":
+        return f"{tables.cell(us / 1e3)} ms / {row['peak_gib']:.1f} GiB"
+    return f"{tables.ratio(row['speedup'])} / {tables.ratio(row['peak_ratio'])}"
+
+
+def block(rows: list[Row]) -> str:
+    layers = dict.fromkeys(f"{row['layers']} of {row['model']}" for row in rows)
+    return (
+        "Llama 3 decoder layers, forward + backward, attention and norms included: speed and peak "
+        "memory as multiples of bf16, whose milliseconds and GiB are given. Columns: model, "
+        f"sequences × context. Layers: {', '.join(layers)}.\n\n"
+    ) + pivot(
+        "speed / memory",
+        rows,
+        lambda row: row["variant"],
+        bench_block.case_of,
+        lambda row: speed_and_memory(row, row["step_us"]["median"]),
+    )
+
+
+def linear(rows: list[Row]) -> str:
+    """The step's speed against bf16, without the peers' slower forms (which the JSON has)."""
+
+    def wanted(row: Row) -> bool:
+        variant = row["variant"]
+        slow = variant == "GEMMs alone, rowwise" or variant.endswith(" eager")
+        return row["sweep"] == "main" and not slow
+
+    def cell(row: Row) -> str:
+        if row["variant"] == "bf16":
+            return f"{tables.cell(row['step_us']['median'] / 1e3)} ms"
+        return tables.ratio(row["step_speedup"])
+
+    return "One linear layer, forward + backward: speed against bf16.\n\n" + pivot(
+        "M, K → N",
+        [row for row in rows if wanted(row)],
+        lambda row: f"{row['m']}, {row['k']} → {row['n']}",
+        lambda row: row["variant"],
+        cell,
+    )
+
+
+def accumulate(rows: list[Row]) -> str:
+    count = rows[0]["micro_batches"]
+    return (
+        f"Gradient accumulation over {count} micro-batches, two 8B layers, with and without "
+        "`fp8.cached_weights` around them. Milliseconds are of one micro-batch; columns: its "
+        "sequences × context.\n\n"
+    ) + pivot(
+        "speed / memory",
+        rows,
+        lambda row: row["variant"],
+        lambda row: f"{row['sequences']} × {row['context']}",
+        lambda row: speed_and_memory(row, row["micro_us"]),
+    )
+
+
+def breakdown(rows: list[Row]) -> str:
+    """The plot says it all; this is its caption."""
+    names = ", ".join(dict.fromkeys(row["variant"] for row in rows))
+    return (
+        f"Where a step's time goes on the GPU, by class of kernels: {names}. Idle is the time in "
+        "which no kernel runs."
+    )
+
+
+def quantize(rows: list[Row]) -> str:
+    return "Quantize operators: speed as % of a device copy of as many bytes.\n\n" + pivot(
+        "input",
+        rows,
+        lambda row: row["op"],
+        lambda row: f"{row['input_mb']:.0f} MB",
+        lambda row: f"{100 * row['of_copy']:.0f}%",
+    )
+
+
+def host(rows: list[Row]) -> str:
+    return (
+        "Host time of forward + backward, Linear(256, 256) on 16 tokens, and its ratio to "
+        "`nn.Linear`.\n\n"
+    ) + pivot(
+        "host µs",
+        rows,
+        lambda row: row["variant"],
+        lambda row: "with bias" if row["bias"] else "without bias",
+        lambda row: f"{row['step_us']['median']:.0f} ({tables.ratio(row['step_ratio'])})",
+    )
+
+
+# In the README's order.
+SECTIONS: dict[str, Callable[[list[Row]], str]] = {
+    "block": block,
+    "linear": linear,
+    "accumulate": accumulate,
+    "breakdown": breakdown,
+    "quantize": quantize,
+    "host": host,
+}

@@ -1,0 +1,258 @@
+"""What is made of the benchmarks' JSON: the README's tables, plots, and the check against earlier
+runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+if not BENCHMARKS.is_dir():
+    pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
+
+import readme  # noqa: E402
+import regressions  # noqa: E402
+import report  # noqa: E402
+import runs  # noqa: E402
+import timing  # noqa: E402
+
+
+def linear_row(variant: str, step: float, m: int = 8192, sweep: str = "main") -> runs.Row:
+    times = timing.summarize([step]).as_dict()
+    return {
+        "sweep": sweep,
+        "autotuned": False,
+        "m": m,
+        "k": 4096,
+        "n": 14336,
+        "variant": variant,
+        "forward_us": times,
+        "step_us": times,
+        "forward_speedup": 3000 / step,
+        "step_speedup": 3000 / step,
+        "sqnr_db": 28.6,
+    }
+
+
+def block_row(variant: str, step: float, context: int = 4096) -> runs.Row:
+    return {
+        "model": "8B",
+        "layers": 2,
+        "sequences": 8192 // context,
+        "context": context,
+        "rotary": True,
+        "variant": variant,
+        "autotuned": variant.startswith("fp8"),
+        "forward_us": timing.summarize([step / 3]).as_dict(),
+        "step_us": timing.summarize([step]).as_dict(),
+        "host_ms": 4.0,
+        "peak_gib": 4.1,
+        "sqnr_db": None,
+        "speedup": 38000 / step,
+        "peak_ratio": 1.0,
+    }
+
+
+def accumulate_row(variant: str, micro: float, of_uncached: float | None = None) -> runs.Row:
+    return {
+        "micro_batches": 4,
+        "sequences": 1,
+        "context": 2048,
+        "variant": variant,
+        "autotuned": False,
+        "round_us": timing.summarize([4 * micro]).as_dict(),
+        "micro_us": micro,
+        "speedup": 10000 / micro,
+        "of_uncached": of_uncached,
+        "peak_gib": 3.0,
+        "peak_ratio": 1.0,
+    }
+
+
+def breakdown_row(variant: str, gemm: float) -> runs.Row:
+    return {
+        "case": "M=8192, 4096 → 14336",
+        "variant": variant,
+        "autotuned": False,
+        "span_us": 4000.0,
+        "gemm_us": gemm,
+        "quantize_us": 400.0,
+        "attention_us": 0.0,
+        "other_us": 0.0,
+        "idle_us": 3600.0 - gemm,
+        "kernels": 9,
+        "host_us": 300.0,
+        "speedup": 1.5,
+    }
+
+
+FACTS = {
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "driver": "580",
+    "cuda": "13.0",
+    "torch": "2.11.0",
+    "cublaslt": 130100,
+    "commit": "abc1234",
+}
+LINEAR = [
+    linear_row("bf16", 3000),
+    linear_row("fp8 tensorwise", 1800),
+    linear_row("bf16", 900, 2048, "tokens"),
+    linear_row("fp8 tensorwise", 700, 2048, "tokens"),
+    linear_row("bf16", 3000, 8192, "tokens"),
+    linear_row("fp8 tensorwise", 1900, 8192, "tokens"),
+]
+BLOCK = [
+    block_row("bf16", 38000),
+    block_row("fp8 tensorwise", 25000),
+    block_row("TE 2 current", 27000),
+    block_row("bf16", 36000, 2048),
+    block_row("fp8 tensorwise", 24000, 2048),
+]
+RUNS = {
+    "linear_h100": {"benchmark": "linear", "header": FACTS, "rows": LINEAR},
+    "block_h100": {"benchmark": "block", "header": FACTS | {"autotuned": True}, "rows": BLOCK},
+    "accumulate_h100": {
+        "benchmark": "accumulate",
+        "header": FACTS,
+        "rows": [
+            accumulate_row("bf16", 10000),
+            accumulate_row("fp8 tensorwise", 8000),
+            accumulate_row("fp8 tensorwise, cached weights", 7600, 8000 / 7600),
+        ],
+    },
+    "breakdown_h100": {
+        "benchmark": "breakdown",
+        "header": FACTS | {"wall_s": 20.5},
+        "rows": [breakdown_row("bf16", 3500), breakdown_row("fp8 tensorwise", 1800)],
+    },
+    "host_h100": {
+        "benchmark": "host",
+        "header": FACTS,
+        "rows": [
+            {
+                "variant": "fp8 rowwise",
+                "bias": bias,
+                "step_ratio": 1.4,
+                **dict.fromkeys(
+                    ("forward_us", "graph_us", "step_us"), timing.summarize([80.0]).as_dict()
+                ),
+            }
+            for bias in (False, True)
+        ],
+    },
+}
+
+
+def test_readme_has_a_section_of_each_benchmark(tmp_path):
+    (tmp_path / "linear_h100.png").touch()
+    text = readme.sections(RUNS, tmp_path)
+    assert "### NVIDIA H100 80GB HBM3" in text
+    assert "| speed / memory | 8B, 2 × 4096 | 8B, 4 × 2048 |" in text
+    assert "| bf16 | 38 ms / 4.1 GiB | 36 ms / 4.1 GiB |" in text
+    assert "| fp8 tensorwise | 1.52x / 1.00x | 1.58x / 1.00x |" in text
+    assert "| TE 2 current | 1.41x / 1.00x |  |" in text
+    assert "| 8192, 4096 → 14336 | 3 ms | 1.67x |" in text  # of the main shapes only
+    assert "| fp8 tensorwise, cached weights | 1.32x / 1.00x |" in text
+    assert "by class of kernels: bf16, fp8 tensorwise." in text
+    assert "| fp8 rowwise | 80 (1.40x) | 80 (1.40x) |" in text
+    assert "cuBLASLt 130100, fp8.autotune, commit abc1234</sub>" not in text
+    assert "cuBLASLt 130100, fp8.autotune, commit abc1234; `benchmarks/results/block_h1" in text
+    assert "(benchmarks/results/linear_h100.png)" in text
+    assert "breakdown_h100.png" not in text  # was not drawn
+    assert "make bench" in readme.sections({}, tmp_path)
+
+
+def test_readme_of_two_gpus(tmp_path):
+    other = RUNS["block_h100"] | {"header": FACTS | {"gpu": "NVIDIA H200"}}
+    text = readme.sections(RUNS | {"block_h200": other}, tmp_path)
+    assert text.index("### NVIDIA H100") < text.index("### NVIDIA H200")
+    assert text.count("Llama 3 decoder layers") == 2
+
+
+def test_readme_replaces_between_markers():
+    document = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    once = readme.replace_between(document, "new")
+    assert once == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
+    assert readme.replace_between(once, "new") == once
+    for broken in ("nothing", readme.BEGIN, f"{readme.END} {readme.BEGIN}"):
+        with pytest.raises(ValueError, match="lacks the lines"):
+            readme.replace_between(broken, "new")
+
+
+def test_regressions_of_our_rows():
+    old = RUNS["linear_h100"]
+    slower = [linear_row("bf16", 3300), linear_row("fp8 tensorwise", 2100)]
+    assert regressions.regressions(old, old) == []
+    (found,) = regressions.regressions(old | {"rows": slower}, old)
+    assert found == "linear main, 8192, 4096, 14336, fp8 tensorwise, step_speedup: 1.429, was 1.667"
+
+
+def test_regressions_where_smaller_is_better():
+    host = RUNS["host_h100"]
+    worse = host | {"rows": [row | {"step_ratio": 1.8} for row in host["rows"]]}
+    assert len(regressions.regressions(worse, host)) == 2
+    assert regressions.regressions(host, worse) == []
+    block = RUNS["block_h100"]
+    fatter = block | {"rows": [row | {"peak_ratio": 1.2} for row in block["rows"]]}
+    found = regressions.regressions(fatter, block)
+    assert len(found) == 2
+    assert all("fp8 tensorwise, peak_ratio" in line for line in found)
+
+
+def test_check_compares_something():
+    well, text = regressions.check(RUNS, RUNS)
+    assert well
+    assert "14 figures of 5 runs compared, 0 worse" in text
+    well, text = regressions.check(RUNS, {"linear_h200": RUNS["linear_h100"]})
+    assert not well
+    assert "nothing to compare" in text
+
+
+def test_every_benchmark_has_ratios_and_a_table():
+    names = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    assert names == set(report.TABLES) == set(regressions.RATIOS)
+    script = (BENCHMARKS.parent / "scripts" / "bench.sh").read_text()
+    (listed,) = [line for line in script.splitlines() if line.startswith("benchmarks=")]
+    assert set(listed.removeprefix("benchmarks=(").rstrip(")").split()) == names
+
+
+def test_report_ignores_runs_of_an_earlier_form(tmp_path, capsys):
+    rows = [{key: value for key, value in row.items() if key != "sweep"} for row in LINEAR]
+    runs.write("linear", rows, FACTS, {}, tmp_path)
+    runs.write("block", BLOCK, FACTS, {}, tmp_path)
+    runs.write("gone", [{}], FACTS, {}, tmp_path)
+    assert list(report.load(tmp_path)) == ["block_h100"]
+    printed = capsys.readouterr().err
+    assert "linear_h100.json: lacks sweep" in printed
+    assert "gone_h100.json: unknown benchmark" in printed
+
+
+def test_report_program(tmp_path):
+    """The whole of it: tables on the screen, plots, and the exit code of the check."""
+    for run in RUNS.values():
+        runs.write(run["benchmark"], run["rows"], run["header"], {}, tmp_path)
+    command = [sys.executable, str(BENCHMARKS / "report.py"), "--results", str(tmp_path)]
+
+    def report_on(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+
+    done = report_on("--plots", "--check", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "fp8 tensorwise" in done.stdout
+    assert "no regression" in done.stdout
+    assert re.search(r"breakdown_h100 +20.5", done.stdout)
+    for name in ("linear_h100.png", "block_h100.png", "breakdown_h100.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+    faster = tmp_path / "faster"
+    rows = [row | {"step_speedup": 2 * row["step_speedup"]} for row in LINEAR]
+    runs.write("linear", rows, FACTS, {}, faster)
+    done = report_on("--check", str(faster))
+    assert done.returncode == 1
+    assert "3 figures of 1 runs compared, 3 worse" in done.stdout
