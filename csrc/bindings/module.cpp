@@ -5,9 +5,15 @@
 
 #include <map>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "fp8/core.h"
 #include "fp8/version.h"
+#include "matmul/tuning.h"
+#ifdef FP8_WITH_CUDA
+#include "matmul/autotune.h"
+#endif
 
 namespace py = pybind11;
 
@@ -25,11 +31,8 @@ std::map<std::string, int64_t> plan_cache_info() {
 #else
   const fp8::core::PlanCacheInfo info;
 #endif
-  return {{"size", info.size},
-          {"capacity", info.capacity},
-          {"hits", info.hits},
-          {"misses", info.misses},
-          {"fallbacks", info.fallbacks}};
+  return {{"size", info.size},     {"capacity", info.capacity},   {"hits", info.hits},
+          {"misses", info.misses}, {"fallbacks", info.fallbacks}, {"tuned", info.tuned}};
 }
 
 void plan_cache_clear() {
@@ -46,6 +49,37 @@ size_t cublaslt_runtime_version() {
 #endif
 }
 
+// (problem, us of the first choice, us of the chosen one, source)
+using TunedProblem = std::tuple<std::string, double, double, std::string>;
+
+bool autotune_enabled() {
+#ifdef FP8_WITH_CUDA
+  return fp8::autotune::enabled();
+#else
+  return false;
+#endif
+}
+
+void autotune_open() {
+#ifdef FP8_WITH_CUDA
+  fp8::autotune::open_scope();
+#endif
+}
+
+std::vector<TunedProblem> autotune_close() {
+  std::vector<TunedProblem> problems;
+#ifdef FP8_WITH_CUDA
+  for (const auto& problem : fp8::autotune::close_scope()) {
+    problems.emplace_back(problem.text, problem.first_us, problem.chosen_us, problem.source);
+  }
+#endif
+  return problems;
+}
+
+std::string autotune_file(const std::string& gpu) {
+  return fp8::tuning::file_path(gpu, cublaslt_runtime_version()).string();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -53,8 +87,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What the library was built with; \"cuda\" is empty without CUDA.");
   m.def("plan_cache_info", &plan_cache_info,
-        "Size, capacity, hits, misses and fallbacks of the plan cache.");
+        "Size, capacity, hits, misses, fallbacks and tuned plans of the plan cache.");
   m.def("plan_cache_clear", &plan_cache_clear, "Forgets all matmul plans and resets the counters.");
   m.def("cublaslt_runtime_version", &cublaslt_runtime_version,
         "cublasLtGetVersion() of the library that this process loaded; 0 without CUDA.");
+  m.def("autotune_enabled", &autotune_enabled, "Whether problems are tuned when they are met.");
+  m.def("autotune_open", &autotune_open, "Tunes every problem that is met until autotune_close.");
+  m.def("autotune_close", &autotune_close, py::call_guard<py::gil_scoped_release>(),
+        "The problems that were met since: (problem, first us, chosen us, source).");
+  m.def("autotune_file", &autotune_file, py::arg("gpu"),
+        "The file with what was measured on this model of GPU; empty where no folder is known.");
 }

@@ -6,7 +6,7 @@
 #include <c10/core/SymInt.h>
 
 #ifdef FP8_WITH_CUDA
-#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #endif
 
 #include "common/launch.h"
@@ -40,11 +40,15 @@ inline core::Dtype to_core(at::ScalarType dtype) {
   }
 }
 
-// at::empty on like's device, a CPU or a GPU, past the dispatcher: a linear layer's step makes
-// about twenty tensors, and those that are not returned concern nobody else.
+// at::empty on like's device, a CPU or the current GPU, past the dispatcher: a linear layer's step
+// makes about twenty tensors, and those that are not returned concern nobody else.
 inline at::Tensor empty_on(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
 #ifdef FP8_WITH_CUDA
-  if (like.is_cuda()) return at::detail::empty_cuda(sizes, dtype, like.device(), std::nullopt);
+  if (like.is_cuda()) {
+    return at::detail::empty_generic(sizes, c10::cuda::CUDACachingAllocator::get(),
+                                     c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
+                                     std::nullopt);
+  }
 #endif
   return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, std::nullopt);
 }

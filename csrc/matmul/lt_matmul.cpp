@@ -14,13 +14,16 @@
 
 #include <cublasLt.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "common/device.h"
 #include "common/formats.h"
@@ -138,41 +141,67 @@ cublasLtMatmulPreferenceOpaque_t make_preference(const MatmulArgs& args) {
   return preference;
 }
 
+template <typename T>
+std::optional<T> configured(const cublasLtMatmulAlgo_t& algo,
+                            cublasLtMatmulAlgoConfigAttributes_t attribute) {
+  T value{};
+  size_t written = 0;
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoConfigGetAttribute(&algo, attribute, &value, sizeof(value), &written);
+  return status == CUBLAS_STATUS_SUCCESS ? std::optional(value) : std::nullopt;
+}
+
 // Split-K with splits that do not divide k can give wrong results (cuBLAS 12.6.3 and later).
 bool is_safe(const cublasLtMatmulHeuristicResult_t& result, int64_t k) {
   if (result.state != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kMaxWorkspaceBytes) {
     return false;
   }
-  int32_t splits = 1;
-  size_t written = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoConfigGetAttribute(
-      &result.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &splits, sizeof(splits), &written);
-  return status == CUBLAS_STATUS_SUCCESS && (splits <= 1 || k % splits == 0);
+  const auto splits = configured<int32_t>(result.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM);
+  return splits && (*splits <= 1 || k % *splits == 0);
+}
+
+// The preference sees to it in the heuristic's answers; an algorithm from elsewhere is asked.
+bool adds_in_fp32(const cublasLtMatmulAlgo_t& algo) {
+  const auto scheme = configured<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME);
+  return scheme && (*scheme == CUBLASLT_REDUCTION_SCHEME_NONE ||
+                    *scheme == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+}
+
+MatmulPlan make_plan(LtPlan lt, const cublasLtMatmulHeuristicResult_t& chosen) {
+  lt.algo = chosen.algo;
+  MatmulPlan plan;
+  std::memcpy(plan.state, &lt, sizeof(lt));
+  plan.workspace_bytes = chosen.workspaceSize;
+  plan.supported = true;
+  return plan;
+}
+
+// What the heuristic answers when asked for `wanted` algorithms, without the unsafe ones.
+std::vector<MatmulPlan> ask_heuristic(cublasLtHandle_t handle, const MatmulArgs& args, LtPlan lt,
+                                      int wanted) {
+  cublasLtMatmulPreferenceOpaque_t preference = make_preference(args);
+  std::vector<cublasLtMatmulHeuristicResult_t> results(wanted);
+  int found = 0;
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoGetHeuristic(handle, &lt.desc, &lt.a, &lt.b, &lt.out, &lt.out, &preference,
+                                     wanted, results.data(), &found);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return {};
+  FP8_LT_CHECK(status, args);
+  std::vector<MatmulPlan> plans;
+  for (int i = 0; i < found; ++i) {
+    if (is_safe(results[i], args.k)) plans.push_back(make_plan(lt, results[i]));
+  }
+  return plans;
 }
 
 // The heuristic's first safe candidate. Asking for one costs a few microseconds, for eight a
 // hundred: so eight only when the first one will not do.
-bool choose_algorithm(cublasLtHandle_t handle, const MatmulArgs& args, LtPlan& lt,
-                      size_t& workspace_bytes) {
-  cublasLtMatmulPreferenceOpaque_t preference = make_preference(args);
-  std::array<cublasLtMatmulHeuristicResult_t, 8> results{};
-  for (const int wanted : {1, static_cast<int>(results.size())}) {
-    int found = 0;
-    const cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(handle, &lt.desc, &lt.a, &lt.b, &lt.out, &lt.out,
-                                       &preference, wanted, results.data(), &found);
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE)
-      return false;
-    FP8_LT_CHECK(status, args);
-    for (int i = 0; i < found; ++i) {
-      if (!is_safe(results[i], args.k)) continue;
-      lt.algo = results[i].algo;
-      workspace_bytes = results[i].workspaceSize;
-      return true;
-    }
-    if (found < wanted) return false;
+MatmulPlan first_choice(cublasLtHandle_t handle, const MatmulArgs& args, const LtPlan& lt) {
+  for (const int wanted : {1, 8}) {
+    const std::vector<MatmulPlan> plans = ask_heuristic(handle, args, lt, wanted);
+    if (!plans.empty()) return plans.front();
   }
-  return false;
+  return {};
 }
 
 struct Cache {
@@ -195,6 +224,13 @@ bool is_capturing(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   FP8_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
   return status != cudaStreamCaptureStatusNone;
+}
+
+void refuse_capture(const MatmulArgs& args, Stream stream) {
+  if (!is_capturing(stream)) return;
+  throw Error("fp8: " + describe(args) +
+              " is not planned yet, and cuBLASLt must not be asked while a CUDA graph is being "
+              "captured: run one warm-up iteration with the same shapes before the capture");
 }
 
 }  // namespace
@@ -242,18 +278,56 @@ MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream) {
     if (!known->supported) cache.fallbacks.fetch_add(1, std::memory_order_relaxed);
     return *known;
   }
-  if (is_capturing(stream)) {
-    throw Error("fp8: " + describe(args) +
-                " is not planned yet, and cuBLASLt must not be asked while a CUDA graph is being "
-                "captured: run one warm-up iteration with the same shapes before the capture");
-  }
-  MatmulPlan plan;
-  LtPlan lt = describe_problem(args);
-  plan.supported = choose_algorithm(handle_of(device.index, args), args, lt, plan.workspace_bytes);
-  std::memcpy(plan.state, &lt, sizeof(lt));
+  refuse_capture(args, stream);
+  const MatmulPlan plan = first_choice(handle_of(device.index, args), args, describe_problem(args));
   if (!plan.supported) cache.fallbacks.fetch_add(1, std::memory_order_relaxed);
   cache.plans.insert(key, plan);
   return plan;
+}
+
+std::vector<MatmulPlan> matmul_candidates(const MatmulArgs& args, int max, Stream stream) {
+  const DeviceInfo device = current_device();
+  if (!lt_supports(args, device.capability)) return {};
+  refuse_capture(args, stream);
+  cublasLtHandle_t handle = handle_of(device.index, args);
+  const LtPlan lt = describe_problem(args);
+  const MatmulPlan first = first_choice(handle, args, lt);
+  if (!first.supported) return {};
+  std::vector<MatmulPlan> candidates{first};
+  for (const MatmulPlan& plan : ask_heuristic(handle, args, lt, max)) {
+    const bool another = algorithm_of(plan).words != algorithm_of(first).words;
+    if (another && candidates.size() < static_cast<size_t>(max)) candidates.push_back(plan);
+  }
+  return candidates;
+}
+
+void remember_plan(const MatmulArgs& args, MatmulPlan plan) {
+  require(plan.supported, "remember_plan expects a supported plan");
+  plan.tuned = true;
+  Cache::instance().plans.replace(make_plan_key(args, current_device().index), plan);
+}
+
+MatmulAlgorithm algorithm_of(const MatmulPlan& plan) {
+  LtPlan lt;
+  std::memcpy(&lt, plan.state, sizeof(lt));
+  MatmulAlgorithm algorithm{.workspace_bytes = plan.workspace_bytes};
+  static_assert(sizeof(lt.algo) == sizeof(algorithm.words));
+  std::memcpy(algorithm.words.data(), &lt.algo, sizeof(lt.algo));
+  return algorithm;
+}
+
+MatmulPlan plan_with_algorithm(const MatmulArgs& args, const MatmulAlgorithm& algorithm) {
+  const DeviceInfo device = current_device();
+  if (!lt_supports(args, device.capability)) return {};
+  LtPlan lt = describe_problem(args);
+  cublasLtMatmulHeuristicResult_t checked{};
+  std::memcpy(&checked.algo, algorithm.words.data(), sizeof(checked.algo));
+  const cublasLtMatmulAlgo_t algo = checked.algo;
+  checked.state = cublasLtMatmulAlgoCheck(handle_of(device.index, args), &lt.desc, &lt.a, &lt.b,
+                                          &lt.out, &lt.out, &algo, &checked);
+  checked.algo = algo;
+  checked.workspaceSize = std::max<size_t>(checked.workspaceSize, algorithm.workspace_bytes);
+  return is_safe(checked, args.k) && adds_in_fp32(algo) ? make_plan(lt, checked) : MatmulPlan{};
 }
 
 void run_matmul(const MatmulPlan& plan, const MatmulArgs& args, void* workspace, Stream stream) {
@@ -273,9 +347,13 @@ void run_matmul(const MatmulPlan& plan, const MatmulArgs& args, void* workspace,
 PlanCacheInfo plan_cache_info() {
   Cache& cache = Cache::instance();
   const auto info = cache.plans.info();
-  return {static_cast<int64_t>(info.size), static_cast<int64_t>(info.capacity),
-          static_cast<int64_t>(info.hits), static_cast<int64_t>(info.misses),
-          cache.fallbacks.load()};
+  return {static_cast<int64_t>(info.size),
+          static_cast<int64_t>(info.capacity),
+          static_cast<int64_t>(info.hits),
+          static_cast<int64_t>(info.misses),
+          cache.fallbacks.load(),
+          static_cast<int64_t>(
+              cache.plans.count_if([](const MatmulPlan& plan) { return plan.tuned; }))};
 }
 
 void plan_cache_clear() {

@@ -9,6 +9,9 @@
 #include "common/cuda_context.h"
 #include "common/tensors.h"
 #include "cpu/kernels.h"
+#ifdef FP8_WITH_CUDA
+#include "matmul/autotune.h"
+#endif
 
 namespace fp8 {
 namespace {
@@ -111,8 +114,9 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
                               .fast_accum = options.fast_accum,
                               .device = a.data.device().index()};
   const cudaStream_t stream = cuda::current_stream(a.data);
-  const core::MatmulPlan plan = core::plan_matmul(args, stream);
+  core::MatmulPlan plan = core::plan_matmul(args, stream);
   if (!plan.supported) return matmul_dequantized(a, b, options);
+  if (autotune::enabled()) autotune::tune(args, plan, out);
 
   at::Tensor workspace;
   if (plan.workspace_bytes > 0) {

@@ -42,13 +42,24 @@ class PlanCache {
   // Keeps the plan that is there already, if another thread was faster.
   void insert(const Key& key, const Plan& plan) {
     const std::lock_guard lock(mutex_);
-    if (index_.contains(key)) return;
-    entries_.emplace_front(key, plan);
-    index_.emplace(key, entries_.begin());
-    if (entries_.size() > capacity_) {
-      index_.erase(entries_.back().first);
-      entries_.pop_back();
+    if (!index_.contains(key)) add(key, plan);
+  }
+
+  void replace(const Key& key, const Plan& plan) {
+    const std::lock_guard lock(mutex_);
+    const auto found = index_.find(key);
+    if (found == index_.end()) {
+      add(key, plan);
+    } else {
+      found->second->second = plan;
     }
+  }
+
+  template <typename Condition>
+  size_t count_if(const Condition& condition) const {
+    const std::lock_guard lock(mutex_);
+    return std::count_if(entries_.begin(), entries_.end(),
+                         [&](const auto& entry) { return condition(entry.second); });
   }
 
   void clear() {
@@ -66,6 +77,16 @@ class PlanCache {
 
  private:
   using Entries = std::list<std::pair<Key, Plan>>;
+
+  void add(const Key& key, const Plan& plan) {
+    entries_.emplace_front(key, plan);
+    index_.emplace(key, entries_.begin());
+    if (entries_.size() > capacity_) {
+      index_.erase(entries_.back().first);
+      entries_.pop_back();
+    }
+  }
+
   mutable std::mutex mutex_;
   size_t capacity_;
   size_t hits_ = 0;

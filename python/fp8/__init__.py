@@ -17,6 +17,7 @@ __version__: str = _load().version
 
 from . import ops
 from ._info import info, plan_cache_clear, plan_cache_info
+from .autotune import autotune
 from .cached_weights import cached_weights
 from .convert import convert, revert, summary
 from .linear import Linear
@@ -29,6 +30,7 @@ __all__ = [
     "RECIPES",
     "Linear",
     "__version__",
+    "autotune",
     "cached_weights",
     "cmake_prefix_path",
     "convert",

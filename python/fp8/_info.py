@@ -25,20 +25,24 @@ def plan_cache_info() -> dict[str, int]:
     """Statistics of the cuBLASLt plan cache since it was last cleared.
 
     Keys: size and capacity (plans), hits, misses, fallbacks (calls that no cuBLASLt algorithm
-    served). All 0 before the first matmul on a GPU.
+    served), tuned (plans that `fp8.autotune` or FP8_AUTOTUNE chose). All 0 before the first matmul
+    on a GPU.
     """
     facts: dict[str, int] = _loader.native().plan_cache_info()
     return facts
 
 
 def plan_cache_clear() -> None:
-    """Drop every plan and reset the statistics. The next matmul of each shape asks cuBLASLt
-    again."""
+    """Drop every plan, tuned ones too, and reset the statistics.
+
+    The next matmul of each shape asks cuBLASLt again. What autotune keeps on disk stays there.
+    """
     _loader.native().plan_cache_clear()
 
 
 def info() -> dict[str, object]:
-    """Versions, devices, what each recipe runs on each device, FP8_* variables and the plan cache.
+    """Versions, devices, what each recipe runs on each device, FP8_* variables, the plan cache, and
+    whether autotune is on and where it keeps what it measured.
 
     Values are strings, numbers, lists and dicts of these, ready for json.dumps. `python -m
     fp8.info` prints them.
@@ -53,6 +57,7 @@ def info() -> dict[str, object]:
             key: value for key, value in sorted(os.environ.items()) if key.startswith("FP8_")
         },
         "plan cache": _native_or_error("plan_cache_info"),
+        "autotune": _autotune(),
     }
 
 
@@ -143,6 +148,15 @@ def _driver_file() -> str:
 def _nvidia_smi() -> str:  # where a container hides the file
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=10)
+
+
+def _autotune() -> dict[str, object]:
+    try:
+        native = _loader.native()
+    except ImportError as error:
+        return {"not available": str(error.__cause__ or error)}
+    files = {native.autotune_file(str(device["name"])) or "none" for device in _devices()}
+    return {"mode": "on" if native.autotune_enabled() else "off", "files": sorted(files)}
 
 
 def _devices() -> list[dict[str, object]]:

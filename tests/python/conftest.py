@@ -5,6 +5,8 @@ Skipping GPU tests, and counting those skipped, is in ../conftest.py.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -17,6 +19,12 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(20)  # every device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What autotune measures here is nobody else's. Programs that tests start inherit it."""
+    os.environ["FP8_CACHE_DIR"] = str(tmp_path_factory.mktemp("fp8-cache"))
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@
 // leading dimension in elements.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 struct CUstream_st;  // cudaStream_t without the CUDA headers
 
@@ -132,7 +134,8 @@ struct alignas(8) MatmulPlan {
   unsigned char state[kStateBytes];
   size_t workspace_bytes = 0;
   bool supported =
-      false;  // false: cuBLASLt has no (safe) algorithm; the caller must take another way
+      false;           // false: cuBLASLt has no (safe) algorithm; the caller must take another way
+  bool tuned = false;  // chosen by remember_plan
 };
 
 // Looks the plan up in the process-wide cache; asks cuBLASLt's heuristic on a miss. Throws when
@@ -144,12 +147,36 @@ MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream);
 // work meanwhile.
 void run_matmul(const MatmulPlan& plan, const MatmulArgs& args, void* workspace, Stream stream);
 
+// For a caller that measures: the safe candidates of cuBLASLt's heuristic, at most `max`, the best
+// guess first, which is what plan_matmul chooses. Empty where plan_matmul finds nothing. Asks the
+// heuristic in every call (about a hundred microseconds); throws when `stream` is capturing.
+std::vector<MatmulPlan> matmul_candidates(const MatmulArgs& args, int max, Stream stream);
+
+// Makes `plan` the one that plan_matmul finds for these arguments on the current device, marked as
+// tuned, until plan_cache_clear.
+void remember_plan(const MatmulArgs& args, MatmulPlan plan);
+
+// What a supported plan adds to its arguments, in a form that can be stored. It holds for the same
+// arguments, GPU and cuBLASLt version.
+struct MatmulAlgorithm {
+  std::array<uint64_t, 8> words{};  // cublasLtMatmulAlgo_t
+  uint64_t workspace_bytes = 0;
+
+  bool operator==(const MatmulAlgorithm&) const = default;
+};
+MatmulAlgorithm algorithm_of(const MatmulPlan& plan);
+
+// The plan with this algorithm; not supported where cuBLASLt or the guards of plan_matmul refuse
+// it. Not during capture.
+MatmulPlan plan_with_algorithm(const MatmulArgs& args, const MatmulAlgorithm& algorithm);
+
 struct PlanCacheInfo {
   int64_t size = 0;
   int64_t capacity = 0;
   int64_t hits = 0;
   int64_t misses = 0;
   int64_t fallbacks = 0;  // plans without an algorithm
+  int64_t tuned = 0;      // plans from remember_plan
 };
 PlanCacheInfo plan_cache_info();
 void plan_cache_clear();

@@ -43,6 +43,19 @@ TEST_CASE("finds what was inserted and counts") {
   REQUIRE(cache.info().hits == 0);
 }
 
+TEST_CASE("replaces a plan, and counts plans of a kind") {
+  Cache cache(2);
+  cache.insert(1, 10);
+  cache.replace(1, 11);
+  cache.replace(2, 20);  // not known yet
+  REQUIRE(cache.find(1) == 11);
+  REQUIRE(cache.find(2) == 20);
+  cache.replace(3, 30);  // the bound holds here too
+  REQUIRE(cache.info().size == 2);
+  REQUIRE_FALSE(cache.find(1));
+  REQUIRE(cache.count_if([](int plan) { return plan > 20; }) == 1);
+}
+
 TEST_CASE("forgets the least recently used plan") {
   Cache cache(2);
   cache.insert(1, 10);

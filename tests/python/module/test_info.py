@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fp8
-from fp8 import _info
+from fp8 import _build, _info
 
 FACTS = [
     "fp8",
@@ -27,6 +27,7 @@ FACTS = [
     "recipes",
     "environment",
     "plan cache",
+    "autotune",
 ]
 
 
@@ -184,13 +185,28 @@ def test_info_runs_as_a_command():
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", result.stdout, re.MULTILINE)
-    assert re.search(r"^environment +FP8_PRINT_PLAN: 1$", result.stdout, re.MULTILINE)
+    assert re.search(r"^(environment)? +FP8_PRINT_PLAN: 1$", result.stdout, re.MULTILINE)
 
 
 def test_importing_the_info_module_leaves_the_function():
     result = run("-c", "import fp8.info, fp8; print(fp8.info()['fp8']); from fp8.info import info")
     assert result.stdout.strip() == fp8.__version__
     assert "ImportError" in result.stderr  # the module's place is taken by the function
+
+
+@pytest.mark.skipif(not _build.CUDA_VERSION, reason="a build without CUDA cannot autotune")
+@pytest.mark.parametrize(("value", "mode"), [("1", "on"), ("0", "off"), ("", "off")])
+def test_info_shows_whether_autotune_is_on(value, mode):
+    result = run("-c", "import fp8; print(fp8.info()['autotune']['mode'])", FP8_AUTOTUNE=value)
+    assert result.stdout.strip() == mode, result.stderr
+
+
+def test_info_shows_where_autotune_keeps_its_results(monkeypatch):
+    gpus = [{"device": f"cuda:{index}", "name": "NVIDIA H200"} for index in (0, 1)]
+    monkeypatch.setattr(_info, "_devices", lambda: gpus)
+    (path,) = _info._autotune()["files"]
+    assert path.startswith(os.environ["FP8_CACHE_DIR"])
+    assert re.fullmatch(r"autotune-nvidia-h200-\d+\.txt", Path(path).name)
 
 
 @pytest.mark.gpu
@@ -205,14 +221,14 @@ def test_info_describes_the_gpus():
 
 def test_plan_cache_has_its_statistics():
     facts = fp8.plan_cache_info()
-    assert set(facts) == {"size", "capacity", "hits", "misses", "fallbacks"}
+    assert set(facts) == {"size", "capacity", "hits", "misses", "fallbacks", "tuned"}
     assert all(type(value) is int and value >= 0 for value in facts.values())
 
 
 def test_plan_cache_clear_resets_it():
     assert fp8.plan_cache_clear() is None
     facts = fp8.plan_cache_info()
-    assert [facts[key] for key in ("size", "hits", "misses", "fallbacks")] == [0, 0, 0, 0]
+    assert not any(facts[key] for key in ("size", "hits", "misses", "fallbacks", "tuned"))
 
 
 @pytest.mark.gpu

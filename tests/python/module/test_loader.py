@@ -191,6 +191,7 @@ def test_public_names():
             "RECIPES",
             "Linear",
             "__version__",
+            "autotune",
             "cached_weights",
             "cmake_prefix_path",
             "convert",
