@@ -59,7 +59,7 @@ def measure_shape(shape: BlockShape, options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     parameters = []
     for peer in peers.standard(RECIPES[:2], everything=False).found:
-        others = torch.cuda.memory_allocated() - data
+        others = memory.resident() - data
         module = peer.build(model)
         tuned = peers.autotune(module, shape.rows, not options.no_autotune)
         forms = {peer.name: nullcontext}

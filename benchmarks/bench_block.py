@@ -47,7 +47,7 @@ def measure_case(
         if peers.too_late(peer, deadline):
             skipped[name] = "the time budget was spent"
             continue
-        others = torch.cuda.memory_allocated() - data  # the model, the variants before this one
+        others = memory.resident() - data  # the model, the variants before this one
         try:
             module = peer.build(model)
             tuned = peers.autotune(module, shape.rows, not options.no_autotune)

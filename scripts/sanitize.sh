@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # compute-sanitizer over every op at small shapes: `make sanitize`. Needs a GPU.
 # memcheck takes every tensor as an allocation of its own, so that an access past its end is seen. racecheck looks at
-# shared memory, which only the quantize kernels use among ours.
+# shared memory, which only the quantize kernels use among ours: the public quantize ops, and the C++ test of what a
+# backward asks of them (column sums, a transposed weight), where the C++ tests are built.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -15,3 +16,11 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck "${ours[@]}" 
   "$python" tests/sanitize/op_sweep.py
 echo "== racecheck"
 compute-sanitizer --tool racecheck "${ours[@]}" "$python" tests/sanitize/op_sweep.py --no-matmul
+core=build/tests/cpp/test_core_gpu
+if [ -x "$core" ]; then
+  torch=$("$python" -c 'import torch; print(torch.__path__[0])')
+  LD_LIBRARY_PATH=python/fp8/lib:$torch/lib:$torch/../nvidia/cu13/lib \
+    compute-sanitizer --tool racecheck "${ours[@]}" "$core" '[quantize]'
+else
+  echo "racecheck of column sums left out: the C++ tests are not built (no Catch2 header)"
+fi

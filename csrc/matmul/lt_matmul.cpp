@@ -123,7 +123,13 @@ LtPlan describe_problem(const MatmulArgs& args) {
   return lt;
 }
 
-cublasLtMatmulPreferenceOpaque_t make_preference(const MatmulArgs& args) {
+// Which algorithms the heuristic may offer.
+enum class SplitK : uint32_t {
+  kNone = CUBLASLT_REDUCTION_SCHEME_NONE,
+  kInFp32 = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE,  // splits are summed in fp32, in a fixed order
+};
+
+cublasLtMatmulPreferenceOpaque_t make_preference(const MatmulArgs& args, SplitK split_k) {
   cublasLtMatmulPreferenceOpaque_t preference{};
   FP8_LT_CHECK(cublasLtMatmulPreferenceInit(&preference), args);
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
@@ -135,9 +141,7 @@ cublasLtMatmulPreferenceOpaque_t make_preference(const MatmulArgs& args) {
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(args.a));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(args.out));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(args.out));
-  // Splits are summed in fp32, in a fixed order.
-  prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-         static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(split_k));
   return preference;
 }
 
@@ -178,8 +182,8 @@ MatmulPlan make_plan(LtPlan lt, const cublasLtMatmulHeuristicResult_t& chosen) {
 
 // What the heuristic answers when asked for `wanted` algorithms, without the unsafe ones.
 std::vector<MatmulPlan> ask_heuristic(cublasLtHandle_t handle, const MatmulArgs& args, LtPlan lt,
-                                      int wanted) {
-  cublasLtMatmulPreferenceOpaque_t preference = make_preference(args);
+                                      int wanted, SplitK split_k = SplitK::kInFp32) {
+  cublasLtMatmulPreferenceOpaque_t preference = make_preference(args, split_k);
   std::vector<cublasLtMatmulHeuristicResult_t> results(wanted);
   int found = 0;
   const cublasStatus_t status =
@@ -195,10 +199,16 @@ std::vector<MatmulPlan> ask_heuristic(cublasLtHandle_t handle, const MatmulArgs&
 }
 
 // The heuristic's first safe candidate. Asking for one costs a few microseconds, for eight a
-// hundred: so eight only when the first one will not do.
+// hundred: so eight only when the first one will not do. Long k and few rows can make all eight
+// unsafe split-K; then it is asked for algorithms that do not split.
 MatmulPlan first_choice(cublasLtHandle_t handle, const MatmulArgs& args, const LtPlan& lt) {
-  for (const int wanted : {1, 8}) {
-    const std::vector<MatmulPlan> plans = ask_heuristic(handle, args, lt, wanted);
+  struct Question {
+    int wanted;
+    SplitK split_k;
+  };
+  for (const auto [wanted, split_k] :
+       {Question{1, SplitK::kInFp32}, Question{8, SplitK::kInFp32}, Question{1, SplitK::kNone}}) {
+    const std::vector<MatmulPlan> plans = ask_heuristic(handle, args, lt, wanted, split_k);
     if (!plans.empty()) return plans.front();
   }
   return {};

@@ -5,6 +5,7 @@
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "common/formats.h"
@@ -87,6 +88,86 @@ TEST_CASE("quantize matches the host's encoder bit by bit") {
       const uint8_t expected =
           r < rows && c < cols ? fp8::encode<fp8::E4M3>(x[r * cols + c] * multiplier) : 0;
       wrong += codes[r * pad16(cols) + c] != expected;
+    }
+  }
+  REQUIRE(wrong == 0);
+}
+
+// What a linear layer's backward asks of quantize, which no public operator does: column sums
+// beside both copies, then a transposed copy with a known amax whose kernel may start while the one
+// before it drains. compute-sanitizer's racecheck runs this case.
+TEST_CASE("column sums, and a transposed copy that overlaps them", "[quantize]") {
+  const auto granularity = GENERATE(Granularity::kTensorwise, Granularity::kRowwise);
+  const auto [rows, cols] = GENERATE(std::pair<int64_t, int64_t>{1, 1}, std::pair{130, 1040},
+                                     std::pair{700, 2100}, std::pair{3000, 72});
+  const std::vector<float> host_dy = random_matrix(rows * cols, 6);
+  const std::vector<float> host_w = random_matrix(96 * cols, 7);
+  const Buffer<float> dy(host_dy);
+  const Buffer<float> weight(host_w);
+  Buffer<uint8_t> data(pad16(rows) * pad16(cols));
+  Buffer<uint8_t> data_t(pad16(rows) * pad16(cols));
+  Buffer<uint8_t> weight_t(96 * pad16(cols));
+  Buffer<float> scale(pad16(rows));
+  Buffer<float> scale_t(pad16(cols));
+  Buffer<float> weight_scale(pad16(cols));
+  Buffer<float> sums(cols);
+  const bool rowwise = granularity == Granularity::kRowwise;
+
+  QuantizeArgs args{
+      .x = dy.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
+  args.granularity = granularity;
+  args.dtype = rowwise ? Dtype::kE4M3 : Dtype::kE5M2;
+  args.data = {data.data, pad16(rows), pad16(cols)};
+  args.data_t = {data_t.data, pad16(cols), pad16(rows)};
+  args.scale = scale.data;
+  args.scale_t = scale_t.data;
+  args.column_sum = sums.data;
+  args.column_sum_dtype = Dtype::kFloat32;
+  Buffer<uint8_t> workspace(quantize_workspace_bytes(args));
+  args.workspace = workspace.data;
+
+  float amax = 0.0F;
+  for (const float v : host_w) amax = std::max(amax, std::fabs(v));
+  const Buffer<float> known(std::vector<float>{amax});
+  QuantizeArgs next{
+      .x = weight.data, .x_dtype = Dtype::kFloat32, .rows = 96, .cols = cols, .ld = cols};
+  next.granularity = granularity;
+  next.data_t = {weight_t.data, pad16(cols), 96};
+  next.scale = weight_scale.data;
+  next.scale_t = weight_scale.data;
+  next.overlaps_previous = true;
+  if (!rowwise) next.amax = known.data;
+  Buffer<uint8_t> next_workspace(quantize_workspace_bytes(next) + 16);
+  next.workspace = next_workspace.data;
+
+  quantize(args, nullptr);
+  quantize(next, nullptr);
+  check(cudaDeviceSynchronize());
+
+  const auto found = sums.host();
+  for (int64_t c = 0; c < cols; ++c) {
+    double exact = 0.0;
+    double size = 0.0;
+    for (int64_t r = 0; r < rows; ++r) {
+      exact += host_dy[r * cols + c];
+      size += std::fabs(host_dy[r * cols + c]);
+    }
+    // fp32 sums of at most 3000 values: each of 12 levels of a tree, or 3000 / 8 steps of a lane,
+    // rounds once.
+    REQUIRE(std::fabs(found[c] - exact) <= size * 400 * std::ldexp(1.0, -24));
+  }
+  const auto codes = weight_t.host();
+  const auto scales = weight_scale.host();
+  int64_t wrong = 0;
+  for (int64_t c = 0; c < cols; ++c) {
+    float group = rowwise ? 0.0F : amax;
+    for (int64_t r = 0; rowwise && r < 96; ++r) {
+      group = std::max(group, std::fabs(host_w[r * cols + c]));
+    }
+    const float multiplier = fp8::quant_multiplier(group, 448.0F);
+    wrong += scales[rowwise ? c : 0] != 1.0F / multiplier;
+    for (int64_t r = 0; r < 96; ++r) {
+      wrong += codes[c * 96 + r] != fp8::encode<fp8::E4M3>(host_w[r * cols + c] * multiplier);
     }
   }
   REQUIRE(wrong == 0);
