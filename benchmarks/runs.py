@@ -32,17 +32,19 @@ def import_fp8() -> Any:
 
 
 def git_commit() -> str:
-    """Short hash, with + when the tree has changes. Outside of a clone: FP8_COMMIT, or empty."""
+    """Short hash, with + when the tree has changes. FP8_COMMIT says it where the tree is a copy."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    if named := os.environ.get("FP8_COMMIT"):
+        return named
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FP8_COMMIT", "")
+        return ""
 
 
 def driver_version() -> str:
