@@ -8,6 +8,8 @@
 // 4-byte writes and the 16-byte reads, without padding. Strips are taken from the side where the
 // first pass ended: part of x is still in L2 there. The grid may start while the first pass
 // drains: its first loads do not depend on it. Bound by bandwidth: 2 + 1 + 1 bytes an element.
+#include <type_traits>
+
 #include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
@@ -176,11 +178,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
   const int64_t tile_end =
       kRowwise ? min(tile_begin + p.plan.tiles_per_block, p.plan.row_tiles) : tile_begin + 1;
 
+  // Tiles inside the matrix and its copies, all but those at the edges, need no checks.
+  const bool inside_cols = p.vectorized && col0 + kTileCols <= p.cols;
+  const auto is_inside = [&](int64_t tile) {
+    return inside_cols && (tile + 1) * kTileRows <= p.rows;
+  };
   const int valid_cols = of_eight(p.cols - col);
-  const bool writes_cols = col < p.data.ld;
   const auto load_tile = [&](int64_t tile, Vec8<T>(&v)[kRowsPerThread]) {
     const int64_t row = tile * kTileRows + group * kRowsPerThread;
     const T* source = static_cast<const T*>(p.x) + row * p.ld + col;
+    if (is_inside(tile)) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) v[r] = load8(source + r * p.ld);
+      return;
+    }
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       v[r] = load8(source, row + r < p.rows ? valid_cols : 0, p.vectorized);
@@ -218,27 +229,39 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
 
     const int64_t row0 = tile_row + group * kRowsPerThread;
     uint2 codes[kRowsPerThread];
-    if constexpr (kData || !kRowwise) {
-      uint8_t* out = static_cast<uint8_t*>(p.data.data) + row0 * p.data.ld + col;
+    const auto encode_tile = [&](auto inside) {
+      const auto kept = [&](int r, uint2 eight) {
+        if constexpr (decltype(inside)::value) return eight;
+        return keep_first(eight, row0 + r < p.rows ? valid_cols : 0);
+      };
+      if constexpr (kData || !kRowwise) {
+        [[maybe_unused]] uint8_t* out =
+            static_cast<uint8_t*>(p.data.data) + row0 * p.data.ld + col;
 #pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-        float multiplier = tensor;
-        if constexpr (kRowwise) multiplier = row_multiplier[group * kRowsPerThread + r];
-        codes[r] = keep_first(encode8<Format>(v[r], [&](int) { return multiplier; }),
-                              row0 + r < p.rows ? valid_cols : 0);
-        if constexpr (kData) {
-          if (row0 + r < p.data.rows && writes_cols) *reinterpret_cast<uint2*>(out) = codes[r];
-          out += p.data.ld;
+        for (int r = 0; r < kRowsPerThread; ++r) {
+          float multiplier = tensor;
+          if constexpr (kRowwise) multiplier = row_multiplier[group * kRowsPerThread + r];
+          codes[r] = kept(r, encode8<Format>(v[r], [&](int) { return multiplier; }));
+          if constexpr (kData) {
+            if (decltype(inside)::value || (row0 + r < p.data.rows && col < p.data.ld)) {
+              *reinterpret_cast<uint2*>(out) = codes[r];
+            }
+            out += p.data.ld;
+          }
         }
       }
-    }
-    if constexpr (kRowwise && kDataT) {
-      const auto multiplier = [&](int j) { return col_multiplier[col_group * 8 + j]; };
+      if constexpr (kRowwise && kDataT) {
+        const auto multiplier = [&](int j) { return col_multiplier[col_group * 8 + j]; };
 #pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-        codes[r] =
-            keep_first(encode8<Format>(v[r], multiplier), row0 + r < p.rows ? valid_cols : 0);
+        for (int r = 0; r < kRowsPerThread; ++r) {
+          codes[r] = kept(r, encode8<Format>(v[r], multiplier));
+        }
       }
+    };
+    if (is_inside(tile)) {
+      encode_tile(std::true_type{});
+    } else {
+      encode_tile(std::false_type{});
     }
     if constexpr (kRowwise) {
       if (tile + 1 < tile_end) {
