@@ -45,27 +45,22 @@ __device__ __forceinline__ int of_eight(int64_t count) {
   return static_cast<int>(min(count, int64_t{8}));
 }
 
-// Loads the eight elements at `source`, which lies on a 16-byte boundary.
-template <typename T>
-__device__ __forceinline__ Vec8<T> load8(const T* source) {
-  Vec8<T> v;
-#pragma unroll
-  for (int i = 0; i < Vec8<T>::kWords / 4; ++i) {
-    const uint4 q = __ldg(reinterpret_cast<const uint4*>(source) + i);
-    v.words[4 * i] = q.x;
-    v.words[4 * i + 1] = q.y;
-    v.words[4 * i + 2] = q.z;
-    v.words[4 * i + 3] = q.w;
-  }
-  return v;
-}
-
 // Loads the first `valid` of the eight elements at `source`; the others are zero. `vectorized` says
 // that the source lies on a 16-byte boundary.
 template <typename T>
 __device__ __forceinline__ Vec8<T> load8(const T* source, int valid, bool vectorized) {
-  if (vectorized && valid >= 8) return load8(source);
   Vec8<T> v;
+  if (vectorized && valid >= 8) {
+#pragma unroll
+    for (int i = 0; i < Vec8<T>::kWords / 4; ++i) {
+      const uint4 q = __ldg(reinterpret_cast<const uint4*>(source) + i);
+      v.words[4 * i] = q.x;
+      v.words[4 * i + 1] = q.y;
+      v.words[4 * i + 2] = q.z;
+      v.words[4 * i + 3] = q.w;
+    }
+    return v;
+  }
 #pragma unroll
   for (int i = 0; i < Vec8<T>::kWords; ++i) v.words[i] = 0;
 #pragma unroll

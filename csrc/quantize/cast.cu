@@ -8,8 +8,6 @@
 // 4-byte writes and the 16-byte reads, without padding. Strips are taken from the side where the
 // first pass ended: part of x is still in L2 there. The grid may start while the first pass
 // drains: its first loads do not depend on it. Bound by bandwidth: 2 + 1 + 1 bytes an element.
-#include <type_traits>
-
 #include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
@@ -58,6 +56,25 @@ __device__ __forceinline__ void store_sum(void* out, Dtype dtype, int64_t i, flo
   }
 }
 
+// Maximum of source[i * step], i < count. kBatch loads are in flight at a time, also where fewer
+// are left: a loop that the compiler unrolls takes what is left one by one, each a round trip to
+// L2.
+template <int kBatch>
+__device__ __forceinline__ uint32_t max_of(const uint32_t* source, int64_t step, int count) {
+  uint32_t bits = 0;
+  for (int begin = 0; begin < count; begin += kBatch) {
+    uint32_t batch[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      batch[i] = begin + i < count ? __ldcg(source) : 0;
+      source += step;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) bits = max(bits, batch[i]);
+  }
+  return bits;
+}
+
 // The tensor's scale, the same in every block; block 0 writes it.
 __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float format_max,
                                                    uint32_t* scratch) {
@@ -67,10 +84,9 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
     if (writes && p.scale != nullptr) *p.scale = scale;
     return __fdiv_rn(1.0F, scale);
   }
-  uint32_t bits = 0;
-  for (int64_t i = threadIdx.x; i < p.tensor_parts; i += kThreads) {
-    bits = max(bits, __ldcg(p.tensor_amax + i));
-  }
+  const int thread = static_cast<int>(threadIdx.x);
+  uint32_t bits = max_of<8>(p.tensor_amax + thread, kThreads,
+                            (p.tensor_parts - thread + kThreads - 1) / kThreads);
   bits = block_max<kWarps>(bits, scratch);
   const GroupScale group = scale_from_amax(bits, format_max);
   if (writes) {
@@ -88,14 +104,11 @@ __device__ __forceinline__ void column_multipliers(const CastParams& p, int64_t 
   const int column = threadIdx.x % kTileCols;
   const int part0 = static_cast<int>(threadIdx.x) / kTileCols;
   const int64_t col = col0 + column;
+  constexpr int kReaders = kThreads / kTileCols;  // threads of a column
   uint32_t bits = 0;
   if (col < p.cols) {
-    const uint32_t* source = p.col_amax + part0 * p.cols + col;
-#pragma unroll 4
-    for (int part = part0; part < p.col_parts; part += kThreads / kTileCols) {
-      bits = max(bits, __ldcg(source));
-      source += kThreads / kTileCols * p.cols;
-    }
+    bits = max_of<4>(p.col_amax + part0 * p.cols + col, kReaders * p.cols,
+                     (p.col_parts - part0 + kReaders - 1) / kReaders);
   }
   partial[threadIdx.x] = bits;
   __syncthreads();
@@ -143,16 +156,8 @@ constexpr int kMinBlocks = sizeof(T) == 4                          ? 3
 // amax of the tile's row that this thread looks after; the first 128 threads have one.
 __device__ __forceinline__ uint32_t row_amax_bits(const CastParams& p, int64_t tile) {
   const int64_t row = tile * kTileRows + threadIdx.x;
-  uint32_t bits = 0;
-  if (threadIdx.x < kTileRows && row < p.rows) {
-    const uint32_t* source = p.row_amax + row;
-#pragma unroll 4
-    for (int part = 0; part < p.row_parts; ++part) {
-      bits = max(bits, __ldcg(source));
-      source += p.rows;
-    }
-  }
-  return bits;
+  if (threadIdx.x >= kTileRows || row >= p.rows) return 0;
+  return max_of<8>(p.row_amax + row, p.rows, p.row_parts);
 }
 
 template <typename T, typename Format, Granularity kGranularity, bool kData, bool kDataT>
@@ -178,20 +183,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
   const int64_t tile_end =
       kRowwise ? min(tile_begin + p.plan.tiles_per_block, p.plan.row_tiles) : tile_begin + 1;
 
-  // Tiles inside the matrix and its copies, all but those at the edges, need no checks.
-  const bool inside_cols = p.vectorized && col0 + kTileCols <= p.cols;
-  const auto is_inside = [&](int64_t tile) {
-    return inside_cols && (tile + 1) * kTileRows <= p.rows;
-  };
   const int valid_cols = of_eight(p.cols - col);
+  const bool writes_cols = col < p.data.ld;
   const auto load_tile = [&](int64_t tile, Vec8<T>(&v)[kRowsPerThread]) {
     const int64_t row = tile * kTileRows + group * kRowsPerThread;
     const T* source = static_cast<const T*>(p.x) + row * p.ld + col;
-    if (is_inside(tile)) {
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) v[r] = load8(source + r * p.ld);
-      return;
-    }
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       v[r] = load8(source, row + r < p.rows ? valid_cols : 0, p.vectorized);
@@ -229,39 +225,27 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
 
     const int64_t row0 = tile_row + group * kRowsPerThread;
     uint2 codes[kRowsPerThread];
-    const auto encode_tile = [&](auto inside) {
-      const auto kept = [&](int r, uint2 eight) {
-        if constexpr (decltype(inside)::value) return eight;
-        return keep_first(eight, row0 + r < p.rows ? valid_cols : 0);
-      };
-      if constexpr (kData || !kRowwise) {
-        [[maybe_unused]] uint8_t* out =
-            static_cast<uint8_t*>(p.data.data) + row0 * p.data.ld + col;
+    if constexpr (kData || !kRowwise) {
+      uint8_t* out = static_cast<uint8_t*>(p.data.data) + row0 * p.data.ld + col;
 #pragma unroll
-        for (int r = 0; r < kRowsPerThread; ++r) {
-          float multiplier = tensor;
-          if constexpr (kRowwise) multiplier = row_multiplier[group * kRowsPerThread + r];
-          codes[r] = kept(r, encode8<Format>(v[r], [&](int) { return multiplier; }));
-          if constexpr (kData) {
-            if (decltype(inside)::value || (row0 + r < p.data.rows && col < p.data.ld)) {
-              *reinterpret_cast<uint2*>(out) = codes[r];
-            }
-            out += p.data.ld;
-          }
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        float multiplier = tensor;
+        if constexpr (kRowwise) multiplier = row_multiplier[group * kRowsPerThread + r];
+        codes[r] = keep_first(encode8<Format>(v[r], [&](int) { return multiplier; }),
+                              row0 + r < p.rows ? valid_cols : 0);
+        if constexpr (kData) {
+          if (row0 + r < p.data.rows && writes_cols) *reinterpret_cast<uint2*>(out) = codes[r];
+          out += p.data.ld;
         }
       }
-      if constexpr (kRowwise && kDataT) {
-        const auto multiplier = [&](int j) { return col_multiplier[col_group * 8 + j]; };
+    }
+    if constexpr (kRowwise && kDataT) {
+      const auto multiplier = [&](int j) { return col_multiplier[col_group * 8 + j]; };
 #pragma unroll
-        for (int r = 0; r < kRowsPerThread; ++r) {
-          codes[r] = kept(r, encode8<Format>(v[r], multiplier));
-        }
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        codes[r] =
+            keep_first(encode8<Format>(v[r], multiplier), row0 + r < p.rows ? valid_cols : 0);
       }
-    };
-    if (is_inside(tile)) {
-      encode_tile(std::true_type{});
-    } else {
-      encode_tile(std::false_type{});
     }
     if constexpr (kRowwise) {
       if (tile + 1 < tile_end) {

@@ -47,7 +47,7 @@ struct CastParams {
   float* scale_t;
   const float* static_scale;    // tensorwise: one of static_scale and tensor_amax is given
   const uint32_t* tensor_amax;  // [tensor_parts]
-  int64_t tensor_parts;
+  int tensor_parts;
   float* amax_out;
   const uint32_t* row_amax;  // rowwise: [row_parts, rows] where data is made
   int row_parts;

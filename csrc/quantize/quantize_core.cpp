@@ -148,7 +148,8 @@ void quantize(const QuantizeArgs& args, Stream stream) {
                .static_scale = args.static_scale,
                .tensor_amax = tensor_amax ? words + plan.tensor_offset
                                           : reinterpret_cast<const uint32_t*>(args.amax),
-               .tensor_parts = tensor_amax ? plan.first.row_chunks * plan.first.col_tiles : 1,
+               .tensor_parts =
+                   tensor_amax ? static_cast<int>(plan.first.row_chunks * plan.first.col_tiles) : 1,
                .amax_out = args.amax_out,
                .row_amax = row_amax,
                .row_parts = static_cast<int>(plan.first.row_parts),
