@@ -36,7 +36,7 @@ for file in "${files[@]}"; do
   case $file in
     csrc/*.h | csrc/*.cpp | csrc/*.cu | csrc/*.cuh | \
       tests/cpp/*.h | tests/cpp/*.cpp | tests/cpp/*.cu | tests/cpp/*.cuh | \
-      examples/*.cpp | benchmarks/*.cpp | benchmarks/*.cu) cpp+=("$file") ;;
+      examples/*.cpp | examples/*.h | benchmarks/*.cpp | benchmarks/*.cu) cpp+=("$file") ;;
   esac
   case $file in
     *.png | *.svg | *.json | *.csv) ;;
