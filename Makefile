@@ -40,12 +40,12 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo test test-gpu test-asan test-tsan sanitize bench lint format clean distclean _tests_built _catch2
+.PHONY: help build demo test test-gpu test-asan test-tsan wheel test-wheel test-sdist sanitize bench lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | \
-	  while IFS=$$'\t' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+	  while IFS=$$'\t' read -r name text; do printf '  %-11s %s\n' "$$name" "$$text"; done
 
 build: $(CONFIGURED)  ## the libraries, into python/fp8 (then PYTHONPATH=python works)
 	@$(BIN)cmake --build build -j $$(scripts/jobs.sh) --target fp8_core fp8_torch _C
@@ -67,6 +67,15 @@ test-asan: $(INSTALLED)  ## the host code's C++ tests under AddressSanitizer and
 test-tsan: $(INSTALLED)  ## the same under ThreadSanitizer: threads share the plan cache
 	@$(call host_tests,tsan,thread)
 
+wheel: $(INSTALLED)  ## source distribution and wheel, into dist/
+	@PYTHON=$(PY) scripts/wheel.sh
+
+test-wheel: wheel  ## the wheel in a fresh environment; downloads torch, or takes it from WHEEL_SITE
+	@PYTHON=$(PY) scripts/test_wheel.sh wheel
+
+test-sdist: wheel  ## the source distribution, built by pip in a clean environment
+	@PYTHON=$(PY) scripts/test_wheel.sh sdist
+
 sanitize: build  ## compute-sanitizer over every op; needs a GPU
 	@PYTHON=$(PY) scripts/sanitize.sh
 
@@ -74,8 +83,11 @@ bench: build  ## every benchmark, the README's table and the plots; needs a GPU
 	@for name in linear block quantize matmul host sizes; do $(PY) benchmarks/bench_$$name.py $(ARGS); done
 	@$(PY) benchmarks/report.py --readme --plots
 
-lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering
+lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering, clang-tidy
 	@scripts/lint.sh
+
+tidy: build $(LINTERS)  ## clang-tidy on all host code; lint takes the part without torch
+	@scripts/tidy.sh all
 
 format: $(INSTALLED) $(LINTERS)  ## let the formatters write
 	@scripts/lint.sh --fix
