@@ -40,7 +40,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo test test-gpu test-asan test-tsan wheel test-wheel test-sdist sanitize bench lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build demo test test-gpu test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -66,6 +66,9 @@ test-asan: $(INSTALLED)  ## the host code's C++ tests under AddressSanitizer and
 
 test-tsan: $(INSTALLED)  ## the same under ThreadSanitizer: threads share the plan cache
 	@$(call host_tests,tsan,thread)
+
+test-faults: _catch2 $(INSTALLED)  ## deliberate faults, each of which must turn a test red: minutes
+	@$(PY) tests/faults/run.py $(ARGS)
 
 wheel: $(INSTALLED)  ## source distribution and wheel, into dist/
 	@PYTHON=$(PY) scripts/wheel.sh
