@@ -37,7 +37,10 @@ CONFIGURE := -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(PY) \
   -DFP8_WERROR=$(if $(CI),ON,OFF) $(CMAKE_ARGS)
 CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256sum | cut -c1-12)
 
-.PHONY: help build demo test test-gpu sanitize bench bench-check lint format clean distclean _tests_built _catch2
+# Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
+DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
+
+.PHONY: help build demo test test-gpu test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -46,6 +49,7 @@ help:  ## this list
 
 build: $(CONFIGURED)  ## the libraries, into python/fp8 (then PYTHONPATH=python works)
 	@$(BIN)cmake --build build -j $$(scripts/jobs.sh) --target fp8_core fp8_torch _C
+	@$(DEVEL)
 
 demo: build  ## the main job: train with nn.Linear and with each FP8 recipe, and compare
 	@$(PY) examples/train.py $(ARGS)
@@ -56,6 +60,24 @@ test: _catch2  ## every test that this machine can run
 
 test-gpu: _tests_built  ## the tests that need a GPU; fails where there is none
 	@PYTHON=$(PY) CTEST=$(BIN)ctest PYTEST_ARGS='$(ARGS)' scripts/test.sh gpu
+
+test-asan: $(INSTALLED)  ## the host code's C++ tests under AddressSanitizer and UBSan
+	@$(call host_tests,asan,address$(comma)undefined)
+
+test-tsan: $(INSTALLED)  ## the same under ThreadSanitizer: threads share the plan cache
+	@$(call host_tests,tsan,thread)
+
+test-faults: _catch2 $(INSTALLED)  ## deliberate faults, each of which must turn a test red: minutes
+	@$(PY) tests/faults/run.py $(ARGS)
+
+wheel: $(INSTALLED)  ## source distribution and wheel, into dist/
+	@PYTHON=$(PY) scripts/wheel.sh
+
+test-wheel: wheel  ## the wheel in a fresh environment; downloads torch, or takes it from WHEEL_SITE
+	@PYTHON=$(PY) scripts/test_wheel.sh wheel
+
+test-sdist: wheel  ## the source distribution, built by pip in a clean environment
+	@PYTHON=$(PY) scripts/test_wheel.sh sdist
 
 sanitize: build  ## compute-sanitizer over every op; needs a GPU
 	@PYTHON=$(PY) scripts/sanitize.sh
@@ -69,17 +91,29 @@ bench-check: build  ## the same into build/bench-new; fails where a ratio is wor
 	@PYTHON=$(PY) scripts/bench.sh --output build/bench-new $(ARGS)
 	@$(PY) benchmarks/report.py --results build/bench-new --check benchmarks/results
 
-lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering
+lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering, clang-tidy
 	@scripts/lint.sh
+
+tidy: build $(LINTERS)  ## clang-tidy on all host code; lint takes the part without torch
+	@scripts/tidy.sh all
 
 format: $(INSTALLED) $(LINTERS)  ## let the formatters write
 	@scripts/lint.sh --fix
 
 clean:  ## remove what was built
-	rm -rf build dist python/*.egg-info python/fp8/lib python/fp8/_C*.so python/fp8/_build.py
+	rm -rf build dist python/*.egg-info python/fp8/{include,lib,share} python/fp8/_C*.so python/fp8/_build.py
 
 distclean: clean  ## and the virtual environment
 	rm -rf $(if $(strip $(VENV)),$(VENV))
+
+# setarch -R: ThreadSanitizer stops where the kernel spreads addresses further than it knows.
+comma := ,
+define host_tests
+$(BIN)cmake -S tests/cpp/host -B build/$(1) -G Ninja -DFP8_SANITIZE=$(2) \
+  $(if $(CATCH2),-DCATCH2_INCLUDE_DIR=$(CATCH2)) >/dev/null
+$(BIN)cmake --build build/$(1) -j $$(scripts/jobs.sh)
+setarch -R $(BIN)ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+endef
 
 # --- steps -----------------------------------------------------------------------------------
 _catch2:
@@ -87,6 +121,7 @@ _catch2:
 
 _tests_built: $(CONFIGURED)
 	@$(BIN)cmake --build build -j $$(scripts/jobs.sh)
+	@$(DEVEL)
 
 $(CONFIGURED): $(INSTALLED) VERSION
 	$(BIN)cmake --fresh -S . -B build $(CONFIGURE)

@@ -1,8 +1,10 @@
 """Builds the wheel's native part: configure and build with CMake, which is the build's description.
 
 Everything else about the package is in pyproject.toml. CMake writes lib/, _C*.so and _build.py
-straight into the folder that becomes the wheel's fp8/. Options for CMake go into CMAKE_ARGS, for
-example `CMAKE_ARGS="-DFP8_CUDA_ARCHITECTURES=89;90" pip install --no-build-isolation .`
+straight into the folder that becomes the wheel's fp8/, and installs include/ and share/cmake there,
+so that C++ programs find what `cmake --install` would give them. Options for CMake go into
+CMAKE_ARGS, for example
+`CMAKE_ARGS="-DFP8_CUDA_ARCHITECTURES=89;90" pip install --no-build-isolation .`
 """
 
 from __future__ import annotations
@@ -52,11 +54,14 @@ class CMakeBuild(build_ext):
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+        devel = ["cmake", "--install", build, "--prefix", package, "--component", "devel"]
+        subprocess.run(devel, check=True)
 
     def get_outputs(self) -> list[str]:
         """Files that `setup.py install --record` lists: whatever CMake left in the package."""
         package = Path(self.build_lib) / "fp8"
-        return [str(path) for path in [*package.glob("lib/*"), *package.glob("_C*.so")]]
+        made = ("lib/*", "include/**/*.h", "share/**/*.cmake", "_C*.so")
+        return [str(path) for pattern in made for path in package.glob(pattern)]
 
 
 setup(ext_modules=[Extension("fp8._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

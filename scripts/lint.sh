@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, style, types and layering of the whole tree. `make lint`, CI and the pre-commit hook all
+# Format, style, types, layering and clang-tidy of the whole tree. `make lint`, CI and the pre-commit hook all
 # run this script. Every check runs; the exit status says whether one failed.
 #   scripts/lint.sh          check
 #   scripts/lint.sh --fix    format what the formatters can format, then check
@@ -19,7 +19,7 @@ check() { # check TITLE COMMAND...
   fi
 }
 
-for tool in clang-format ruff mypy; do
+for tool in clang-format clang-tidy ruff mypy; do
   if ! command -v "$tool" >/dev/null; then
     echo "lint: $tool is missing. Run \`make lint\`, which installs requirements-lint.txt." >&2
     exit 2
@@ -36,7 +36,7 @@ for file in "${files[@]}"; do
   case $file in
     csrc/*.h | csrc/*.cpp | csrc/*.cu | csrc/*.cuh | \
       tests/cpp/*.h | tests/cpp/*.cpp | tests/cpp/*.cu | tests/cpp/*.cuh | \
-      examples/*.cpp | benchmarks/*.cpp | benchmarks/*.cu) cpp+=("$file") ;;
+      examples/*.cpp | examples/*.h | benchmarks/*.cpp | benchmarks/*.cu) cpp+=("$file") ;;
   esac
   case $file in
     *.png | *.svg | *.json | *.csv) ;;
@@ -76,6 +76,7 @@ fi
 if [ ${#cpp[@]} -gt 0 ]; then
   check "clang-format" clang_format
 fi
+check "clang-tidy on torch-free host code" scripts/tidy.sh
 check "ruff check" ruff check --quiet --output-format concise .
 check "ruff format" ruff format --check .
 [ -d python/fp8 ] && check "mypy --strict" mypy --no-error-summary

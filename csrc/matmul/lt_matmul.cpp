@@ -29,6 +29,7 @@
 #include "common/formats.h"
 #include "matmul/plan_cache.h"
 #include "matmul/plan_key.h"
+#include "matmul/plan_text.h"
 
 namespace fp8::core {
 namespace {
@@ -214,6 +215,23 @@ MatmulPlan first_choice(cublasLtHandle_t handle, const MatmulArgs& args, const L
   return {};
 }
 
+// For FP8_PRINT_PLAN. Splits of K are summed by a second kernel.
+PlanFacts plan_facts(const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algo) {
+  if (!plan.supported) return {.algorithm = "fallback: cuBLASLt has no algorithm", .launches = 0};
+  const auto number = [&](cublasLtMatmulAlgoConfigAttributes_t attribute) {
+    int32_t value = -1;
+    size_t written = 0;
+    cublasLtMatmulAlgoConfigGetAttribute(&algo, attribute, &value, sizeof(value), &written);
+    return value;
+  };
+  const int32_t splits = number(CUBLASLT_ALGO_CONFIG_SPLITK_NUM);
+  const std::string text = "cublasLt algo=" + std::to_string(number(CUBLASLT_ALGO_CONFIG_ID)) +
+                           " tile=" + std::to_string(number(CUBLASLT_ALGO_CONFIG_TILE_ID)) +
+                           " stages=" + std::to_string(number(CUBLASLT_ALGO_CONFIG_STAGES_ID)) +
+                           " splits=" + std::to_string(splits);
+  return {text, plan.workspace_bytes, splits > 1 ? 2 : 1};
+}
+
 struct Cache {
   using Plans = PlanCache<PlanKey, MatmulPlan, PlanKeyHash>;
   Plans plans{capacity()};
@@ -245,17 +263,6 @@ void refuse_capture(const MatmulArgs& args, Stream stream) {
 
 }  // namespace
 
-std::string describe(const MatmulArgs& args) {
-  const auto number = [](int64_t value) { return std::to_string(value); };
-  return "matmul m=" + number(args.m) + " n=" + number(args.n) + " k=" + number(args.k) +
-         " lda=" + number(args.lda) + " ldb=" + number(args.ldb) + " ldo=" + number(args.ldo) +
-         " a=" + dtype_name(args.a_dtype) + " b=" + dtype_name(args.b_dtype) +
-         " out=" + dtype_name(args.out_dtype) +
-         (args.granularity == Granularity::kRowwise ? " rowwise" : " tensorwise") +
-         (args.bias != nullptr ? std::string(" bias=") + dtype_name(args.bias_dtype) : "") +
-         (args.accumulate ? " accumulate" : "") + (args.fast_accum ? " fast_accum" : "");
-}
-
 bool lt_supports(const MatmulArgs& args, int capability) {
   constexpr int64_t kMaxRowBytes = int64_t{1} << 31;  // longer rows give wrong results before 13.3
   const int64_t out_bytes = dtype_bytes(args.out_dtype);
@@ -280,6 +287,7 @@ MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream) {
   const DeviceInfo device = current_device(args.device);
   if (!lt_supports(args, device.capability)) {
     Cache::instance().fallbacks.fetch_add(1, std::memory_order_relaxed);
+    if (printing_plans()) print_plan(args, device.index, plan_facts({}, {}));
     return {};
   }
   const PlanKey key = make_plan_key(args, device.index);
@@ -291,6 +299,7 @@ MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream) {
   refuse_capture(args, stream);
   const MatmulPlan plan = first_choice(handle_of(device.index, args), args, describe_problem(args));
   if (!plan.supported) cache.fallbacks.fetch_add(1, std::memory_order_relaxed);
+  if (printing_plans()) print_plan(args, device.index, plan_facts(plan, lt.algo));
   cache.plans.insert(key, plan);
   return plan;
 }

@@ -1,14 +1,9 @@
 // Internal to fp8_core: what the matmul files share beyond fp8/core.h.
 #pragma once
 
-#include <string>
-
 #include "fp8/core.h"
 
 namespace fp8::core {
-
-// The problem in one line, for messages.
-std::string describe(const MatmulArgs& args);
 
 // Whether cuBLASLt takes the problem at all on a device of this compute capability (90 for 9.0):
 // formats, extents, alignments. Host logic, tested on any machine.

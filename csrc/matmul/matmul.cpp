@@ -9,6 +9,7 @@
 #include "common/cuda_context.h"
 #include "common/tensors.h"
 #include "cpu/kernels.h"
+#include "matmul/plan_text.h"
 #ifdef FP8_WITH_CUDA
 #include "matmul/autotune.h"
 #endif
@@ -44,8 +45,29 @@ at::Tensor scale_product(const at::Tensor& product, const Operand& a, const Oper
   return out.to(options.out_dtype);
 }
 
+// FP8_PRINT_PLAN on the CPU, where nothing is planned: decode, then one fp32 matmul.
+void print_cpu_plan(const Operand& a, const Operand& b, const MatmulOptions& options) {
+  core::print_plan({.m = a.rows,
+                    .n = b.rows,
+                    .k = a.data.size(1),
+                    .a_dtype = to_core(a.data.scalar_type()),
+                    .lda = a.data.stride(0),
+                    .b_dtype = to_core(b.data.scalar_type()),
+                    .ldb = b.data.stride(0),
+                    .granularity = options.granularity,
+                    .bias = options.bias.defined() ? options.bias.const_data_ptr() : nullptr,
+                    .bias_dtype = options.bias.defined() ? to_core(options.bias.scalar_type())
+                                                         : core::Dtype::kFloat32,
+                    .out_dtype = to_core(options.out_dtype),
+                    .ldo = b.rows,
+                    .accumulate = options.accumulate.defined(),
+                    .fast_accum = options.fast_accum},
+                   /*device=*/-1, {.algorithm = "reference: fp32", .launches = 0});
+}
+
 at::Tensor matmul_cpu(const Operand& a, const Operand& b, const MatmulOptions& options) {
   const NoAutocast no_autocast;
+  if (core::printing_plans()) print_cpu_plan(a, b, options);
   const int64_t k = a.data.size(1);
   const auto decoded = [&](const Operand& operand) {
     at::Tensor values = at::empty({operand.rows, k}, operand.data.options().dtype(at::kFloat));

@@ -69,4 +69,6 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
   return op.call(x, weight, bias, recipe);
 }
 
+void ensure_registered() { find<decltype(kernel::fused_linear)>("fp8::fused_linear"); }
+
 }  // namespace fp8

@@ -23,8 +23,8 @@ from .convert import convert, revert, summary
 from .linear import Linear
 from .recipe import RECIPES
 
-cmake_prefix_path: str = str(_PACKAGE)
-"""The package's folder, for `-DCMAKE_PREFIX_PATH=`. There is no CMake package to find there yet."""
+cmake_prefix_path: str = str(_PACKAGE / "share" / "cmake")
+"""For C++: `cmake -DCMAKE_PREFIX_PATH=...`, then `find_package(FP8)` and link `FP8::torch`."""
 
 __all__ = [
     "RECIPES",

@@ -71,4 +71,9 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias = std::nullopt,
                         std::string_view recipe = "tensorwise");
 
+// For programs that call none of the functions above and only load models that use torch.ops.fp8
+// (TorchScript, AOTInductor): refers to libfp8_torch, which a linker would leave out otherwise, and
+// so has the operators registered before main. Throws c10::Error if they are not.
+void ensure_registered();
+
 }  // namespace fp8

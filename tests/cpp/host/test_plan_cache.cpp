@@ -143,3 +143,33 @@ TEST_CASE("alignment classes") {
   REQUIRE(alignment_of(reinterpret_cast<void*>(0x1010)) == 16);
   REQUIRE(alignment_of(reinterpret_cast<void*>(0x10000)) == 256);
 }
+
+// For ThreadSanitizer: find, insert, eviction, info and clear at once, on plans as they are.
+TEST_CASE("two threads share plans while a third looks on") {
+  PlanCache<PlanKey, MatmulPlan, PlanKeyHash> cache(8);
+  std::atomic<int> wrong{0};
+  const auto use = [&](int64_t first) {
+    for (int64_t i = 0; i < 3000; ++i) {
+      MatmulArgs args = problem();
+      args.m = 1 + (first + i) % 12;
+      const PlanKey key = make_plan_key(args, 0);
+      if (const auto plan = cache.find(key)) {
+        wrong += plan->workspace_bytes != static_cast<size_t>(args.m);
+        wrong += plan->state[args.m] != static_cast<unsigned char>(args.m);
+      } else {
+        MatmulPlan made{};
+        made.workspace_bytes = static_cast<size_t>(args.m);
+        made.state[args.m] = static_cast<unsigned char>(args.m);
+        cache.insert(key, made);
+      }
+    }
+  };
+  std::thread one(use, 0), two(use, 5);
+  for (int i = 0; i < 200; ++i) {
+    wrong += cache.info().size > 8;
+    if (i % 50 == 0) cache.clear();
+  }
+  one.join();
+  two.join();
+  REQUIRE(wrong == 0);
+}

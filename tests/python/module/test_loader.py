@@ -201,7 +201,7 @@ def test_public_names():
         *("plan_cache_clear", "plan_cache_info", "revert", "summary"),
     }
     assert all(hasattr(fp8, name) for name in fp8.__all__)
-    assert Path(fp8.cmake_prefix_path) == PACKAGE.resolve()
+    assert Path(fp8.cmake_prefix_path) == PACKAGE.resolve() / "share/cmake"
     assert (PACKAGE / "py.typed").exists()
 
 

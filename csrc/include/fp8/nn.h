@@ -1,0 +1,55 @@
+// fp8/nn.h: fp8::nn::Linear, a LibTorch module like torch::nn::Linear whose products run in FP8.
+//
+//   fp8::nn::Linear layer(fp8::nn::LinearOptions(4096, 14336).bias(false).recipe("rowwise"));
+//   torch::Tensor y = layer(x);  // x [..., 4096] -> y [..., 14336]
+//
+// Parameters have torch::nn::Linear's names, shapes and initial values (the same ones under the
+// same seed), so an archive that torch::save wrote of one loads into the other. The recipe is no
+// part of an archive.
+#pragma once
+
+#include <torch/arg.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <ostream>
+#include <string>
+
+namespace fp8::nn {
+
+struct LinearOptions {
+  LinearOptions(int64_t in_features, int64_t out_features);
+  TORCH_ARG(int64_t, in_features);
+  TORCH_ARG(int64_t, out_features);
+  TORCH_ARG(bool, bias) = true;
+  TORCH_ARG(std::string, recipe) = "tensorwise";  // or "rowwise", "rowwise_gw_hp"
+};
+
+class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
+ public:
+  LinearImpl(int64_t in_features, int64_t out_features);
+  // Throws c10::ValueError for an unknown recipe.
+  explicit LinearImpl(const LinearOptions& options_);
+
+  // Makes the parameters anew and fills them; reset_parameters only fills them: both uniform
+  // within 1 / sqrt(in_features).
+  void reset() override;
+  void reset_parameters();
+
+  // fp8::nn::Linear(in_features=4096, out_features=14336, bias=false, recipe=rowwise)
+  void pretty_print(std::ostream& stream) const override;
+
+  // input [..., in_features] bf16, fp16 or fp32, of the parameters' dtype -> [..., out_features].
+  // One fp8::fused_linear: see there for values, gradients and errors.
+  torch::Tensor forward(const torch::Tensor& input);
+
+  LinearOptions options;
+  torch::Tensor weight;  // [out_features, in_features]
+  torch::Tensor bias;    // [out_features]; undefined without a bias
+};
+
+// fp8::nn::Linear: a shared pointer to the module, as all of LibTorch's.
+TORCH_MODULE(Linear);
+
+}  // namespace fp8::nn

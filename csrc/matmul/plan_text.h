@@ -1,0 +1,77 @@
+// FP8_PRINT_PLAN=1: one line on stderr for each distinct matmul problem, when it is first met.
+//
+//   fp8 plan: cuda:0 matmul m=8192 n=4096 k=4096 lda=4096 ... tensorwise fast_accum |
+//   cublasLt algo=66 tile=20 stages=35 splits=1 workspace=0 launches=1
+//
+// Host logic: no CUDA, tested on any machine.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <unordered_set>
+
+#include "common/formats.h"
+#include "fp8/core.h"
+
+namespace fp8::core {
+
+// The problem in one line, for messages and for the printed plans.
+inline std::string describe(const MatmulArgs& args) {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  return "matmul m=" + number(args.m) + " n=" + number(args.n) + " k=" + number(args.k) +
+         " lda=" + number(args.lda) + " ldb=" + number(args.ldb) + " ldo=" + number(args.ldo) +
+         " a=" + dtype_name(args.a_dtype) + " b=" + dtype_name(args.b_dtype) +
+         " out=" + dtype_name(args.out_dtype) +
+         (args.granularity == Granularity::kRowwise ? " rowwise" : " tensorwise") +
+         (args.bias != nullptr ? std::string(" bias=") + dtype_name(args.bias_dtype) : "") +
+         (args.accumulate ? " accumulate" : "") + (args.fast_accum ? " fast_accum" : "");
+}
+
+// How a problem runs. cuBLASLt's numbers are those of cublasLtMatmulAlgoConfigGetAttribute.
+struct PlanFacts {
+  std::string algorithm;  // "cublasLt algo=66 tile=20 stages=35 splits=1", or the other way taken
+  size_t workspace_bytes = 0;
+  int launches = 1;  // 0: several, by its options
+};
+
+// device: the CUDA index, or negative for the CPU.
+inline std::string plan_line(const MatmulArgs& args, int device, const PlanFacts& facts) {
+  return "fp8 plan: " + (device < 0 ? "cpu" : "cuda:" + std::to_string(device)) + " " +
+         describe(args) + " | " + facts.algorithm +
+         " workspace=" + std::to_string(facts.workspace_bytes) +
+         " launches=" + (facts.launches > 0 ? std::to_string(facts.launches) : "several");
+}
+
+// FP8_PRINT_PLAN=1, read once.
+inline bool printing_plans() {
+  static const bool on = [] {
+    const char* text = std::getenv("FP8_PRINT_PLAN");
+    return text != nullptr && std::string_view(text) == "1";
+  }();
+  return on;
+}
+
+// True the first time that a line comes, in any thread.
+class FirstTimes {
+ public:
+  bool operator()(const std::string& line) {
+    const std::lock_guard lock(mutex_);
+    return seen_.insert(line).second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_set<std::string> seen_;
+};
+
+inline void print_plan(const MatmulArgs& args, int device, const PlanFacts& facts) {
+  static FirstTimes first;
+  const std::string line = plan_line(args, device, facts);
+  if (first(line)) std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+}  // namespace fp8::core

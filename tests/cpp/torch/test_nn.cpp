@@ -1,0 +1,98 @@
+// fp8::nn::Linear against torch::nn::Linear: same parameters, text, copies and archives.
+#include <torch/torch.h>
+
+#include <catch2/catch.hpp>
+#include <sstream>
+
+#include "fp8/nn.h"
+#include "fp8/ops.h"
+
+using fp8::nn::LinearOptions;
+
+TEST_CASE("parameters are torch::nn::Linear's under the same seed") {
+  for (const bool bias : {true, false}) {
+    torch::manual_seed(3);
+    const fp8::nn::Linear ours(LinearOptions(40, 24).bias(bias));
+    torch::manual_seed(3);
+    const torch::nn::Linear theirs(torch::nn::LinearOptions(40, 24).bias(bias));
+    const auto a = ours->named_parameters();
+    const auto b = theirs->named_parameters();
+    REQUIRE(a.keys() == b.keys());
+    REQUIRE(a.keys().size() == (bias ? 2 : 1));
+    for (const auto& item : b) REQUIRE(torch::equal(a[item.key()], item.value()));
+    REQUIRE(ours->bias.defined() == bias);
+  }
+}
+
+TEST_CASE("reset_parameters draws new values into the same tensors") {
+  fp8::nn::Linear layer(40, 24);
+  const torch::Tensor before = layer->weight.detach().clone();
+  const torch::Tensor same = layer->weight;
+  layer->reset_parameters();
+  REQUIRE(same.is_same(layer->weight));
+  REQUIRE_FALSE(torch::equal(before, layer->weight));
+}
+
+TEST_CASE("forward is fused_linear with the module's recipe") {
+  torch::manual_seed(0);
+  fp8::nn::Linear layer(LinearOptions(48, 32).recipe("rowwise"));
+  const torch::Tensor x = torch::randn({3, 5, 48});
+  const torch::Tensor y = layer(x);
+  REQUIRE(torch::equal(y, fp8::fused_linear(x, layer->weight, layer->bias, "rowwise")));
+  REQUIRE_FALSE(torch::equal(y, fp8::fused_linear(x, layer->weight, layer->bias)));
+  y.sum().backward();
+  REQUIRE(layer->weight.grad().sizes() == layer->weight.sizes());
+  REQUIRE(torch::allclose(layer->bias.grad(), torch::full({32}, 15.0)));
+}
+
+TEST_CASE("pretty_print says what the layer is") {
+  std::ostringstream text;
+  text << fp8::nn::Linear(LinearOptions(4, 5).bias(false).recipe("rowwise_gw_hp"));
+  REQUIRE(text.str() ==
+          "fp8::nn::Linear(in_features=4, out_features=5, bias=false, recipe=rowwise_gw_hp)");
+}
+
+TEST_CASE("clone copies values and recipe, alone and inside a model") {
+  fp8::nn::Linear layer(LinearOptions(16, 16).recipe("rowwise"));
+  const auto copy = std::dynamic_pointer_cast<fp8::nn::LinearImpl>(layer->clone());
+  REQUIRE(copy != nullptr);
+  REQUIRE(copy->options.recipe() == "rowwise");
+  REQUIRE(torch::equal(copy->weight, layer->weight));
+  REQUIRE_FALSE(copy->weight.is_same(layer->weight));
+  REQUIRE(copy->named_parameters()["weight"].is_same(copy->weight));
+
+  torch::nn::Sequential model(layer, torch::nn::ReLU());
+  const auto cloned = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->clone());
+  REQUIRE(cloned->ptr<fp8::nn::LinearImpl>(0)->options.recipe() == "rowwise");
+  const torch::Tensor x = torch::randn({2, 16});
+  REQUIRE(torch::equal(cloned->forward(x), model->forward(x)));
+}
+
+TEST_CASE("archives go both ways between the two classes") {
+  const torch::nn::Linear theirs(16, 8);
+  fp8::nn::Linear ours(16, 8);
+  std::stringstream first, second;
+  torch::save(theirs, first);
+  torch::load(ours, first);
+  REQUIRE(torch::equal(ours->weight, theirs->weight));
+  REQUIRE(torch::equal(ours->bias, theirs->bias));
+
+  torch::nn::Linear back(16, 8);
+  torch::save(ours, second);
+  torch::load(back, second);
+  REQUIRE(torch::equal(back->weight, ours->weight));
+}
+
+TEST_CASE("a dtype and a training mode set on the module hold") {
+  fp8::nn::Linear layer(16, 8);
+  layer->to(torch::kBFloat16);
+  layer->eval();
+  REQUIRE(layer(torch::randn({2, 16}).to(torch::kBFloat16)).scalar_type() == torch::kBFloat16);
+  REQUIRE_FALSE(layer->is_training());
+}
+
+TEST_CASE("an unknown recipe is refused when the layer is made") {
+  REQUIRE_THROWS_AS(fp8::nn::Linear(LinearOptions(4, 4).recipe("fp4")), c10::ValueError);
+}
+
+TEST_CASE("the operators are registered") { REQUIRE_NOTHROW(fp8::ensure_registered()); }

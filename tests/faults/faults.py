@@ -1,0 +1,222 @@
+"""Deliberate faults, and the test that must notice each: `make test-faults` runs them (run.py).
+
+A fault replaces one piece of text that occurs once in its file; where the file has changed so that
+it no longer does, tests/python/build/test_build_faults.py says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong edit. `test`: "ctest NAME", "tsan NAME" or arguments of pytest."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    gpu: bool = False  # only a GPU test can notice
+
+
+def apply(fault: Fault, root: Path) -> str:
+    """Puts the fault into the tree below `root`; returns the file's text from before."""
+    path = root / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        raise ValueError(
+            f"{fault.name}: expected its text once in {fault.file}, found it "
+            f"{text.count(fault.old)} times; adapt tests/faults/faults.py"
+        )
+    path.write_text(text.replace(fault.old, fault.new))
+    return text
+
+
+QUANTIZE = "tests/python/quantize/test_quantize_values.py"
+LAYOUT = "tests/python/quantize/test_quantize_layout.py"
+LINEAR = "tests/python/linear"
+
+FAULTS = [
+    # --- Python and build: nothing to compile ---
+    Fault(
+        "the output head is converted",
+        "python/fp8/rules.py",
+        'HEAD_NAMES = frozenset({"lm_head"})',
+        "HEAD_NAMES = frozenset()",
+        "tests/python/module/test_convert_rules.py",
+    ),
+    Fault(
+        "from_linear forgets the recipe",
+        "python/fp8/linear.py",
+        "        new.recipe = recipe\n",
+        "",
+        "tests/python/module/test_from_linear.py",
+    ),
+    Fault(
+        "another torch minor is not noticed",
+        "python/fp8/_loader.py",
+        'version.split("+")[0].split(".")[:2]',
+        'version.split("+")[0].split(".")[:1]',
+        "tests/python/module/test_loader.py",
+    ),
+    Fault(
+        "an RPATH names the build machine",
+        "CMakeLists.txt",
+        'set(CMAKE_INSTALL_RPATH "$ORIGIN;',
+        'set(CMAKE_INSTALL_RPATH "/opt/build;$ORIGIN;',
+        "tests/python/build/test_build_libraries.py",
+    ),
+    # --- host logic: one C++ test to compile ---
+    Fault(
+        "halves round up, not to even",
+        "csrc/common/formats.h",
+        "((clamped >> kShift) & 1U)",
+        "1U",
+        "ctest test_formats",
+    ),
+    Fault(
+        "NaN becomes the largest value",
+        "csrc/common/formats.h",
+        "magnitude > 0x7F800000U ? kNanCode : code",
+        "code",
+        "ctest test_formats",
+    ),
+    Fault(
+        "the last chunk of rows is skipped",
+        "csrc/common/launch.h",
+        "plan.row_chunks = ceil_div(plan.rows, plan.rows_per_chunk);",
+        "plan.row_chunks = std::max<int64_t>(1, plan.rows / plan.rows_per_chunk);",
+        "ctest test_launch",
+    ),
+    Fault(
+        "a plan for fast accumulation serves split accumulation",
+        "csrc/matmul/plan_key.h",
+        "bits(args.fast_accum, 22)",
+        "0",
+        "ctest test_plan_cache",
+    ),
+    Fault(
+        "the plan used last is forgotten first",
+        "csrc/matmul/plan_cache.h",
+        "if (found->second != entries_.begin()) {",
+        "if (false) {",
+        "ctest test_plan_cache",
+    ),
+    Fault(
+        "the plan cache is read without its lock",
+        "csrc/matmul/plan_cache.h",
+        """  std::optional<Plan> find(const Key& key) {
+    const std::lock_guard lock(mutex_);
+""",
+        "  std::optional<Plan> find(const Key& key) {\n",
+        "tsan test_plan_cache",
+    ),
+    # --- CPU kernels and operators ---
+    Fault(
+        "the scale is its reciprocal",
+        "csrc/cpu/quantize.cpp",
+        "if (a.scale != nullptr) *a.scale = 1.0F / multiplier;",
+        "if (a.scale != nullptr) *a.scale = multiplier;",
+        QUANTIZE,
+    ),
+    Fault(
+        "a given scale is multiplied by",
+        "csrc/cpu/quantize.cpp",
+        "multiplier = 1.0F / *a.static_scale;",
+        "multiplier = *a.static_scale;",
+        LAYOUT,
+    ),
+    Fault(
+        "the last column is not transposed",
+        "csrc/cpu/quantize.cpp",
+        "std::clamp<int64_t>(a.cols - col0, 0, kBlock)",
+        "std::clamp<int64_t>(a.cols - 1 - col0, 0, kBlock)",
+        f"{QUANTIZE} {LAYOUT}",
+    ),
+    Fault(
+        "the product replaces what it should be added to",
+        "csrc/matmul/matmul.cpp",
+        "? destination.add_(product)",
+        "? destination.copy_(product)",
+        "tests/python/matmul/test_scaled_mm_accumulate.py",
+    ),
+    Fault(
+        "the scales of b's rows go unchecked",
+        "csrc/matmul/scaled_mm.cpp",
+        "FP8_CHECK_VALUE(rowwise(scale_a, a) && rowwise(scale_b, b),",
+        "FP8_CHECK_VALUE(rowwise(scale_a, a),",
+        "tests/python/matmul/test_scaled_mm_errors.py",
+    ),
+    Fault(
+        "the gradient is quantized in the forward's format",
+        "csrc/linear/linear.cpp",
+        "{.dtype = recipe.grad_dtype,",
+        "{.dtype = recipe.forward_dtype,",
+        f"{LINEAR}/test_linear_values.py",
+    ),
+    Fault(
+        "the needs of x and weight are exchanged",
+        "csrc/linear/autograd.cpp",
+        "(needs.dx ? 1 : 0) | (needs.dweight ? 2 : 0)",
+        "(needs.dx ? 2 : 0) | (needs.dweight ? 1 : 0)",
+        f"{LINEAR}/test_linear_autograd.py",
+    ),
+    Fault(
+        "a written input is taken from memory",
+        "csrc/linear/memory.cpp",
+        ".version = x.unsafeGetTensorImpl()->version_counter().current_version(),",
+        ".version = 0,",
+        f"{LINEAR}/test_linear_memory.py",
+    ),
+    Fault(
+        "the C++ module forgets its recipe",
+        "csrc/linear/module.cpp",
+        "                      options.recipe());",
+        '                      "tensorwise");',
+        "ctest test_nn",
+    ),
+    # --- kernels ---
+    Fault(
+        "CUDA: a row's scale is its reciprocal",
+        "csrc/quantize/rowwise.cu",
+        "p.scale[row] = group.scale;",
+        "p.scale[row] = group.quant_multiplier;",
+        QUANTIZE,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the last tile of a strip is skipped",
+        "csrc/quantize/cast.cu",
+        "for (int64_t tile = tile_begin; tile < tile_end; ++tile) {",
+        "for (int64_t tile = tile_begin; tile + 1 < tile_end; ++tile) {",
+        f"{QUANTIZE} {LAYOUT}",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the last rows do not count for the maximum",
+        "csrc/quantize/statistics.cu",
+        "for (int64_t row = row_begin + warp; row < row_end; row += kWarps) {",
+        "for (int64_t row = row_begin + warp; row + kWarps < row_end; row += kWarps) {",
+        QUANTIZE,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the scales of a and b are exchanged",
+        "csrc/matmul/lt_matmul.cpp",
+        "CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_b,",
+        "CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_a,",
+        "tests/python/matmul/test_scaled_mm.py",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the product replaces what it should be added to",
+        "csrc/matmul/lt_matmul.cpp",
+        "args.accumulate ? 1.0F : 0.0F",
+        "0.0F",
+        "tests/python/matmul/test_scaled_mm_accumulate.py",
+        gpu=True,
+    ),
+]
