@@ -20,6 +20,7 @@
 #include "common/device.h"
 #include "matmul/lt_matmul.h"
 #include "matmul/plan_key.h"
+#include "matmul/plan_text.h"
 #include "matmul/tuning.h"
 
 namespace fp8::autotune {

@@ -216,13 +216,12 @@ MatmulPlan first_choice(cublasLtHandle_t handle, const MatmulArgs& args, const L
 }
 
 // For FP8_PRINT_PLAN. Splits of K are summed by a second kernel.
-PlanFacts plan_facts(const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algo) {
+PlanFacts plan_facts(const MatmulPlan& plan) {
   if (!plan.supported) return {.algorithm = "fallback: cuBLASLt has no algorithm", .launches = 0};
+  LtPlan lt;
+  std::memcpy(&lt, plan.state, sizeof(lt));
   const auto number = [&](cublasLtMatmulAlgoConfigAttributes_t attribute) {
-    int32_t value = -1;
-    size_t written = 0;
-    cublasLtMatmulAlgoConfigGetAttribute(&algo, attribute, &value, sizeof(value), &written);
-    return value;
+    return configured<int32_t>(lt.algo, attribute).value_or(-1);
   };
   const int32_t splits = number(CUBLASLT_ALGO_CONFIG_SPLITK_NUM);
   const std::string text = "cublasLt algo=" + std::to_string(number(CUBLASLT_ALGO_CONFIG_ID)) +
@@ -287,7 +286,7 @@ MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream) {
   const DeviceInfo device = current_device(args.device);
   if (!lt_supports(args, device.capability)) {
     Cache::instance().fallbacks.fetch_add(1, std::memory_order_relaxed);
-    if (printing_plans()) print_plan(args, device.index, plan_facts({}, {}));
+    if (printing_plans()) print_plan(args, device.index, plan_facts({}));
     return {};
   }
   const PlanKey key = make_plan_key(args, device.index);
@@ -299,7 +298,7 @@ MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream) {
   refuse_capture(args, stream);
   const MatmulPlan plan = first_choice(handle_of(device.index, args), args, describe_problem(args));
   if (!plan.supported) cache.fallbacks.fetch_add(1, std::memory_order_relaxed);
-  if (printing_plans()) print_plan(args, device.index, plan_facts(plan, lt.algo));
+  if (printing_plans()) print_plan(args, device.index, plan_facts(plan));
   cache.plans.insert(key, plan);
   return plan;
 }
@@ -323,6 +322,7 @@ std::vector<MatmulPlan> matmul_candidates(const MatmulArgs& args, int max, Strea
 void remember_plan(const MatmulArgs& args, MatmulPlan plan) {
   require(plan.supported, "remember_plan expects a supported plan");
   plan.tuned = true;
+  if (printing_plans()) print_plan(args, current_device().index, plan_facts(plan));
   Cache::instance().plans.replace(make_plan_key(args, current_device().index), plan);
 }
 

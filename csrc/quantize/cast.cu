@@ -147,11 +147,12 @@ __device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t 
 }
 
 // Blocks to a multiprocessor: enough loads in flight to saturate memory, few enough that no
-// register spills.
+// register spills (fp16 needs some for its conversion).
 template <typename T, Granularity kGranularity>
-constexpr int kMinBlocks = sizeof(T) == 4                          ? 3
-                           : kGranularity == Granularity::kRowwise ? 4
-                                                                   : 5;
+constexpr int kMinBlocks = sizeof(T) == 4                             ? 3
+                           : kGranularity == Granularity::kTensorwise ? 5
+                           : std::is_same_v<T, __half>                ? 3
+                                                                      : 4;
 
 // amax of the tile's row that this thread looks after; the first 128 threads have one.
 __device__ __forceinline__ uint32_t row_amax_bits(const CastParams& p, int64_t tile) {

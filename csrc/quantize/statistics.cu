@@ -38,7 +38,9 @@ __device__ __forceinline__ const T* in_block(const T* shared, unsigned) {
 #endif
 
 template <typename T, int kWhat>
-__global__ void __launch_bounds__(kThreads, kWhat == kTensorAmax ? 5 : 1)
+__global__ void __launch_bounds__(kThreads, kWhat != kTensorAmax ? 1
+                                            : sizeof(T) == 4     ? 4
+                                                                 : 5)
     statistics_kernel(const StatisticsParams p) {
   constexpr bool kPerRow = (kWhat & kRowAmax) != 0;
   constexpr bool kPerColumnAmax = (kWhat & kColAmax) != 0;
