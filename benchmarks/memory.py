@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def resident() -> int:
-    """Bytes allocated now, cuBLAS's workspaces (32 MiB a thread on Hopper) given back first: so each
+    """Bytes allocated now, cuBLAS's workspaces (32 MiB a thread on Hopper) given back first: each
     variant pays for those that it uses, and none for those of the variant before it."""
     torch._C._cuda_clearCublasWorkspaces()
     return torch.cuda.memory_allocated()

@@ -125,7 +125,7 @@ LtPlan describe_problem(const MatmulArgs& args) {
 }
 
 // Which algorithms the heuristic may offer.
-enum class SplitK : uint32_t {
+enum class SplitK : uint8_t {
   kNone = CUBLASLT_REDUCTION_SCHEME_NONE,
   kInFp32 = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE,  // splits are summed in fp32, in a fixed order
 };
