@@ -71,4 +71,12 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias = std::nullopt,
                         std::string_view recipe = "tensorwise");
 
+// fused_linear whose backward adds the weight gradient to main_grad [N, K] (bfloat16, float16 or
+// float32, any strides), in fp32 and rounded once, and gives autograd none: weight.grad() stays
+// undefined. overwrite: it takes the place of what main_grad held. Each backward that reaches the
+// weight does so once; nothing happens where the weight needs no gradient.
+at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, std::string_view recipe,
+                             const at::Tensor& main_grad, bool overwrite = false);
+
 }  // namespace fp8
