@@ -35,10 +35,18 @@ struct Needs {
   bool dbias;
 };
 
+// Where dW goes if autograd does not get it.
+struct Buffer {
+  const at::Tensor& main_grad;                // [N, K]
+  bool overwrite;                             // else dW is added
+  const std::optional<at::Tensor>& stand_in;  // what autograd gets as the weight's gradient instead
+};
+
 class FusedLinear : public torch::autograd::Function<FusedLinear> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, int64_t recipe, int64_t needs) {
+                            const std::optional<at::Tensor>& bias, int64_t recipe, int64_t needs,
+                            const Buffer* buffer) {
     const auto [dx, dweight, dbias] = unpack(needs);
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
@@ -51,7 +59,14 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     ctx->save_for_backward({dweight ? (fp8_wgrad ? x_t : x) : none,
                             dweight && fp8_wgrad ? x_t_scale : none, dx ? weight : none,
                             dx && tensorwise ? weight_amax : none});
-    ctx->saved_data["call"] = recipe << 3 | needs;
+    int64_t call = recipe << kRecipeShift | needs;
+    if (buffer != nullptr) {
+      // Not a saved tensor: it is meant to change, and must not be offloaded.
+      ctx->saved_data["main_grad"] = buffer->main_grad;
+      ctx->saved_data["stand_in"] = buffer->stand_in;
+      call |= kInto | (buffer->overwrite ? kOverwrite : 0);
+    }
+    ctx->saved_data["call"] = call;
     ctx->saved_data["in_features"] = weight.sym_size(1);
     return y;
   }
@@ -59,21 +74,62 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const at::Tensor none;
     const at::Tensor& dy = grads[0];
-    if (!dy.defined()) return {none, none, none, none, none};
+    if (!dy.defined()) return {none, none, none, none, none, none};
     const variable_list saved = ctx->get_saved_variables();
     const int64_t call = ctx->saved_data["call"].toInt();
+    if ((call & kInto) != 0) return backward_into(ctx, dy, saved, call);
     const auto [dx, dweight, dbias] = unpack(call);
-    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
-    const auto [gx, gweight, gbias] =
-        op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
-                ctx->saved_data["in_features"].toSymInt(), call >> 3, dx, dweight, dbias);
-    return {dx ? gx : none, dweight ? gweight : none, dbias ? gbias : none, none, none};
+    const auto [gx, gweight, gbias] = gradients(ctx, dy, saved, call, dweight);
+    return {dx ? gx : none, dweight ? gweight : none, dbias ? gbias : none, none, none, none};
   }
 
   static int64_t pack(const Needs& needs) {
     return (needs.dx ? 1 : 0) | (needs.dweight ? 2 : 0) | (needs.dbias ? 4 : 0);
   }
   static Needs unpack(int64_t bits) { return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0}; }
+
+ private:
+  static constexpr int64_t kInto = 8;
+  static constexpr int64_t kOverwrite = 16;
+  static constexpr int kRecipeShift = 5;
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(AutogradContext* ctx,
+                                                                  const at::Tensor& dy,
+                                                                  const variable_list& saved,
+                                                                  int64_t call, bool dweight) {
+    const Needs needs = unpack(call);
+    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
+    return op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
+                   optional(saved[3]), ctx->saved_data["in_features"].toSymInt(),
+                   call >> kRecipeShift, needs.dx, dweight, needs.dbias);
+  }
+
+  // dW into the buffer, but only in a backward that reaches the weight: not in one of
+  // torch.autograd.grad(y, x).
+  static variable_list backward_into(AutogradContext* ctx, const at::Tensor& dy,
+                                     const variable_list& saved, int64_t call) {
+    const at::Tensor none;
+    const auto [dx, dweight, dbias] = unpack(call);
+    if (!ctx->needs_input_grad(1)) {
+      const auto [gx, gweight, gbias] = gradients(ctx, dy, saved, call, /*dweight=*/false);
+      return {dx ? gx : none, none, dbias ? gbias : none, none, none, none};
+    }
+    at::Tensor main_grad = ctx->saved_data["main_grad"].toTensor();
+    const auto stand_in = ctx->saved_data["stand_in"].toOptional<at::Tensor>();
+    static const auto op =
+        find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
+    const auto [gx, gbias] =
+        op.call(main_grad, dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
+                optional(saved[3]), ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift,
+                dx, dbias, (call & kOverwrite) != 0);
+    // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
+    return {dx ? gx : none,
+            stand_in ? stand_in->detach() : none,
+            dbias ? gbias : none,
+            none,
+            none,
+            none};
+  }
 };
 
 // The gradient of a gradient: refused when it is asked for, not when a graph is merely created.
@@ -94,10 +150,9 @@ class NoDoubleBackward : public torch::autograd::Function<NoDoubleBackward> {
   }
 };
 
-}  // namespace
-
-at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
+at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias, std::string_view recipe,
+                                 const Buffer* buffer) {
   const int64_t index = recipe_index(recipe);
   const Needs needs{x.requires_grad(), weight.requires_grad(), wants_grad(bias)};
   const auto has_tangent = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };
@@ -111,7 +166,26 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
     return fp8::fused_linear(x, weight, bias, recipe);
   }
   check_linear(x, weight, bias);
-  return FusedLinear::apply(x, weight, bias, index, FusedLinear::pack(needs));
+  if (!needs.dweight) buffer = nullptr;
+  if (buffer != nullptr) {
+    check_main_grad(buffer->main_grad, weight.sym_size(0), weight.sym_size(1), x);
+  }
+  return FusedLinear::apply(x, weight, bias, index, FusedLinear::pack(needs), buffer);
+}
+
+}  // namespace
+
+at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  return differentiable_linear(x, weight, bias, recipe, nullptr);
+}
+
+at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, std::string_view recipe,
+                              const at::Tensor& main_grad, bool overwrite,
+                              const std::optional<at::Tensor>& stand_in) {
+  const Buffer buffer{main_grad, overwrite, stand_in};
+  return differentiable_linear(x, weight, bias, recipe, &buffer);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
@@ -133,6 +207,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
   const variable_list out =
       NoDoubleBackward::apply(dy, weight.value_or(none), x.value_or(none), dx, dweight, dbias);
   return {out[0], out[1], out[2]};
+}
+
+std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
+    at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
+    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
+    bool needs_dx, bool needs_dbias, bool overwrite) {
+  static const auto op =
+      find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
+  std::tuple<at::Tensor, at::Tensor> grads;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    grads = op.call(main_grad, dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
+                    needs_dbias, overwrite);
+  }
+  main_grad.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
+  if (!at::GradMode::is_enabled()) return grads;
+  if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
+  auto& [dx, dbias] = grads;
+  const at::Tensor none;
+  const at::Tensor no_dweight = at::empty({0}, dy.options());
+  const variable_list out =
+      NoDoubleBackward::apply(dy, weight.value_or(none), x.value_or(none), dx, no_dweight, dbias);
+  return {out[0], out[2]};
 }
 
 }  // namespace fp8::autograd

@@ -28,6 +28,10 @@ at::Tensor none_like(const at::Tensor& x) {
   return x.is_meta() ? at::empty({0}, x.options()) : empty_on(x, {0}, x.scalar_type());
 }
 
+at::Tensor or_none(const at::Tensor& t, const at::Tensor& like) {
+  return t.defined() ? t : none_like(like);
+}
+
 template <typename Sizes>
 auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
   std::vector<typename Sizes::value_type> result(sizes.begin(), sizes.end());
@@ -51,6 +55,123 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
                                .fast_accum = true,
                                .bias = bias.value_or(at::Tensor())});
   return x.dim() == 2 ? y : y.view(shape);
+}
+
+// dW in high precision: main_grad (+)= dy^T x, added in fp32 and rounded once.
+void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
+                const at::Tensor& dy,         // [M, N] high precision
+                const at::Tensor& x,          // [M, K] in dy's dtype
+                bool overwrite) {
+  const at::ScalarType dtype = main_grad.scalar_type();
+  const bool wide = dy.scalar_type() == at::kFloat;
+  const bool gpu = dy.is_cuda();
+  at::Tensor out = main_grad;
+  const int beta = overwrite ? 0 : 1;
+  if (dtype == dy.scalar_type() && (wide || gpu)) {  // a CPU may round more than once in 16 bits
+    at::addmm_out(out, out, dy.t(), x, beta);
+  } else if (dtype == at::kFloat && gpu) {
+    at::addmm_out(out, out, dy.t(), x, at::kFloat, beta);
+  } else {
+    const at::Tensor product = wide  ? at::mm(dy.t(), x)
+                               : gpu ? at::mm(dy.t(), x, at::kFloat)
+                                     : at::mm(dy.t().to(at::kFloat), x.to(at::kFloat));
+    store_product(out, product, overwrite);
+  }
+}
+
+struct BackwardArgs {
+  const at::Tensor& dy;                          // [..., N]
+  const std::optional<at::Tensor>& x;            // x^T in FP8, or x
+  const std::optional<at::Tensor>& x_t_scale;    // [] or [pad16(K)] fp32
+  const std::optional<at::Tensor>& weight;       // [N, K]
+  const std::optional<at::Tensor>& weight_amax;  // [] fp32
+  int64_t k;
+  const Recipe& recipe;
+  bool needs_dx;
+  bool needs_dweight;
+  bool needs_dbias;
+  at::Tensor main_grad = {};  // [N, K], optional: takes dweight
+  bool overwrite = false;     // else main_grad is added to
+};
+
+struct Gradients {  // undefined where not asked for; dweight where main_grad took it
+  at::Tensor dx;
+  at::Tensor dweight;
+  at::Tensor dbias;
+};
+
+Gradients backward(const BackwardArgs& args) {
+  const at::Tensor& dy = args.dy;
+  const Recipe& recipe = args.recipe;
+  const int64_t k = args.k;
+  const at::Tensor& into = args.main_grad;
+  const c10::DeviceGuard guard(dy.device());
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      c10::autocast_dispatch_keyset);  // for at::mm
+  memory::drop_inputs();
+  const at::Tensor matrix = as_matrix(dy);
+  const int64_t rows = matrix.size(0);
+  const int64_t features = matrix.size(1);
+  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  const bool empty = rows == 0 || features == 0 || k == 0;
+
+  Gradients grads;
+  auto& [dx, dweight, dbias] = grads;
+  if (args.needs_dx && empty) dx = at::zeros({rows, k}, dy.options());
+  if (args.needs_dweight && empty) {
+    if (!into.defined()) dweight = at::zeros({features, k}, dy.options());
+    if (into.defined() && args.overwrite) into.zero_();
+  }
+
+  QuantizedMatrix qdy;
+  const bool dy_data = args.needs_dx && !empty;
+  const bool dy_t = args.needs_dweight && !empty && recipe.fp8_wgrad;
+  if (dy_data || dy_t) {
+    // The bias gradient rides along where the quantization looks at whole columns or the whole
+    // tensor first.
+    const bool sums = args.needs_dbias && (tensorwise || dy_t);
+    qdy = quantize_matrix(matrix,
+                          {.dtype = recipe.grad_dtype,
+                           .granularity = recipe.granularity,
+                           .data = dy_data,
+                           .data_t = dy_t,
+                           .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
+    dbias = qdy.column_sum;
+  }
+  if (args.needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
+
+  MatmulOptions options{
+      .granularity = recipe.granularity, .out_dtype = dy.scalar_type(), .fast_accum = false};
+  if (dy_data) {
+    QuantizeRequest request{.dtype = recipe.forward_dtype,
+                            .granularity = recipe.granularity,
+                            .data = false,
+                            .data_t = true,
+                            .overlaps_previous = qdy.launched && is_matrix(*args.weight)};
+    if (tensorwise) request.amax = *args.weight_amax;
+    const QuantizedMatrix qw = memory::quantize_weight(*args.weight, request);
+    const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
+    dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, options);
+  }
+  if (args.needs_dweight && !empty) {
+    if (recipe.fp8_wgrad) {
+      const at::Tensor& scale_t = tensorwise ? qdy.scale : qdy.scale_t;
+      if (into.defined()) {
+        options.out_dtype = into.scalar_type();
+        options.accumulate = into;
+        options.overwrite = args.overwrite;
+      }
+      const at::Tensor dw =
+          matmul({qdy.data_t, scale_t, features}, {*args.x, *args.x_t_scale, k}, options);
+      if (!into.defined()) dweight = dw;
+    } else if (into.defined()) {
+      wgrad_into(into, matrix, as_matrix(*args.x), args.overwrite);
+    } else {
+      dweight = at::mm(matrix.t(), as_matrix(*args.x));
+    }
+  }
+  if (dx.defined() && dy.dim() != 2) dx = dx.view(with_last(dy.sizes(), k));
+  return grads;
 }
 
 }  // namespace
@@ -79,6 +200,19 @@ void check_linear(const at::Tensor& x, const at::Tensor& weight,
   FP8_CHECK_SAME_DEVICE("fused_linear", "bias", *bias, "x", x);
 }
 
+void check_main_grad(const at::Tensor& main_grad, const c10::SymInt& features,
+                     const c10::SymInt& in_features, const at::Tensor& like) {
+  FP8_CHECK_HIGH_PRECISION("fused_linear", "main_grad", main_grad);
+  FP8_CHECK_VALUE(main_grad.dim() == 2 && main_grad.sym_size(0) == features &&
+                      main_grad.sym_size(1) == in_features,
+                  "fp8::fused_linear: expected main_grad of weight's shape [", features, ", ",
+                  in_features, "], got ", main_grad.sym_sizes());
+  FP8_CHECK_SAME_DEVICE("fused_linear", "main_grad", main_grad, "x", like);
+  FP8_CHECK_VALUE(!main_grad.requires_grad(),
+                  "fp8::fused_linear: expected main_grad without requires_grad, a plain buffer, "
+                  "got one that requires a gradient");
+}
+
 namespace kernel {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
@@ -105,72 +239,52 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe_id,
+    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
     bool needs_dx, bool needs_dweight, bool needs_dbias) {
-  const Recipe& recipe = recipe_at(recipe_id);
-  const c10::DeviceGuard guard(dy.device());
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      c10::autocast_dispatch_keyset);  // for at::mm
-  memory::drop_inputs();
-  const at::Tensor matrix = as_matrix(dy);
-  const int64_t rows = matrix.size(0);
-  const int64_t features = matrix.size(1);
-  const int64_t k = in_features.expect_int();
-  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
-  const bool empty = rows == 0 || features == 0 || k == 0;
+  const auto [dx, dweight, dbias] = backward({.dy = dy,
+                                              .x = x,
+                                              .x_t_scale = x_t_scale,
+                                              .weight = weight,
+                                              .weight_amax = weight_amax,
+                                              .k = in_features.expect_int(),
+                                              .recipe = recipe_at(recipe),
+                                              .needs_dx = needs_dx,
+                                              .needs_dweight = needs_dweight,
+                                              .needs_dbias = needs_dbias});
+  return {or_none(dx, dy), or_none(dweight, dy), or_none(dbias, dy)};
+}
 
-  at::Tensor dx;
-  at::Tensor dweight;
-  at::Tensor dbias;
-  if (needs_dx && empty) dx = at::zeros({rows, k}, dy.options());
-  if (needs_dweight && empty) dweight = at::zeros({features, k}, dy.options());
-
-  QuantizedMatrix qdy;
-  const bool dy_data = needs_dx && !empty;
-  const bool dy_t = needs_dweight && !empty && recipe.fp8_wgrad;
-  if (dy_data || dy_t) {
-    // The bias gradient rides along where the quantization looks at whole columns or the whole
-    // tensor first.
-    const bool sums = needs_dbias && (tensorwise || dy_t);
-    qdy = quantize_matrix(matrix,
-                          {.dtype = recipe.grad_dtype,
-                           .granularity = recipe.granularity,
-                           .data = dy_data,
-                           .data_t = dy_t,
-                           .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
-    dbias = qdy.column_sum;
-  }
-  if (needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
-
-  const MatmulOptions options{
-      .granularity = recipe.granularity, .out_dtype = dy.scalar_type(), .fast_accum = false};
-  if (dy_data) {
-    QuantizeRequest request{.dtype = recipe.forward_dtype,
-                            .granularity = recipe.granularity,
-                            .data = false,
-                            .data_t = true,
-                            .overlaps_previous = qdy.launched && is_matrix(*weight)};
-    if (tensorwise) request.amax = *weight_amax;
-    const QuantizedMatrix qw = memory::quantize_weight(*weight, request);
-    const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
-    dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, options);
-  }
-  if (needs_dweight && !empty) {
-    if (recipe.fp8_wgrad) {
-      const at::Tensor& scale_t = tensorwise ? qdy.scale : qdy.scale_t;
-      dweight = matmul({qdy.data_t, scale_t, features}, {*x, *x_t_scale, k}, options);
-    } else {
-      dweight = at::mm(matrix.t(), as_matrix(*x));
-    }
-  }
-  if (dx.defined() && dy.dim() != 2) dx = dx.view(with_last(dy.sizes(), k));
-  const auto or_none = [&](const at::Tensor& t) { return t.defined() ? t : none_like(dy); };
-  return {or_none(dx), or_none(dweight), or_none(dbias)};
+std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
+    at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
+    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
+    bool needs_dx, bool needs_dbias, bool overwrite) {
+  check_main_grad(main_grad, dy.sym_size(-1), in_features, dy);
+  const auto [dx, dweight, dbias] = backward({.dy = dy,
+                                              .x = x,
+                                              .x_t_scale = x_t_scale,
+                                              .weight = weight,
+                                              .weight_amax = weight_amax,
+                                              .k = in_features.expect_int(),
+                                              .recipe = recipe_at(recipe),
+                                              .needs_dx = needs_dx,
+                                              .needs_dweight = true,
+                                              .needs_dbias = needs_dbias,
+                                              .main_grad = main_grad,
+                                              .overwrite = overwrite});
+  return {or_none(dx, dy), or_none(dbias, dy)};
 }
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe) {
   return std::get<0>(_linear_forward(x, weight, bias, recipe_index(recipe), false, false));
+}
+
+at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, std::string_view recipe,
+                              const at::Tensor& /*main_grad*/, bool /*overwrite*/,
+                              const std::optional<at::Tensor>& /*stand_in*/) {
+  return fused_linear(x, weight, bias, recipe);
 }
 
 }  // namespace kernel
@@ -212,6 +326,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe) {
   return std::get<0>(_linear_forward(x, weight, bias, recipe_index(recipe), false, false));
+}
+
+at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, std::string_view recipe,
+                              const at::Tensor& /*main_grad*/, bool /*overwrite*/,
+                              const std::optional<at::Tensor>& /*stand_in*/) {
+  return fused_linear(x, weight, bias, recipe);
+}
+
+std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
+    at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
+    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
+    bool needs_dx, bool needs_dbias, bool /*overwrite*/) {
+  check_main_grad(main_grad, dy.sym_size(-1), in_features, dy);
+  const auto [dx, dweight, dbias] =
+      _linear_backward(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
+                       /*needs_dweight=*/false, needs_dbias);
+  return {dx, dbias};
 }
 
 }  // namespace meta

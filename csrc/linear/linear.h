@@ -10,6 +10,11 @@
 //   _linear_backward: dx, dweight, dbias; an empty tensor where one is not asked for. `x` is x_t,
 //   or x itself for
 //     recipes without FP8 wgrad. What an output needs must be given: x for dweight, weight for dx.
+//   _linear_backward_into: the same with dweight added to main_grad [N, K], or written there
+//     (overwrite); x must be given. main_grad may have any strides and any high-precision dtype;
+//     the sum is rounded once, to that dtype.
+//   _fused_linear_into: fused_linear, whose backward is that. Its forward does not look at
+//     main_grad; without a gradient of the weight, nothing does.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,17 +26,26 @@
 
 namespace fp8 {
 
-#define FP8_DECLARE_LINEAR_OPS                                                               \
-  at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,                     \
-                          const std::optional<at::Tensor>& bias, std::string_view recipe);   \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(                \
-      const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,  \
-      int64_t recipe, bool save_x_t, bool save_weight_amax);                                 \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(                           \
-      const at::Tensor& dy, const std::optional<at::Tensor>& x,                              \
-      const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,   \
-      const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe, \
-      bool needs_dx, bool needs_dweight, bool needs_dbias);
+#define FP8_DECLARE_LINEAR_OPS                                                                  \
+  at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,                        \
+                          const std::optional<at::Tensor>& bias, std::string_view recipe);      \
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(                   \
+      const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,     \
+      int64_t recipe, bool save_x_t, bool save_weight_amax);                                    \
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(                              \
+      const at::Tensor& dy, const std::optional<at::Tensor>& x,                                 \
+      const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,      \
+      const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,    \
+      bool needs_dx, bool needs_dweight, bool needs_dbias);                                     \
+  at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,                  \
+                                const std::optional<at::Tensor>& bias, std::string_view recipe, \
+                                const at::Tensor& main_grad, bool overwrite,                    \
+                                const std::optional<at::Tensor>& stand_in);                     \
+  std::tuple<at::Tensor, at::Tensor> _linear_backward_into(                                     \
+      at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,          \
+      const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,      \
+      const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,    \
+      bool needs_dx, bool needs_dbias, bool overwrite);
 
 namespace kernel {
 FP8_DECLARE_LINEAR_OPS
@@ -39,20 +53,17 @@ FP8_DECLARE_LINEAR_OPS
 namespace meta {
 FP8_DECLARE_LINEAR_OPS
 }
+namespace autograd {  // all but _linear_forward
+FP8_DECLARE_LINEAR_OPS
+}
 #undef FP8_DECLARE_LINEAR_OPS
-
-namespace autograd {
-at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, std::string_view recipe);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
-    const at::Tensor& dy, const std::optional<at::Tensor>& x,
-    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dweight, bool needs_dbias);
-}  // namespace autograd
 
 // What fused_linear accepts: x [..., K], weight [N, K], bias [N] of one dtype on one device.
 void check_linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias);
+
+// What a gradient of shape [features, in_features] is added to, on the device of `like`.
+void check_main_grad(const at::Tensor& main_grad, const c10::SymInt& features,
+                     const c10::SymInt& in_features, const at::Tensor& like);
 
 }  // namespace fp8

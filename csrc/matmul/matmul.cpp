@@ -24,13 +24,6 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-// Adds an fp32 product and rounds once, as cuBLASLt does with beta = 1.
-at::Tensor add_product(const at::Tensor& into, const at::Tensor& product) {
-  at::Tensor destination = into;
-  return into.scalar_type() == at::kFloat ? destination.add_(product)
-                                          : destination.copy_(into.to(at::kFloat).add_(product));
-}
-
 // Unscaled fp32 product -> out
 at::Tensor scale_product(const at::Tensor& product, const Operand& a, const Operand& b,
                          const MatmulOptions& options) {
@@ -41,7 +34,9 @@ at::Tensor scale_product(const at::Tensor& product, const Operand& a, const Oper
   out.mul_(rowwise ? scale_a : scale_a * scale_b);
   if (rowwise) out.mul_(scale_b);
   if (options.bias.defined()) out.add_(options.bias);
-  if (options.accumulate.defined()) return add_product(options.accumulate, out);
+  if (options.accumulate.defined()) {
+    return store_product(options.accumulate, out, options.overwrite);
+  }
   return out.to(options.out_dtype);
 }
 
@@ -98,8 +93,8 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
   const auto fills_rows = [&](at::ScalarType dtype) {
     return n * static_cast<int64_t>(c10::elementSize(dtype)) % 16 == 0;
   };
-  // cuBLASLt adds to `into` itself only if it can write there; else the product is made in fp32 and
-  // added.
+  // cuBLASLt adds to `into` itself, or writes it, only if it can write there; else the product is
+  // made in fp32 first.
   const bool direct =
       into.defined() && fills_rows(options.out_dtype) && into.is_contiguous() && on_16_bytes(into);
   const at::ScalarType out_dtype = into.defined() && !direct ? at::kFloat : options.out_dtype;
@@ -132,7 +127,7 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
                               .out = out.mutable_data_ptr(),
                               .out_dtype = to_core(out_dtype),
                               .ldo = padded_n,
-                              .accumulate = direct,
+                              .accumulate = direct && !options.overwrite,
                               .fast_accum = options.fast_accum,
                               .device = a.data.device().index()};
   const cudaStream_t stream = cuda::current_stream(a.data);
@@ -149,12 +144,19 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
   if (direct) return into;
   if (padded_n != n) out = out.narrow(1, 0, n).contiguous();
   if (bias.defined() && !fused_bias) out.add_(bias);
-  return into.defined() ? add_product(into, out) : out;
+  return into.defined() ? store_product(into, out, options.overwrite) : out;
 }
 
 #endif  // FP8_WITH_CUDA
 
 }  // namespace
+
+at::Tensor store_product(const at::Tensor& into, const at::Tensor& product, bool overwrite) {
+  at::Tensor destination = into;
+  if (overwrite) return destination.copy_(product);
+  return into.scalar_type() == at::kFloat ? destination.add_(product)
+                                          : destination.copy_(into.to(at::kFloat).add_(product));
+}
 
 at::Tensor matmul(const Operand& a, const Operand& b, const MatmulOptions& options) {
   if (a.data.is_cpu()) return matmul_cpu(a, b, options);

@@ -23,12 +23,16 @@ struct MatmulOptions {
   bool fast_accum = true;
   at::Tensor bias = {};  // [b.rows], optional
   at::Tensor accumulate =
-      {};  // [a.rows, b.rows] in out_dtype, optional: the product is added to it
+      {};                  // [a.rows, b.rows] in out_dtype, optional: the product is added to it
+  bool overwrite = false;  // the product takes the place of what `accumulate` holds (beta = 0)
 };
 
 // out[i, j] = sum_k a[i, k] b[j, k] * scale_a * scale_b (+ bias[j]): [a.rows, b.rows] contiguous,
 // or options.accumulate. Where b.rows * out_dtype's size is no multiple of 16 bytes, b.data (and a
 // rowwise scale of b) must have pad16(b.rows) rows. Extents must be positive.
 at::Tensor matmul(const Operand& a, const Operand& b, const MatmulOptions& options);
+
+// Adds an fp32 product to `into` (or writes it there) and rounds once, as cuBLASLt does.
+at::Tensor store_product(const at::Tensor& into, const at::Tensor& product, bool overwrite);
 
 }  // namespace fp8

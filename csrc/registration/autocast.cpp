@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "fp8/ops.h"
+#include "linear/linear.h"
 
 namespace fp8::autocast {
 namespace {
@@ -18,15 +19,35 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                            at::autocast::cached_cast(dtype, bias, kDevice), recipe);
 }
 
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, std::string_view recipe,
+                              const at::Tensor& main_grad, bool overwrite,
+                              const std::optional<at::Tensor>& stand_in) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fp8::_fused_linear_into", "")
+                             .typed<decltype(kernel::_fused_linear_into)>();
+  return op.call(at::autocast::cached_cast(dtype, x, kDevice),
+                 at::autocast::cached_cast(dtype, weight, kDevice),
+                 at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,
+                 stand_in);
+}
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+void register_kernels(torch::Library& m) {
+  m.impl("fused_linear", TORCH_FN((fused_linear<kDevice, kKey>)));
+  m.impl("_fused_linear_into", TORCH_FN((_fused_linear_into<kDevice, kKey>)));
+}
+
 }  // namespace
 }  // namespace fp8::autocast
 
 TORCH_LIBRARY_IMPL(fp8, AutocastCUDA, m) {
-  m.impl("fused_linear",
-         TORCH_FN((fp8::autocast::fused_linear<at::kCUDA, c10::DispatchKey::AutocastCUDA>)));
+  fp8::autocast::register_kernels<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
 }
 
 TORCH_LIBRARY_IMPL(fp8, AutocastCPU, m) {
-  m.impl("fused_linear",
-         TORCH_FN((fp8::autocast::fused_linear<at::kCPU, c10::DispatchKey::AutocastCPU>)));
+  fp8::autocast::register_kernels<at::kCPU, c10::DispatchKey::AutocastCPU>(m);
 }

@@ -54,6 +54,16 @@ TORCH_LIBRARY(fp8, m) {
       " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
       " bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
+  // The same with the weight gradient in a buffer of the caller.
+  m.def(
+      "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
+      " bool overwrite, Tensor? stand_in) -> Tensor",
+      tags);
+  m.def(
+      "_linear_backward_into(Tensor(a!) main_grad, Tensor dy, Tensor? x, Tensor? x_t_scale,"
+      " Tensor? weight, Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx,"
+      " bool needs_dbias, bool overwrite) -> (Tensor dx, Tensor dbias)",
+      tags);
 }
 
 namespace {
@@ -71,6 +81,8 @@ void register_kernels(torch::Library& m) {
   m.impl("fused_linear", TORCH_FN(fp8::kernel::fused_linear));
   m.impl("_linear_forward", TORCH_FN(fp8::kernel::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::kernel::_linear_backward));
+  m.impl("_fused_linear_into", TORCH_FN(fp8::kernel::_fused_linear_into));
+  m.impl("_linear_backward_into", TORCH_FN(fp8::kernel::_linear_backward_into));
 }
 
 }  // namespace
@@ -92,12 +104,16 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("fused_linear", TORCH_FN(fp8::meta::fused_linear));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
+  m.impl("_fused_linear_into", TORCH_FN(fp8::meta::_fused_linear_into));
+  m.impl("_linear_backward_into", TORCH_FN(fp8::meta::_linear_backward_into));
 }
 
 // Only fused_linear has a gradient. The others say so when a backward reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
+  m.impl("_fused_linear_into", TORCH_FN(fp8::autograd::_fused_linear_into));
+  m.impl("_linear_backward_into", TORCH_FN(fp8::autograd::_linear_backward_into));
   for (const char* op : {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
                          "quantize_rowwise_transpose", "dequantize", "scaled_mm",
                          "scaled_mm_accumulate_", "_scaled_mm_accumulate", "_linear_forward"}) {

@@ -69,6 +69,13 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
   return op.call(x, weight, bias, recipe);
 }
 
+at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, std::string_view recipe,
+                             const at::Tensor& main_grad, bool overwrite) {
+  static const auto op = find<decltype(kernel::_fused_linear_into)>("fp8::_fused_linear_into");
+  return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt);
+}
+
 void ensure_registered() { find<decltype(kernel::fused_linear)>("fp8::fused_linear"); }
 
 }  // namespace fp8

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from . import main_grad
 from .recipe import check_recipe
 
 # Looked up once: `torch.ops.fp8.fused_linear.default` costs four attribute reads a call.
@@ -23,6 +24,13 @@ class Linear(nn.Linear):
     bias: [out_features] of the same dtype (under autocast: any of the three). y: [...,
     out_features] in x's dtype. Weights are quantized in every call, so any optimizer and any update
     of the parameters works.
+
+    If `weight.main_grad` is a tensor [out_features, in_features] in bfloat16, float16 or float32,
+    the backward adds the weight gradient to it, in fp32 and rounded once, instead of returning it:
+    `weight.grad` stays None. As in Megatron-LM and Transformer Engine a true
+    `weight.overwrite_main_grad` makes it overwrite, and `weight.grad_added_to_main_grad`, where it
+    exists, is set to True. Read in the forward; of another shape or device: ValueError, another
+    dtype: TypeError. The README has the rest.
 
     Args, beyond those of nn.Linear:
         recipe: a key of `fp8.RECIPES`. Unknown: ValueError.
@@ -86,7 +94,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """y: [..., out_features] for input: [..., in_features]; see `fp8.ops.fused_linear`."""
-        output: Tensor = _fused_linear(input, self.weight, self.bias, self.recipe)
+        weight = self.weight
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is not None:
+            return main_grad.linear(input, weight, self.bias, self.recipe, buffer)
+        output: Tensor = _fused_linear(input, weight, self.bias, self.recipe)
         return output
 
     def extra_repr(self) -> str:

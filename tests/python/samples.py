@@ -178,6 +178,35 @@ def _linear_backward(device: str) -> list[Sample]:
     return found
 
 
+def _buffer(n: int, k: int, device: str, turn: int) -> Tensor:
+    """A main_grad: fp32, bf16 and transposed ones in turns."""
+    if turn % 3 == 2:
+        return torch.randn(k, n, device=device).t()
+    dtype = torch.bfloat16 if turn % 3 else torch.float32
+    return torch.randn(n, k, device=device, dtype=dtype)
+
+
+def _fused_linear_into(device: str) -> list[Sample]:
+    found = []
+    for turn, sample in enumerate(_fused_linear(device)):
+        x, weight, bias, recipe = (*sample.args, None, "tensorwise")[:4]
+        main_grad = _buffer(*weight.shape, device, turn)
+        stand_in = torch.zeros_like(weight) if turn % 2 else None
+        args = (x, weight, bias, recipe, main_grad, turn % 4 == 0, stand_in)
+        found.append(Sample(f"{sample.name}, turn {turn}", args))
+    return found
+
+
+def _linear_backward_into(device: str) -> list[Sample]:
+    found = []
+    for turn, sample in enumerate(_linear_backward(device)):
+        *saved, needs_dx, _, needs_dbias = sample.args
+        main_grad = _buffer(saved[0].shape[-1], saved[5], device, turn)
+        args = (main_grad, *saved, needs_dx, needs_dbias, turn % 4 == 0)
+        found.append(Sample(f"{sample.name}, turn {turn}", args))
+    return found
+
+
 TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "quantize_tensorwise": _quantize(static_scale=True),
     "quantize_rowwise": _quantize(static_scale=False),
@@ -190,4 +219,6 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "fused_linear": _fused_linear,
     "_linear_forward": _linear_forward,
     "_linear_backward": _linear_backward,
+    "_fused_linear_into": _fused_linear_into,
+    "_linear_backward_into": _linear_backward_into,
 }

@@ -71,6 +71,14 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias = std::nullopt,
                         std::string_view recipe = "tensorwise");
 
+// fused_linear whose backward adds the weight gradient to main_grad [N, K] (bfloat16, float16 or
+// float32, any strides), in fp32 and rounded once, and gives autograd none: weight.grad() stays
+// undefined. overwrite: it takes the place of what main_grad held. Each backward that reaches the
+// weight does so once; nothing happens where the weight needs no gradient.
+at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, std::string_view recipe,
+                             const at::Tensor& main_grad, bool overwrite = false);
+
 // For programs that call none of the functions above and only load models that use torch.ops.fp8
 // (TorchScript, AOTInductor): refers to libfp8_torch, which a linker would leave out otherwise, and
 // so has the operators registered before main. Throws c10::Error if they are not.

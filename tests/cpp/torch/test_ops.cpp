@@ -43,6 +43,28 @@ TEST_CASE("fused_linear and its gradients follow the exact ones") {
   }
 }
 
+TEST_CASE("fused_linear_into adds the weight gradient to a buffer") {
+  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp"}) {
+    Problem p;
+    const at::Tensor dy = at::randn({3, 33, 48});
+    fp8::fused_linear(p.x, p.weight, p.bias, recipe).backward(dy);
+    const at::Tensor expected = p.weight.grad();
+    p.weight.mutable_grad().reset();
+    const at::Tensor buffer = at::ones({48, 80});
+    for (const bool overwrite : {false, false, true}) {
+      fp8::fused_linear_into(p.x, p.weight, p.bias, recipe, buffer, overwrite).backward(dy);
+    }
+    INFO(recipe);
+    REQUIRE(at::allclose(buffer, expected, 1e-4, 1e-4));
+    fp8::fused_linear_into(p.x, p.weight, p.bias, recipe, buffer).backward(dy);
+    REQUIRE(at::allclose(buffer, 2 * expected, 1e-4, 1e-4));
+    REQUIRE(!p.weight.grad().defined());
+  }
+  Problem p;
+  REQUIRE_THROWS_WITH(fp8::fused_linear_into(p.x, p.weight, p.bias, "rowwise", at::ones({80, 48})),
+                      Catch::Contains("expected main_grad of weight's shape [48, 80]"));
+}
+
 TEST_CASE("the ops compose to fused_linear's forward") {
   Problem p;
   const at::NoGradGuard no_grad;

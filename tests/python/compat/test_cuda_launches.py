@@ -77,3 +77,22 @@ def test_launches_of_fused_linear(recipe, with_bias):
     assert 1 <= len(found) <= 5, found
     found = launches(lambda: torch.autograd.grad(forward(), leaves, dy))
     assert len(found) <= 10, found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_launches_with_main_grad(recipe, buffer_dtype, overwrite):
+    """The wgrad matmul adds by itself: no launch more than without."""
+    layer = fp8.Linear(1024, 1536, device="cuda", dtype=torch.bfloat16, recipe=recipe)
+    layer.weight.main_grad = torch.zeros(1536, 1024, device="cuda", dtype=buffer_dtype)
+    layer.weight.overwrite_main_grad = overwrite
+    x = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(2048, 1536, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        x.grad = layer.bias.grad = None
+        layer(x).backward(dy)
+
+    found = launches(step)
+    assert len(found) <= 10, found
