@@ -57,19 +57,19 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
   return x.dim() == 2 ? y : y.view(shape);
 }
 
-// dW in high precision: main_grad (+)= dy^T x, added in fp32 and rounded once.
+// dW in high precision: main_grad (+)= dy^T x, added in fp32 and rounded once. A 16-bit main_grad
+// takes a product made in fp32: at::addmm into 16 bits rounds on the way (seen on an H200).
 void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
                 const at::Tensor& dy,         // [M, N] high precision
                 const at::Tensor& x,          // [M, K] in dy's dtype
                 bool overwrite) {
-  const at::ScalarType dtype = main_grad.scalar_type();
   const bool wide = dy.scalar_type() == at::kFloat;
   const bool gpu = dy.is_cuda();
   at::Tensor out = main_grad;
   const int beta = overwrite ? 0 : 1;
-  if (dtype == dy.scalar_type() && (wide || gpu)) {  // a CPU may round more than once in 16 bits
+  if (main_grad.scalar_type() == at::kFloat && wide) {
     at::addmm_out(out, out, dy.t(), x, beta);
-  } else if (dtype == at::kFloat && gpu) {
+  } else if (main_grad.scalar_type() == at::kFloat && gpu) {
     at::addmm_out(out, out, dy.t(), x, at::kFloat, beta);
   } else {
     const at::Tensor product = wide  ? at::mm(dy.t(), x)

@@ -37,14 +37,15 @@ MIN_WORK: Mapping[str, int] = MappingProxyType(
 )
 """Smallest K·N / (K + N), per recipe, for which `worthwhile` lets FP8 run.
 
-From `benchmarks/bench_sizes.py` on an H200 (benchmarks/results/sizes_h200.json), forward + backward
-of one layer alone, 8192 tokens, against bf16: from 1228 on FP8 is 1.17 to 1.45 times as fast, at
-955 1.11 to 1.25 times, at 819 0.95 to 1.07 times. Layers at 819 are the k and v projections of
+From `benchmarks/bench_sizes.py` on an H100 (benchmarks/results/sizes_h100.json), forward + backward
+of one layer alone, 8192 tokens, against bf16: from 1228 on FP8 is 1.11 to 1.39 times as fast, at
+955 1.06 to 1.17 times, at 819 0.94 to 1.10 times. Layers at 819 are the k and v projections of
 grouped-query attention, whose input is quantized for q already; tensorwise they gain from that.
 
-Steps below about 0.5 ms are bound by the host, in bf16 too, and there FP8 takes up to 1.5 times as
-long when a layer runs alone: so do most layers of this grid at 2048 tokens, and 2048 -> 2048 at
-8192. What pays depends on the tokens of a step; this rule assumes the thousands of a training step.
+Steps below about 0.3 ms are bound by the host, in bf16 too, and there FP8 takes up to 1.4 times as
+long when a layer runs alone: so do most layers of this grid at 2048 tokens, those up to 1024 at
+4096 tokens, and 2048 -> 2048 at 8192 (0.83 to 1.00 times as fast). What pays depends on the tokens
+of a step; this rule assumes the thousands of a training step.
 """
 
 
