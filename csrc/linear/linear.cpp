@@ -13,6 +13,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
+
 #include "common/tensors.h"
 #include "linear/memory.h"
 #include "linear/recipe.h"
@@ -58,7 +60,7 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
 }
 
 // dW in high precision: main_grad (+)= dy^T x, added in fp32 and rounded once. A 16-bit main_grad
-// takes a product made in fp32: at::addmm into 16 bits rounds on the way (seen on an H200).
+// takes products made in fp32: at::addmm into 16 bits rounds on the way (seen on an H200).
 void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
                 const at::Tensor& dy,         // [M, N] high precision
                 const at::Tensor& x,          // [M, K] in dy's dtype
@@ -69,13 +71,24 @@ void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
   const int beta = overwrite ? 0 : 1;
   if (main_grad.scalar_type() == at::kFloat && wide) {
     at::addmm_out(out, out, dy.t(), x, beta);
-  } else if (main_grad.scalar_type() == at::kFloat && gpu) {
+    return;
+  }
+  if (main_grad.scalar_type() == at::kFloat && gpu) {
     at::addmm_out(out, out, dy.t(), x, at::kFloat, beta);
-  } else {
-    const at::Tensor product = wide  ? at::mm(dy.t(), x)
-                               : gpu ? at::mm(dy.t(), x, at::kFloat)
-                                     : at::mm(dy.t().to(at::kFloat), x.to(at::kFloat));
-    store_product(out, product, overwrite);
+    return;
+  }
+  // A block of rows at a time: 16 MiB of fp32, and not all of dW.
+  const int64_t features = main_grad.size(0);
+  const int64_t block = std::max<int64_t>(1, (int64_t{1} << 22) / main_grad.size(1));
+  for (int64_t start = 0; start < features; start += block) {
+    const int64_t count = std::min(block, features - start);
+    const at::Tensor left = dy.narrow(1, start, count).t();
+    at::Tensor rows = main_grad.narrow(0, start, count);
+    at::Tensor product = wide  ? at::mm(left, x)
+                         : gpu ? at::mm(left, x, at::kFloat)
+                               : at::mm(left.to(at::kFloat), x.to(at::kFloat));
+    if (!overwrite) product.add_(rows);
+    rows.copy_(product);
   }
 }
 

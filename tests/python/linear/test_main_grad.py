@@ -305,6 +305,19 @@ def test_main_grad_double_backward_is_refused(device):
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_main_grad_of_more_than_a_block_of_rows(device, overwrite):
+    """In high precision a 16-bit buffer takes 2^22 elements of dW at a time."""
+    x, weight, _, dy = problem((8, 1024), 5000, torch.bfloat16, device)
+    layer = layer_of(weight, None, "rowwise_gw_hp")
+    before = torch.randn(5000, 1024, device=device).bfloat16()
+    layer.weight.main_grad = before.clone()
+    layer.weight.overwrite_main_grad = overwrite
+    layer(x).backward(dy)
+    started = torch.zeros_like(before) if overwrite else before
+    assert_added(layer.weight.main_grad, started, x, dy, "rowwise_gw_hp")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES)
