@@ -70,10 +70,6 @@ def test_autotune_values(k, granularity, fast_accum):
         for _ in range(2):
             operands.check(data, fast_accum=fast_accum)
     operands.check(data, fast_accum=fast_accum)
-    if k == 8192 and fp8.plan_cache_info()["fallbacks"]:
-        # Few rows and a long k: cuBLASLt may offer split-K alone that is not safe. Seen on an H200.
-        assert not problems
-        pytest.skip("cuBLASLt has no safe algorithm for this problem on this GPU")
     assert [problem.source for problem in problems] == ["measured"]
     assert problems[0].first_us >= problems[0].chosen_us > 0
     assert f" k={k} " in problems[0].problem
