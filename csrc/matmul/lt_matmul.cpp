@@ -208,7 +208,7 @@ MatmulPlan first_choice(cublasLtHandle_t handle, const MatmulArgs& args, const L
     SplitK split_k;
   };
   for (const auto [wanted, split_k] :
-       {Question{1, SplitK::kInFp32}, Question{8, SplitK::kInFp32}, Question{1, SplitK::kNone}}) {
+       {Question{1, SplitK::kInFp32}, Question{8, SplitK::kInFp32}, Question{8, SplitK::kNone}}) {
     const std::vector<MatmulPlan> plans = ask_heuristic(handle, args, lt, wanted, split_k);
     if (!plans.empty()) return plans.front();
   }

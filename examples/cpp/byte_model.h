@@ -72,8 +72,10 @@ struct AttentionImpl : torch::nn::Module {
       return module.forward(x).unflatten(-1, {heads, -1}).transpose(1, 2);
     };
     const torch::Tensor queries = project(q), keys = project(k), values = project(v);
+    const torch::Tensor rotated_queries = rotate(queries, tables);
+    const torch::Tensor rotated_keys = rotate(keys, tables);
     const torch::Tensor y = torch::scaled_dot_product_attention(
-        rotate(queries, tables), rotate(keys, tables), values, {}, 0.0, /*is_causal=*/true);
+        rotated_queries, rotated_keys, values, {}, 0.0, /*is_causal=*/true);
     return o.forward(y.transpose(1, 2).flatten(-2));
   }
 };
@@ -92,7 +94,9 @@ struct MlpImpl : torch::nn::Module {
   }
 
   torch::Tensor forward(const torch::Tensor& x) {
-    return down.forward(torch::silu(gate.forward(x)) * up.forward(x));
+    // In this order, as Python does: the operands of * may be evaluated in either.
+    const torch::Tensor activated = torch::silu(gate.forward(x));
+    return down.forward(activated * up.forward(x));
   }
 };
 TORCH_MODULE(Mlp);

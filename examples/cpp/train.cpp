@@ -1,5 +1,5 @@
 // The demo's training loop (examples/train.py) in C++: same text, batches, initial weights and
-// schedule under the same seed, so that the losses are the same up to the order of rounding.
+// schedule under the same seed, and the same kernels in the same order: the same losses.
 //   train TEXT_FOLDER [size=tiny|cpu] [steps=12] [recipe=tensorwise|...|none] [seed=0] [device=cpu]
 // TEXT_FOLDER holds .py files: python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])'
 #include <torch/torch.h>
@@ -15,6 +15,7 @@
 #include <string>
 
 #include "byte_model.h"
+#include "optimizer.h"
 #include "stdlib_text.h"
 
 namespace {
@@ -65,20 +66,15 @@ void train(const std::string& folder, std::map<std::string, std::string>& option
   torch::manual_seed(static_cast<uint64_t>(seed));
   demo::ByteModel model(job.model, options["recipe"] == "none" ? "" : options["recipe"]);
   model->to(device);
-  torch::optim::AdamW optimizer(
-      model->parameters(),
-      torch::optim::AdamWOptions(job.learning_rate).betas({0.9, 0.95}).weight_decay(0.1));
+  demo::FusedAdamW optimizer(model->parameters(), {.beta2 = 0.95, .weight_decay = 0.1});
 
   for (int64_t step = 0; step < steps; ++step) {
-    optimizer.param_groups()[0].options().set_lr(rate(step, steps, job.learning_rate));
     const auto [inputs, targets] = demo::batch_of(text, step, job.batch, job.length, seed);
     const torch::Tensor logits = model(inputs.to(device));
     const torch::Tensor loss = torch::nn::functional::cross_entropy(
         logits.to(torch::kFloat).flatten(0, 1), targets.to(device).flatten());
     loss.backward();
-    torch::nn::utils::clip_grad_norm_(model->parameters(), 1.0);
-    optimizer.step();
-    optimizer.zero_grad();
+    optimizer.step(rate(step, steps, job.learning_rate), /*clip_norm=*/1.0);
     std::printf("step %lld loss %.6f\n", static_cast<long long>(step + 1), loss.item<double>());
   }
 }
