@@ -15,6 +15,7 @@ case ${1:?wheel or sdist} in
 esac
 [ -f "${files[0]}" ] || { echo "test-$1: ${files[0]} is missing, run \`make wheel\`" >&2; exit 1; }
 
+unset PYTHONPATH  # a clone's python/ there would pass for an installed fp8
 environment=$root/build/$1-env
 rm -rf "$environment"
 "$python" -m venv "$environment"
@@ -26,7 +27,6 @@ else
   "${pip[@]}" "$root/${files[0]}" numpy
 fi
 
-unset PYTHONPATH
 cd "$environment"  # not where a folder fp8 could be found
 "$environment/bin/python" "$root/tests/wheel/smoke.py" "$root"
 rm -rf "$environment"  # gigabytes; kept where something failed
