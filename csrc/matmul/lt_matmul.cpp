@@ -181,36 +181,69 @@ MatmulPlan make_plan(LtPlan lt, const cublasLtMatmulHeuristicResult_t& chosen) {
   return plan;
 }
 
-// What the heuristic answers when asked for `wanted` algorithms, without the unsafe ones.
-std::vector<MatmulPlan> ask_heuristic(cublasLtHandle_t handle, const MatmulArgs& args, LtPlan lt,
-                                      int wanted, SplitK split_k = SplitK::kInFp32) {
+using Results = std::vector<cublasLtMatmulHeuristicResult_t>;
+
+// What the heuristic answers when asked for `wanted` algorithms.
+Results ask_heuristic(cublasLtHandle_t handle, const MatmulArgs& args, LtPlan lt, int wanted,
+                      SplitK split_k = SplitK::kInFp32) {
   cublasLtMatmulPreferenceOpaque_t preference = make_preference(args, split_k);
-  std::vector<cublasLtMatmulHeuristicResult_t> results(wanted);
+  Results results(wanted);
   int found = 0;
   const cublasStatus_t status =
       cublasLtMatmulAlgoGetHeuristic(handle, &lt.desc, &lt.a, &lt.b, &lt.out, &lt.out, &preference,
                                      wanted, results.data(), &found);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return {};
   FP8_LT_CHECK(status, args);
+  results.resize(found);
+  return results;
+}
+
+std::vector<MatmulPlan> safe_plans(const Results& results, const MatmulArgs& args,
+                                   const LtPlan& lt) {
   std::vector<MatmulPlan> plans;
-  for (int i = 0; i < found; ++i) {
-    if (is_safe(results[i], args.k)) plans.push_back(make_plan(lt, results[i]));
+  for (const cublasLtMatmulHeuristicResult_t& result : results) {
+    if (is_safe(result, args.k)) plans.push_back(make_plan(lt, result));
   }
   return plans;
 }
 
+// The same algorithm with another number of splits; its state says whether cuBLASLt takes it.
+cublasLtMatmulHeuristicResult_t with_splits(cublasLtHandle_t handle, LtPlan lt,
+                                            cublasLtMatmulAlgo_t algo, int32_t splits) {
+  const auto scheme = static_cast<uint32_t>(splits > 1 ? SplitK::kInFp32 : SplitK::kNone);
+  cublasLtMatmulHeuristicResult_t result{};
+  cublasLtMatmulAlgoConfigSetAttribute(&algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &splits,
+                                       sizeof(splits));
+  cublasLtMatmulAlgoConfigSetAttribute(&algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
+                                       sizeof(scheme));
+  result.state =
+      cublasLtMatmulAlgoCheck(handle, &lt.desc, &lt.a, &lt.b, &lt.out, &lt.out, &algo, &result);
+  result.algo = algo;
+  return result;
+}
+
 // The heuristic's first safe candidate. Asking for one costs a few microseconds, for eight a
 // hundred: so eight only when the first one will not do. Long k and few rows can make all eight
-// unsafe split-K; then it is asked for algorithms that do not split.
+// unsafe split-K; then it is asked for algorithms that do not split, and where it has none (split
+// accumulation on an H200), the unsafe ones are tried with a number of splits that divides k.
 MatmulPlan first_choice(cublasLtHandle_t handle, const MatmulArgs& args, const LtPlan& lt) {
   struct Question {
     int wanted;
     SplitK split_k;
   };
+  Results unsafe;
   for (const auto [wanted, split_k] :
        {Question{1, SplitK::kInFp32}, Question{8, SplitK::kInFp32}, Question{8, SplitK::kNone}}) {
-    const std::vector<MatmulPlan> plans = ask_heuristic(handle, args, lt, wanted, split_k);
+    const Results results = ask_heuristic(handle, args, lt, wanted, split_k);
+    const std::vector<MatmulPlan> plans = safe_plans(results, args, lt);
     if (!plans.empty()) return plans.front();
+    unsafe.insert(unsafe.end(), results.begin(), results.end());
+  }
+  for (const cublasLtMatmulHeuristicResult_t& result : unsafe) {
+    for (const int32_t splits : {4, 2, 1}) {
+      const auto changed = with_splits(handle, lt, result.algo, splits);
+      if (is_safe(changed, args.k)) return make_plan(lt, changed);
+    }
   }
   return {};
 }
@@ -312,7 +345,7 @@ std::vector<MatmulPlan> matmul_candidates(const MatmulArgs& args, int max, Strea
   const MatmulPlan first = first_choice(handle, args, lt);
   if (!first.supported) return {};
   std::vector<MatmulPlan> candidates{first};
-  for (const MatmulPlan& plan : ask_heuristic(handle, args, lt, max)) {
+  for (const MatmulPlan& plan : safe_plans(ask_heuristic(handle, args, lt, max), args, lt)) {
     const bool another = algorithm_of(plan).words != algorithm_of(first).words;
     if (another && candidates.size() < static_cast<size_t>(max)) candidates.push_back(plan);
   }

@@ -8,14 +8,14 @@ changed is decided in rules.py.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import nn
 
 from .linear import Linear
 from .recipe import check_recipe
-from .rules import Found, dtype_name, find_linears
+from .rules import Found, dtype_name, find_linears, left_alone
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -36,10 +36,10 @@ def convert(
         recipe: a key of `fp8.RECIPES`.
         filter: filter(module, name) -> bool, called once per module with its name in
             `model.named_modules()`: True converts, False leaves it as it is. It replaces the
-            default rules, which leave alone `lm_head` and the shapes for which
-            `fp8.rules.worthwhile` sees no gain. The safety rules hold in any case: subclasses of
-            nn.Linear, modules whose weight is used without calling them, and weights that are not
-            bfloat16, float16 or float32 are left alone.
+            default rules, which leave alone `lm_head`, the shapes for which `fp8.rules.worthwhile`
+            sees no gain, and models of small layers (`fp8.rules.MIN_MEAN_SIZE`). The safety rules
+            hold in any case: subclasses of nn.Linear, modules whose weight is used without calling
+            them, and weights that are not bfloat16, float16 or float32 are left alone.
 
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.
@@ -59,11 +59,15 @@ def convert(
         )
     linears = find_linears(model)
     # All choices come before the first change: a filter that raises leaves the model as it was.
-    chosen = [
-        linear.module
-        for linear in linears
-        if linear.refused() is None and _selected(linear, recipe, filter)
-    ]
+    if filter is None:
+        reasons = left_alone(linears, recipe)
+        chosen = [linear.module for linear in linears if linear.module not in reasons]
+    else:
+        chosen = [
+            linear.module
+            for linear in linears
+            if linear.refused() is None and filter(linear.module, linear.name)
+        ]
     for module in chosen:
         module.__class__ = Linear
         vars(module)["recipe"] = recipe
@@ -115,7 +119,7 @@ def summary(model: nn.Module) -> str:
         >>> print(fp8.summary(model))
         name          in -> out      dtype     recipe
         blocks.0.up   4096 -> 14336  bfloat16  tensorwise
-        blocks.0.kv   4096 -> 256    bfloat16  - (small: K*N/(K+N) = 240, FP8 gains from 768)
+        blocks.0.kv   4096 -> 256    bfloat16  - (small: K*N/(K+N) = 240, FP8 gains from 800)
         2 linear: 1 in FP8 (1 tensorwise), 1 left alone; 98.2% of their weight elements in FP8
     """
     _check_model("summary", model)
@@ -124,24 +128,18 @@ def summary(model: nn.Module) -> str:
         linear.module.recipe for linear in linears if isinstance(linear.module, Linear)
     )
     # The shape rule wants a recipe: the one in use here, or else convert's default.
-    shape_recipe = next(iter(recipes), "tensorwise")
+    reasons = left_alone(linears, next(iter(recipes), "tensorwise"))
     rows = [("name", "in -> out", "dtype", "recipe")]
     for linear in linears:
         shape = f"{linear.module.in_features} -> {linear.module.out_features}"
         dtype = dtype_name(getattr(linear.module, "weight", None))
-        rows.append((_label(linear), shape, dtype, _status(linear, shape_recipe)))
+        rows.append((_label(linear), shape, dtype, _status(linear, reasons)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
         for row in rows
     ]
     return "\n".join([*lines, _totals(linears, recipes)])
-
-
-def _selected(linear: Found, recipe: str, filter: Callable[[nn.Linear, str], bool] | None) -> bool:
-    if filter is None:
-        return linear.unselected(recipe) is None
-    return bool(filter(linear.module, linear.name))
 
 
 def _check_model(function: str, model: object) -> None:
@@ -158,11 +156,11 @@ def _nothing_converted(linears: list[Found]) -> str:
     )
 
 
-def _status(linear: Found, recipe: str) -> str:
-    refused = linear.refused()
-    if isinstance(linear.module, Linear):  # refused, for instance, after model.double()
+def _status(linear: Found, reasons: Mapping[nn.Linear, str]) -> str:
+    if isinstance(linear.module, Linear):
+        refused = linear.refused()  # for instance after model.double()
         return linear.module.recipe + (f" ({refused})" if refused else "")
-    return f"- ({refused or linear.unselected(recipe) or 'not converted'})"
+    return f"- ({reasons.get(linear.module, 'not converted')})"
 
 
 def _label(linear: Found) -> str:

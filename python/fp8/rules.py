@@ -5,7 +5,7 @@ prints. Nothing is stored in the model: reasons are found again when they are as
 survive copies, pickles and later surgery.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -37,15 +37,21 @@ MIN_WORK: Mapping[str, int] = MappingProxyType(
 )
 """Smallest K·N / (K + N), per recipe, for which `worthwhile` lets FP8 run.
 
-From `benchmarks/bench_sizes.py` on an H100 (benchmarks/results/sizes_h100.json), forward + backward
-of one layer alone, 8192 tokens, against bf16: from 1228 on FP8 is 1.11 to 1.39 times as fast, at
-955 1.06 to 1.17 times, at 819 0.94 to 1.10 times. Layers at 819 are the k and v projections of
-grouped-query attention, whose input is quantized for q already; tensorwise they gain from that.
+From `benchmarks/bench_sizes.py` on an H200 (benchmarks/results/sizes_h200.json), forward + backward
+of one layer alone in steps that follow each other, 8192 tokens, against bf16: from 955 on FP8 is
+1.07 to 1.52 times as fast, 2048 -> 2048 (1024) apart, which `MIN_MEAN_SIZE` is about. Layers at 819
+are the k and v projections of grouped-query attention: their input is quantized for q already.
+"""
 
-Steps below about 0.3 ms are bound by the host, in bf16 too, and there FP8 takes up to 1.4 times as
-long when a layer runs alone: so do most layers of this grid at 2048 tokens, those up to 1024 at
-4096 tokens, and 2048 -> 2048 at 8192 (0.83 to 1.00 times as fast). What pays depends on the tokens
-of a step; this rule assumes the thousands of a training step.
+MIN_MEAN_SIZE = 6_000_000
+"""Smallest mean K·N of the linears that pass the other rules, for which a model is converted.
+
+A step of small layers is bound by the host, in bf16 too, and FP8 takes up to 1.4 times the host's
+time. What decides is the model: a small layer among large ones costs nothing on the host, which
+runs ahead of the GPU, and gains on it. In the same run, again 8192 tokens: layers alone of 4.2
+million elements take 0.79 to 0.91 times bf16's speed, of 9.4 million 1.07 to 1.36 times. With 4096
+tokens FP8 gains from 14 million on, with 2048 from more than 17 million: what pays depends on the
+tokens of a step, and this rule assumes the thousands of a training step.
 """
 
 
@@ -97,11 +103,29 @@ class Found:
         return None
 
     def unselected(self, recipe: str) -> str | None:
-        """The default rules, for want of a filter: why this module is left alone, or None."""
+        """The default rules for one module: why it is left alone, or None."""
         for name in (self.name, *self.aliases):
             if name.rpartition(".")[2] in HEAD_NAMES:
                 return "output head, kept in high precision by default"
         return worthwhile(self.module.in_features, self.module.out_features, recipe)
+
+
+def left_alone(linears: Sequence[Found], recipe: str) -> dict[nn.Linear, str]:
+    """All rules, for want of a filter: which modules of a model convert leaves alone, and why."""
+    reasons = {
+        linear.module: reason
+        for linear in linears
+        if (reason := linear.refused() or linear.unselected(recipe)) is not None
+    }
+    rest = [linear.module for linear in linears if linear.module not in reasons]
+    mean = sum(m.in_features * m.out_features for m in rest) / max(len(rest), 1)
+    if mean < MIN_MEAN_SIZE:
+        small = (
+            f"small model: its linears average K*N = {mean / 1e6:.1f} million, "
+            f"FP8 gains from {MIN_MEAN_SIZE / 1e6:.1f}"
+        )
+        reasons |= dict.fromkeys(rest, small)
+    return reasons
 
 
 def find_linears(model: nn.Module) -> list[Found]:

@@ -217,7 +217,7 @@ def test_worthwhile_begins_at_its_constant(recipe):
 
 @pytest.mark.parametrize("recipe", list(fp8.RECIPES))
 def test_default_rules_convert_what_is_worthwhile(recipe):
-    shapes = [(4096, 4096), (4096, 1024), (4096, 256), (1024, 1024), (2048, 2048), (1536, 1536)]
+    shapes = [(4096, 14336), (4096, 1024), (4096, 256), (1024, 1024), (2048, 2048), (1536, 1536)]
     with torch.device("meta"):
         model = nn.ModuleList(nn.Linear(*shape) for shape in shapes)
     fp8.convert(model, recipe)
@@ -225,6 +225,37 @@ def test_default_rules_convert_what_is_worthwhile(recipe):
     assert got == [rules.worthwhile(*shape, recipe) is None for shape in shapes]
     assert True in got
     assert False in got
+
+
+def linears(*shapes: tuple[int, int]) -> nn.ModuleList:
+    with torch.device("meta"):
+        return nn.ModuleList(nn.Linear(*shape) for shape in shapes)
+
+
+# Measured alone, at 8192 tokens: see rules.MIN_MEAN_SIZE.
+@pytest.mark.parametrize("shape", [(2048, 2048), (4096, 1024), (1024, 4096)])
+def test_default_rules_leave_a_model_of_small_layers_alone(shape):
+    model = linears(*[shape] * 5, (4096, 64))
+    with pytest.warns(UserWarning, match="converted nothing"):
+        fp8.convert(model)
+    assert reason(model, "0") == (
+        "- (small model: its linears average K*N = 4.2 million, FP8 gains from 6.0)"
+    )
+    assert reason(model, "5").startswith("- (small: K*N/(K+N)")
+
+
+@pytest.mark.parametrize("shape", [(1024, 14336), (1536, 6144), (3072, 3072), (4096, 4096)])
+def test_default_rules_convert_a_model_of_one_layer_that_gains(shape):
+    assert type(fp8.convert(linears(shape))[0]) is fp8.Linear
+
+
+def test_default_rules_judge_small_layers_by_their_model():
+    """Llama-3-8B: k and v alone would not pay; what the rules leave alone does not count."""
+    layer = [(4096, 4096)] * 2 + [(4096, 1024)] * 2 + [(4096, 14336)] * 3
+    model = linears(*layer, *[(4096, 8)] * 100)
+    fp8.convert(model)
+    assert [type(m) is fp8.Linear for m in model] == [True] * 7 + [False] * 100
+    assert "(not converted)" in reason(fp8.revert(model), "2")
 
 
 def test_find_linears_survives_a_cycle_of_modules():
