@@ -37,7 +37,7 @@ def measure_shape(m: int, k: int, n: int, found: peers.Peers, repeats: int) -> l
         module = peer.build(model)
         _, steps[peer.name] = timing.forward_backward(module, x, dy)
         parameters += list(module.parameters())
-    # Four steps ahead: where the GPU is the slower one, the host has caught up by then, as in training.
+    # Four steps ahead: where the GPU is the slower one, the host has caught up by then.
     both = timing.device_times(steps, repeats, before=timing.new_weights(parameters), lead=4)
     return [
         {

@@ -108,11 +108,11 @@ def test_shapes():
 def test_decoder_cases():
     cases = shapes.decoder_cases()
     assert [str(case) for case in cases] == [
-        "8B, 4 × 2048",
         "8B, 2 × 4096",
-        "70B, 4 × 2048",
-        "70B, 2 × 4096",
         "8B, 2 × 4096, no RoPE",
+        "8B, 4 × 2048",
+        "70B, 2 × 4096",
+        "70B, 4 × 2048",
     ]
     assert {case.shape.rows for case in cases} == {8192}
     assert {name for case in cases for name in case.peers} <= set(peers.PEERS)
