@@ -113,12 +113,23 @@ inline float decode(uint8_t code) {
                            exponent - Format::kExponentBias);
 }
 
-// The numerics contract's two divisions. amax 0 gives 1, an infinite quotient FLT_MAX, NaN stays
-// NaN.
-inline float quant_multiplier(float amax, float format_max) {
+// A multiplier rounded down to a power of two, by its bits: the exponent stays, the mantissa goes.
+// Exact where the exponent says it all, for normal numbers and 0, and multipliers are no others:
+// the smallest of a finite amax is 448 / FLT_MAX, above 2^-120. NaN stays NaN.
+inline constexpr uint32_t kExponentBits = 0x7F800000U;
+
+inline float round_to_power_of_two(float multiplier) {
+  const auto bits = std::bit_cast<uint32_t>(multiplier);
+  return std::isnan(multiplier) ? multiplier : std::bit_cast<float>(bits & kExponentBits);
+}
+
+// The numerics contract's first division; scale is 1 / multiplier. amax 0 gives 1, an infinite
+// quotient FLT_MAX (2^127 as a power of two), Inf gives 0, NaN stays NaN.
+inline float quant_multiplier(float amax, float format_max, bool power_of_two) {
   if (amax == 0.0F) return 1.0F;
-  const float quotient = format_max / amax;
-  return std::isinf(quotient) ? std::numeric_limits<float>::max() : quotient;
+  float quotient = format_max / amax;
+  if (std::isinf(quotient)) quotient = std::numeric_limits<float>::max();
+  return power_of_two ? round_to_power_of_two(quotient) : quotient;
 }
 
 // amax is kept as the bits of a non-negative float while it is being reduced: unsigned order is

@@ -136,17 +136,21 @@ __device__ __forceinline__ uint32_t encode2(float low, float high) {
   return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, kInterpretation);
 }
 
-// The scale of a scaling group from its amax, as design.md's numerics contract and common/formats.h
-// have it.
+// The scale of a scaling group from its amax, as common/formats.h has it: quant_multiplier there.
 struct GroupScale {
   float quant_multiplier;
   float scale;
 };
 
-__device__ __forceinline__ GroupScale scale_from_amax(uint32_t bits, float format_max) {
+__device__ __forceinline__ GroupScale scale_from_amax(uint32_t bits, float format_max,
+                                                      bool power_of_two) {
   float multiplier = __fdiv_rn(format_max, __uint_as_float(bits));
   if (bits == 0) multiplier = 1.0F;
   if (multiplier > 3.402823466e+38F) multiplier = 3.402823466e+38F;
+  // Not where the group holds a NaN: without its mantissa it would be Inf.
+  if (power_of_two && bits <= kExponentBits) {
+    multiplier = __uint_as_float(__float_as_uint(multiplier) & kExponentBits);
+  }
   return {multiplier, __fdiv_rn(1.0F, multiplier)};
 }
 

@@ -141,7 +141,7 @@ void quantize_tensorwise(const Input& in) {
     if (a.scale != nullptr) *a.scale = *a.static_scale;
   } else {
     const float amax = a.amax != nullptr ? *a.amax : tensor_amax(in);
-    multiplier = quant_multiplier(amax, fp8_max(a.dtype));
+    multiplier = quant_multiplier(amax, fp8_max(a.dtype), a.power_of_two);
     if (a.scale != nullptr) *a.scale = 1.0F / multiplier;
     if (a.amax_out != nullptr) *a.amax_out = amax;
   }
@@ -156,8 +156,8 @@ void quantize_rowwise(const Input& in) {
   const float format_max = fp8_max(a.dtype);
   if (a.data.data != nullptr) {
     cast_rows(in, [&](int64_t r, const float* row) {
-      const float multiplier =
-          quant_multiplier(std::bit_cast<float>(amax_bits(row, a.cols)), format_max);
+      const float multiplier = quant_multiplier(std::bit_cast<float>(amax_bits(row, a.cols)),
+                                                format_max, a.power_of_two);
       a.scale[r] = 1.0F / multiplier;
       return multiplier;
     });
@@ -170,7 +170,7 @@ void quantize_rowwise(const Input& in) {
     });
     std::vector<float> multipliers(a.cols);
     for (int64_t c = 0; c < a.cols; ++c) {
-      multipliers[c] = quant_multiplier(std::bit_cast<float>(bits[c]), format_max);
+      multipliers[c] = quant_multiplier(std::bit_cast<float>(bits[c]), format_max, a.power_of_two);
       a.scale_t[c] = 1.0F / multipliers[c];
     }
     std::fill(a.scale_t + a.cols, a.scale_t + a.data_t.rows, 1.0F);

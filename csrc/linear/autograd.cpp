@@ -153,7 +153,7 @@ class NoDoubleBackward : public torch::autograd::Function<NoDoubleBackward> {
 at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias, std::string_view recipe,
                                  const Buffer* buffer) {
-  const int64_t index = recipe_index(recipe);
+  const int64_t id = recipe_id(recipe);
   const Needs needs{x.requires_grad(), weight.requires_grad(), wants_grad(bias)};
   const auto has_tangent = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -170,7 +170,7 @@ at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
   if (buffer != nullptr) {
     check_main_grad(buffer->main_grad, weight.sym_size(0), weight.sym_size(1), x);
   }
-  return FusedLinear::apply(x, weight, bias, index, FusedLinear::pack(needs), buffer);
+  return FusedLinear::apply(x, weight, bias, id, FusedLinear::pack(needs), buffer);
 }
 
 }  // namespace

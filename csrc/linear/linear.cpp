@@ -99,7 +99,7 @@ struct BackwardArgs {
   const std::optional<at::Tensor>& weight;       // [N, K]
   const std::optional<at::Tensor>& weight_amax;  // [] fp32
   int64_t k;
-  const Recipe& recipe;
+  Recipe recipe;
   bool needs_dx;
   bool needs_dweight;
   bool needs_dbias;
@@ -148,6 +148,7 @@ Gradients backward(const BackwardArgs& args) {
                            .granularity = recipe.granularity,
                            .data = dy_data,
                            .data_t = dy_t,
+                           .power_of_two = recipe.power_of_two,
                            .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
     dbias = qdy.column_sum;
   }
@@ -160,6 +161,7 @@ Gradients backward(const BackwardArgs& args) {
                             .granularity = recipe.granularity,
                             .data = false,
                             .data_t = true,
+                            .power_of_two = recipe.power_of_two,
                             .overlaps_previous = qdy.launched && is_matrix(*args.weight)};
     if (tensorwise) request.amax = *args.weight_amax;
     const QuantizedMatrix qw = memory::quantize_weight(*args.weight, request);
@@ -236,11 +238,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
   const c10::DeviceGuard guard(x.device());
   const bool x_t = save_x_t && recipe.fp8_wgrad;
-  const QuantizedMatrix qx = memory::quantize_input(
-      x, {.dtype = recipe.forward_dtype, .granularity = recipe.granularity, .data_t = x_t});
+  const QuantizedMatrix qx = memory::quantize_input(x, {.dtype = recipe.forward_dtype,
+                                                        .granularity = recipe.granularity,
+                                                        .data_t = x_t,
+                                                        .power_of_two = recipe.power_of_two});
   const QuantizedMatrix qw =
       memory::quantize_weight(weight, {.dtype = recipe.forward_dtype,
                                        .granularity = recipe.granularity,
+                                       .power_of_two = recipe.power_of_two,
                                        .keep_amax = save_weight_amax && tensorwise,
                                        .overlaps_previous = qx.launched && is_matrix(weight)});
   at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe.granularity);
@@ -290,7 +295,7 @@ std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  return std::get<0>(_linear_forward(x, weight, bias, recipe_index(recipe), false, false));
+  return std::get<0>(_linear_forward(x, weight, bias, recipe_id(recipe), false, false));
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
@@ -338,7 +343,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  return std::get<0>(_linear_forward(x, weight, bias, recipe_index(recipe), false, false));
+  return std::get<0>(_linear_forward(x, weight, bias, recipe_id(recipe), false, false));
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,

@@ -22,6 +22,7 @@ struct Identity {
   int64_t cols = 0;
   at::ScalarType dtype = at::kFloat8_e4m3fn;
   core::Granularity granularity = core::Granularity::kTensorwise;
+  bool power_of_two = false;
   const void* stream = nullptr;
   uint64_t capture = 0;  // of a CUDA graph; 0 outside
 
@@ -37,7 +38,8 @@ std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& req
               .rows = x.numel() / x.size(-1),
               .cols = x.size(-1),
               .dtype = request.dtype,
-              .granularity = request.granularity};
+              .granularity = request.granularity,
+              .power_of_two = request.power_of_two};
 #ifdef FP8_WITH_CUDA
   if (x.is_cuda()) {
     const cudaStream_t stream = cuda::current_stream(x);

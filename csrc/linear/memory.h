@@ -2,10 +2,11 @@
 //
 // Inputs: q/k/v and gate/up projections read one activation. The quantized form of the last two
 // inputs is kept while their tensors live, until the next backward, and reused for the same tensor
-// (identity, version counter, memory) in the same recipe, stream and CUDA graph capture. Only eager
-// calls under autograd take part, and only inputs with a history in the graph: results of other
-// operators, made anew in each step. A long-lived buffer may be filled by something that counts no
-// version (a Triton kernel, a graph replay, p.data), so it is quantized in every call.
+// (identity, version counter, memory) in the same recipe with its options, stream and CUDA graph
+// capture. Only eager calls under autograd take part, and only inputs with a history in the graph:
+// results of other operators, made anew in each step. A long-lived buffer may be filled by
+// something that counts no version (a Triton kernel, a graph replay, p.data), so it is quantized in
+// every call.
 //
 // Weights: kept only inside fp8.cached_weights(model), where the user says that they do not change.
 // A version counter does not see every update of a weight (p.data.copy_, all-gathers), so nothing

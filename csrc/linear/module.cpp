@@ -17,7 +17,7 @@ LinearImpl::LinearImpl(int64_t in_features, int64_t out_features)
     : LinearImpl(LinearOptions(in_features, out_features)) {}
 
 LinearImpl::LinearImpl(const LinearOptions& options_) : options(options_) {
-  recipe_index(options.recipe());
+  recipe_id(options.recipe());
   LinearImpl::reset();
 }
 

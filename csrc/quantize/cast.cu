@@ -88,7 +88,7 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
   uint32_t bits = max_of<8>(p.tensor_amax + thread, kThreads,
                             (p.tensor_parts - thread + kThreads - 1) / kThreads);
   bits = block_max<kWarps>(bits, scratch);
-  const GroupScale group = scale_from_amax(bits, format_max);
+  const GroupScale group = scale_from_amax(bits, format_max, p.power_of_two);
   if (writes) {
     if (p.scale != nullptr) *p.scale = group.scale;
     if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(bits);
@@ -116,7 +116,7 @@ __device__ __forceinline__ void column_multipliers(const CastParams& p, int64_t 
 #pragma unroll
     for (int i = 1; i < kThreads / kTileCols; ++i)
       bits = max(bits, partial[i * kTileCols + column]);
-    const GroupScale group = scale_from_amax(bits, format_max);
+    const GroupScale group = scale_from_amax(bits, format_max, p.power_of_two);
     multiplier[column] = group.quant_multiplier;
     if (writes_scale && col < p.data_t.rows) p.scale_t[col] = group.scale;
   }
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
       __syncthreads();  // the previous tile's readers are done
       if (threadIdx.x < kTileRows) {
         const int64_t row = tile_row + threadIdx.x;
-        const GroupScale row_group = scale_from_amax(row_bits, Format::kMax);
+        const GroupScale row_group = scale_from_amax(row_bits, Format::kMax, p.power_of_two);
         row_multiplier[threadIdx.x] = row_group.quant_multiplier;
         if (tile_col == 0 && row < p.data.rows) p.scale[row] = row_group.scale;
       }

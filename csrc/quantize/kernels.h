@@ -43,6 +43,7 @@ struct CastParams {
   CastPlan plan;
   Destination data;
   Destination data_t;
+  bool power_of_two;  // of scales that are computed
   float* scale;
   float* scale_t;
   const float* static_scale;    // tensorwise: one of static_scale and tensor_amax is given
@@ -70,6 +71,7 @@ struct RowwiseParams {
   bool overlaps_previous;
   RowwisePlan plan;
   Destination data;
+  bool power_of_two;
   float* scale;  // [data.rows]
 };
 void launch_rowwise(const RowwiseParams& params, Dtype x_dtype, Dtype dtype, cudaStream_t stream);

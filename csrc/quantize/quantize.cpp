@@ -51,6 +51,7 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
                           .ld = leading_dim(x),
                           .dtype = to_core(request.dtype),
                           .granularity = request.granularity,
+                          .power_of_two = request.power_of_two,
                           .overlaps_previous = request.overlaps_previous,
                           .device = x.is_cuda() ? x.device().index() : -1};
   if (request.data) {

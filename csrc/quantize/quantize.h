@@ -14,8 +14,9 @@ struct QuantizeRequest {
   core::Granularity granularity = core::Granularity::kTensorwise;
   bool data = true;
   bool data_t = false;
-  at::Tensor static_scale;  // [] fp32, tensorwise: a given scale
-  at::Tensor amax;          // [] fp32, tensorwise: amax of an earlier call on the same x
+  bool power_of_two = false;  // scales that are computed are powers of two
+  at::Tensor static_scale;    // [] fp32, tensorwise: a given scale
+  at::Tensor amax;            // [] fp32, tensorwise: amax of an earlier call on the same x
   bool keep_amax = false;
   bool overlaps_previous = false;            // see core::QuantizeArgs
   std::optional<at::ScalarType> column_sum;  // sums of x's columns in this dtype

@@ -104,6 +104,7 @@ void quantize(const QuantizeArgs& args, Stream stream) {
                            .overlaps_previous = overlaps_previous,
                            .plan = plan_rowwise(args.data.ld),
                            .data = args.data,
+                           .power_of_two = args.power_of_two,
                            .scale = args.scale},
                           args.x_dtype, args.dtype, stream);
   }
@@ -143,6 +144,7 @@ void quantize(const QuantizeArgs& args, Stream stream) {
                .plan = cast,
                .data = args.data,
                .data_t = args.data_t,
+               .power_of_two = args.power_of_two,
                .scale = args.scale,
                .scale_t = args.scale_t,
                .static_scale = args.static_scale,

@@ -25,9 +25,12 @@ at::ScalarType check_quantize(const char* op, const at::Tensor& x, Dtype dtype) 
   return format;
 }
 
-void check_static_scale(const char* op, const at::Tensor& x,
-                        const std::optional<at::Tensor>& scale) {
+void check_static_scale(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& scale,
+                        bool power_of_two) {
   if (!scale) return;
+  FP8_CHECK_VALUE(!power_of_two, "fp8::", op,
+                  ": expected power_of_two=False with a given scale, which is used as it is, got "
+                  "both");
   FP8_CHECK_TYPE(scale->scalar_type() == at::kFloat, "fp8::", op,
                  ": expected scale in float32, got ", scale->scalar_type());
   FP8_CHECK_VALUE(scale->sym_numel() == 1, "fp8::", op,
@@ -61,10 +64,13 @@ at::Tensor row_scale_view(const at::Tensor& scale, const at::Tensor& x) {
 }
 
 QuantizedMatrix run(const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity,
-                    bool transpose, const std::optional<at::Tensor>& scale) {
-  QuantizeRequest request{
-      .dtype = check_quantize(op, x, dtype), .granularity = granularity, .data_t = transpose};
-  check_static_scale(op, x, scale);
+                    bool transpose, bool power_of_two,
+                    const std::optional<at::Tensor>& scale = std::nullopt) {
+  QuantizeRequest request{.dtype = check_quantize(op, x, dtype),
+                          .granularity = granularity,
+                          .data_t = transpose,
+                          .power_of_two = power_of_two};
+  check_static_scale(op, x, scale, power_of_two);
   if (scale) request.static_scale = scale->reshape({});
   const c10::DeviceGuard guard(x.device());
   return quantize_matrix(as_matrix(x), request);
@@ -94,26 +100,30 @@ at::Tensor meta_scalar(const at::Tensor& x) { return at::empty({}, x.options().d
 namespace kernel {
 
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, Dtype dtype,
-                                                       const std::optional<at::Tensor>& scale) {
-  const auto q = run("quantize_tensorwise", x, dtype, Granularity::kTensorwise, false, scale);
+                                                       const std::optional<at::Tensor>& scale,
+                                                       bool power_of_two) {
+  const auto q =
+      run("quantize_tensorwise", x, dtype, Granularity::kTensorwise, false, power_of_two, scale);
   return {in_shape_of(q.data, x), q.scale};
 }
 
-std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, Dtype dtype) {
-  const auto q = run("quantize_rowwise", x, dtype, Granularity::kRowwise, false, {});
+std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, Dtype dtype,
+                                                    bool power_of_two) {
+  const auto q = run("quantize_rowwise", x, dtype, Granularity::kRowwise, false, power_of_two);
   return {in_shape_of(q.data, x), row_scale_view(q.scale, x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
-    const at::Tensor& x, Dtype dtype, const std::optional<at::Tensor>& scale) {
-  const auto q =
-      run("quantize_tensorwise_transpose", x, dtype, Granularity::kTensorwise, true, scale);
+    const at::Tensor& x, Dtype dtype, const std::optional<at::Tensor>& scale, bool power_of_two) {
+  const auto q = run("quantize_tensorwise_transpose", x, dtype, Granularity::kTensorwise, true,
+                     power_of_two, scale);
   return {in_shape_of(q.data, x), transposed_view(q.data_t, x), q.scale};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
-    const at::Tensor& x, Dtype dtype) {
-  const auto q = run("quantize_rowwise_transpose", x, dtype, Granularity::kRowwise, true, {});
+    const at::Tensor& x, Dtype dtype, bool power_of_two) {
+  const auto q =
+      run("quantize_rowwise_transpose", x, dtype, Granularity::kRowwise, true, power_of_two);
   return {in_shape_of(q.data, x), transposed_view(q.data_t, x), row_scale_view(q.scale, x),
           q.scale_t.narrow(0, 0, x.size(-1)).unsqueeze(1)};
 }
@@ -123,26 +133,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_tran
 namespace meta {
 
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, Dtype dtype,
-                                                       const std::optional<at::Tensor>& scale) {
+                                                       const std::optional<at::Tensor>& scale,
+                                                       bool power_of_two) {
   const auto format = check_quantize("quantize_tensorwise", x, dtype);
-  check_static_scale("quantize_tensorwise", x, scale);
+  check_static_scale("quantize_tensorwise", x, scale, power_of_two);
   return {meta_padded(x, x.sym_sizes(), format), meta_scalar(x)};
 }
 
-std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, Dtype dtype) {
+std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, Dtype dtype,
+                                                    bool /*power_of_two*/) {
   const auto format = check_quantize("quantize_rowwise", x, dtype);
   return {meta_padded(x, x.sym_sizes(), format), meta_row_scale(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
-    const at::Tensor& x, Dtype dtype, const std::optional<at::Tensor>& scale) {
+    const at::Tensor& x, Dtype dtype, const std::optional<at::Tensor>& scale, bool power_of_two) {
   const auto format = check_quantize("quantize_tensorwise_transpose", x, dtype);
-  check_static_scale("quantize_tensorwise_transpose", x, scale);
+  check_static_scale("quantize_tensorwise_transpose", x, scale, power_of_two);
   return {meta_padded(x, x.sym_sizes(), format), meta_transposed(x, format), meta_scalar(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
-    const at::Tensor& x, Dtype dtype) {
+    const at::Tensor& x, Dtype dtype, bool /*power_of_two*/) {
   const auto format = check_quantize("quantize_rowwise_transpose", x, dtype);
   const at::Tensor scale_t = at::empty_symint({x.sym_size(-1), 1}, x.options().dtype(at::kFloat));
   return {meta_padded(x, x.sym_sizes(), format), meta_transposed(x, format), meta_row_scale(x),

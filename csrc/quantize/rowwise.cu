@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(512, 1) rowwise_kernel(const RowwiseParams p) 
     const int warps = threads_per_row / 32;
     for (int w = 0; w < warps; ++w) bits = max(bits, warp_amax[slot * warps + w]);
   }
-  const GroupScale group = scale_from_amax(bits, Format::kMax);
+  const GroupScale group = scale_from_amax(bits, Format::kMax, p.power_of_two);
 
   wait_for_previous();
   if (row >= p.data.rows) return;

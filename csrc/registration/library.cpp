@@ -11,16 +11,19 @@
 TORCH_LIBRARY(fp8, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
-      "quantize_tensorwise(Tensor x, ScalarType? dtype=None, Tensor? scale=None)"
+      "quantize_tensorwise(Tensor x, ScalarType? dtype=None, Tensor? scale=None, *,"
+      " bool power_of_two=False) -> (Tensor data, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_rowwise(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
       " -> (Tensor data, Tensor scale)",
       tags);
-  m.def("quantize_rowwise(Tensor x, ScalarType? dtype=None) -> (Tensor data, Tensor scale)", tags);
   m.def(
-      "quantize_tensorwise_transpose(Tensor x, ScalarType? dtype=None, Tensor? scale=None)"
-      " -> (Tensor data, Tensor data_t, Tensor scale)",
+      "quantize_tensorwise_transpose(Tensor x, ScalarType? dtype=None, Tensor? scale=None, *,"
+      " bool power_of_two=False) -> (Tensor data, Tensor data_t, Tensor scale)",
       tags);
   m.def(
-      "quantize_rowwise_transpose(Tensor x, ScalarType? dtype=None)"
+      "quantize_rowwise_transpose(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
       " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
       tags);
   m.def("dequantize(Tensor data, Tensor scale, ScalarType? dtype=None) -> Tensor", tags);

@@ -19,28 +19,31 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, at::ScalarType dtype,
-                                                       const std::optional<at::Tensor>& scale) {
+                                                       const std::optional<at::Tensor>& scale,
+                                                       bool power_of_two) {
   static const auto op = find<decltype(kernel::quantize_tensorwise)>("fp8::quantize_tensorwise");
-  return op.call(x, dtype, scale);
+  return op.call(x, dtype, scale, power_of_two);
 }
 
-std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, at::ScalarType dtype) {
+std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, at::ScalarType dtype,
+                                                    bool power_of_two) {
   static const auto op = find<decltype(kernel::quantize_rowwise)>("fp8::quantize_rowwise");
-  return op.call(x, dtype);
+  return op.call(x, dtype, power_of_two);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
-    const at::Tensor& x, at::ScalarType dtype, const std::optional<at::Tensor>& scale) {
+    const at::Tensor& x, at::ScalarType dtype, const std::optional<at::Tensor>& scale,
+    bool power_of_two) {
   static const auto op =
       find<decltype(kernel::quantize_tensorwise_transpose)>("fp8::quantize_tensorwise_transpose");
-  return op.call(x, dtype, scale);
+  return op.call(x, dtype, scale, power_of_two);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
-    const at::Tensor& x, at::ScalarType dtype) {
+    const at::Tensor& x, at::ScalarType dtype, bool power_of_two) {
   static const auto op =
       find<decltype(kernel::quantize_rowwise_transpose)>("fp8::quantize_rowwise_transpose");
-  return op.call(x, dtype);
+  return op.call(x, dtype, power_of_two);
 }
 
 at::Tensor dequantize(const at::Tensor& data, const at::Tensor& scale, at::ScalarType dtype) {

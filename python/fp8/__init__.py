@@ -21,7 +21,7 @@ from .autotune import autotune
 from .cached_weights import cached_weights
 from .convert import convert, revert, summary
 from .linear import Linear
-from .recipe import RECIPES
+from .recipe import RECIPES, Recipe
 
 cmake_prefix_path: str = str(_PACKAGE / "share" / "cmake")
 """For C++: `cmake -DCMAKE_PREFIX_PATH=...`, then `find_package(FP8)` and link `FP8::torch`."""
@@ -29,6 +29,7 @@ cmake_prefix_path: str = str(_PACKAGE / "share" / "cmake")
 __all__ = [
     "RECIPES",
     "Linear",
+    "Recipe",
     "__version__",
     "autotune",
     "cached_weights",

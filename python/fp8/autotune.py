@@ -17,7 +17,7 @@ from torch import nn
 
 from . import _loader
 from .linear import Linear
-from .recipe import check_recipe
+from .recipe import Recipe, check_recipe
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MANY = 4  # cases, from which on there is a progress bar
@@ -90,7 +90,7 @@ def autotune(
     model: nn.Module | Iterable[tuple[int, int, int]],
     tokens: int | Sequence[int] | None = None,
     *,
-    recipe: str | None = None,
+    recipe: str | Recipe | None = None,
     dtype: torch.dtype | None = None,
     bias: bool | None = None,
 ) -> AutotuneReport:
@@ -116,7 +116,7 @@ def autotune(
             (M, K, N): tokens, in-features, out-features.
         tokens: with a model: M, the product of the input's leading dimensions, or several of them.
             Default 8192. The choice holds for these M alone.
-        recipe: with shapes: a key of `fp8.RECIPES`. Default "tensorwise".
+        recipe: with shapes: a recipe as `fp8.Linear` takes it. Default "tensorwise".
         dtype: with shapes: bfloat16, float16 or float32, of x, weight and y. Default bfloat16.
         bias: with shapes: whether the layers have one. Default False.
 
@@ -141,8 +141,8 @@ def autotune(
     else:
         if tokens is not None:
             raise ValueError("fp8.autotune: tokens is for a model; a shape (M, K, N) has them")
-        recipe = check_recipe("tensorwise" if recipe is None else recipe).name
-        every = _cases_of_shapes(model, recipe, dtype or torch.bfloat16, bool(bias))
+        name = str(check_recipe("tensorwise" if recipe is None else recipe))
+        every = _cases_of_shapes(model, name, dtype or torch.bfloat16, bool(bias))
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("fp8.autotune: call it before the CUDA graph capture, not inside")
     cases = [case for case in every if case.device.type == "cuda" and case.dtype in _DTYPES]

@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import nn
 
 from .linear import Linear
-from .recipe import check_recipe
+from .recipe import Recipe, check_recipe
 from .rules import Found, dtype_name, find_linears, left_alone
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -22,7 +22,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def convert(
     model: ModelT,
-    recipe: str = "tensorwise",
+    recipe: str | Recipe = "tensorwise",
     filter: Callable[[nn.Linear, str], bool] | None = None,
 ) -> ModelT:
     """Make every suitable nn.Linear of `model` compute in FP8. In place; returns `model`.
@@ -33,7 +33,8 @@ def convert(
 
     Args:
         model: any module; it may itself be an nn.Linear.
-        recipe: a key of `fp8.RECIPES`.
+        recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
+            `fp8.Recipe`.
         filter: filter(module, name) -> bool, called once per module with its name in
             `model.named_modules()`: True converts, False leaves it as it is. It replaces the
             default rules, which leave alone `lm_head`, the shapes for which `fp8.rules.worthwhile`
@@ -51,7 +52,7 @@ def convert(
         >>> model = fp8.convert(model, "rowwise", filter=lambda module, name: "router" not in name)
     """
     _check_model("convert", model)
-    check_recipe(recipe)
+    recipe = str(check_recipe(recipe))
     if filter is not None and not callable(filter):
         raise TypeError(
             "fp8.convert: filter must be a function (module, name) -> bool, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import main_grad
-from .recipe import check_recipe
+from .recipe import Recipe, check_recipe
 
 # Looked up once: `torch.ops.fp8.fused_linear.default` costs four attribute reads a call.
 _fused_linear = torch.ops.fp8.fused_linear.default
@@ -33,7 +33,8 @@ class Linear(nn.Linear):
     dtype: TypeError. The README has the rest.
 
     Args, beyond those of nn.Linear:
-        recipe: a key of `fp8.RECIPES`. Unknown: ValueError.
+        recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
+            `fp8.Recipe`. Unknown: ValueError. The attribute `recipe` is the string.
 
     Other dtypes (float64, integers, complex) may be held but not computed with: forward raises
     TypeError.
@@ -55,14 +56,14 @@ class Linear(nn.Linear):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        recipe: str = "tensorwise",
+        recipe: str | Recipe = "tensorwise",
     ) -> None:
-        check_recipe(recipe)
+        name = str(check_recipe(recipe))
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.recipe = recipe
+        self.recipe = name
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, recipe: str = "tensorwise") -> Self:
+    def from_linear(cls, linear: nn.Linear, recipe: str | Recipe = "tensorwise") -> Self:
         """An fp8.Linear that shares the Parameter, buffer and hook objects of `linear`: no copies.
 
         It is meant to take the place of `linear`. What is registered on one of the two later (a
@@ -74,7 +75,7 @@ class Linear(nn.Linear):
         Example:
             >>> model.head = fp8.Linear.from_linear(model.head, recipe="rowwise")
         """
-        check_recipe(recipe)
+        name = str(check_recipe(recipe))
         if type(linear) not in (nn.Linear, Linear, cls):
             raise TypeError(
                 "fp8.Linear.from_linear: expected an nn.Linear itself, no subclass, "
@@ -89,7 +90,7 @@ class Linear(nn.Linear):
             # Parameters, buffers and hooks sit in containers; only the containers are new.
             vars(new)[key] = value.copy() if isinstance(value, dict | set) else value
         new._compiled_call_impl = None  # what linear.compile() made is bound to `linear`
-        new.recipe = recipe
+        new.recipe = name
         return new
 
     def forward(self, input: Tensor) -> Tensor:

@@ -12,12 +12,15 @@ Quantization, with amax = max |x| over a scaling group, in fp32:
     data = saturate(round_to_nearest_even(float(x) · quant_multiplier))
     scale = 1 / quant_multiplier
 
-A NaN or Inf in a group makes the group's scale NaN or Inf, so that everything computed from the
-group is non-finite.
+With `power_of_two` quant_multiplier is rounded down to a power of two, and scale is one too
+(between 2^-127 and 2^120). A NaN or Inf in a group makes the group's scale NaN or Inf, so that
+everything computed from the group is non-finite.
 """
 
 import torch
 from torch import Tensor
+
+from .recipe import Recipe
 
 __all__ = [
     "dequantize",
@@ -34,7 +37,11 @@ _ops = torch.ops.fp8
 
 
 def quantize_tensorwise(
-    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, scale: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale: Tensor | None = None,
+    *,
+    power_of_two: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Quantize with one scale for the whole tensor.
 
@@ -43,6 +50,8 @@ def quantize_tensorwise(
         dtype: float8_e4m3fn or float8_e5m2.
         scale: 0-dim float32 for static scaling: quant_multiplier = 1 / scale. Values beyond fp8_max
             · scale, Inf among them, saturate; NaN stays NaN.
+        power_of_two: round quant_multiplier down to a power of two. With `scale`: ValueError, a
+            given scale is used as it is.
 
     Returns:
         data: shape of x, `dtype`. If K is not a multiple of 16 its rows are padded in memory with
@@ -53,16 +62,21 @@ def quantize_tensorwise(
         >>> data, scale = fp8.ops.quantize_tensorwise(torch.randn(8, 32))
         >>> x = fp8.ops.dequantize(data, scale, torch.float32)
     """
-    result: tuple[Tensor, Tensor] = _ops.quantize_tensorwise.default(x, dtype, scale)
+    result: tuple[Tensor, Tensor] = _ops.quantize_tensorwise.default(
+        x, dtype, scale, power_of_two=power_of_two
+    )
     return result
 
 
-def quantize_rowwise(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+def quantize_rowwise(
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
     """Quantize with one scale per row, a row being the last dimension.
 
     Args:
         x: [..., K] bfloat16, float16 or float32, any strides.
         dtype: float8_e4m3fn or float8_e5m2.
+        power_of_two: round each quant_multiplier down to a power of two.
 
     Returns:
         data: shape of x, `dtype` (rows padded in memory to a multiple of 16).
@@ -73,12 +87,18 @@ def quantize_rowwise(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tup
         >>> scale.shape
         torch.Size([8, 1])
     """
-    result: tuple[Tensor, Tensor] = _ops.quantize_rowwise.default(x, dtype)
+    result: tuple[Tensor, Tensor] = _ops.quantize_rowwise.default(
+        x, dtype, power_of_two=power_of_two
+    )
     return result
 
 
 def quantize_tensorwise_transpose(
-    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, scale: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale: Tensor | None = None,
+    *,
+    power_of_two: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_tensorwise` that also writes the transposed copy, which dgrad and wgrad read.
 
@@ -95,13 +115,13 @@ def quantize_tensorwise_transpose(
         torch.Size([32, 8])
     """
     result: tuple[Tensor, Tensor, Tensor] = _ops.quantize_tensorwise_transpose.default(
-        x, dtype, scale
+        x, dtype, scale, power_of_two=power_of_two
     )
     return result
 
 
 def quantize_rowwise_transpose(
-    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_rowwise` of x and of its transpose: two quantizations, each with scales along its
     own rows.
@@ -119,7 +139,7 @@ def quantize_rowwise_transpose(
         torch.Size([32, 1])
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.quantize_rowwise_transpose.default(
-        x, dtype
+        x, dtype, power_of_two=power_of_two
     )
     return result
 
@@ -194,7 +214,7 @@ def scaled_mm_accumulate_(
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: str = "tensorwise"
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: str | Recipe = "tensorwise"
 ) -> Tensor:
     """y = x · weightᵀ + bias in FP8, differentiable once: quantize, matmul and dequantize as one
     operator each way.
@@ -204,7 +224,8 @@ def fused_linear(
             included.
         weight: [N, K] and bias: [N], of x's dtype (under autocast all are cast to the autocast
             dtype).
-        recipe: a key of `fp8.RECIPES`.
+        recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
+            `fp8.Recipe`.
 
     Returns: [..., N] in x's dtype. Gradients: dx in x's dtype, dW in the weight's, db (accumulated
     in fp32) in the bias's. A second derivative raises NotImplementedError.
@@ -214,5 +235,5 @@ def fused_linear(
         >>> y.shape
         torch.Size([2, 8, 32])
     """
-    result: Tensor = _ops.fused_linear.default(x, weight, bias, recipe)
+    result: Tensor = _ops.fused_linear.default(x, weight, bias, str(recipe))
     return result

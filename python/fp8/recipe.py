@@ -1,60 +1,118 @@
 """The recipes of `fused_linear`: scaling and format of each operand, accumulation of each product.
 
 The C++ side (csrc/linear/recipe.h) decides what runs; this table describes the same recipes to a
-reader and lets Python refuse an unknown name early. A test holds the two lists together.
+reader and lets Python refuse an unknown one early. A test holds the two together: the names, the
+options, and which strings are recipes.
 
 The three products of a linear layer: fprop y = x·Wᵀ, dgrad dx = dy·W, wgrad dW = dyᵀ·x.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table. Frozen: a recipe is named, not configured."""
+    """A recipe's name and options; the other fields say what the name stands for.
+
+    `str(recipe)` is what the operator takes: the name, then each option that is set after a colon.
+    Whatever takes a recipe takes this string or the object. Frozen, comparable, hashable.
+
+    Args:
+        name: a key of `fp8.RECIPES`. Unknown: ValueError.
+        power_of_two: scales that are computed are powers of two: quant_multiplier is rounded down
+            to one, so that scaling by itself rounds nothing. Formats whose scales are exponents
+            (MX, blocks on Blackwell) hold no others. amax lands in the upper half of FP8's range
+            instead of at its end: less than one bit of the range is lost.
+
+    Example:
+        >>> str(fp8.Recipe("rowwise", power_of_two=True))
+        'rowwise:power_of_two'
+    """
 
     name: str
-    granularity: Literal["tensorwise", "rowwise"]
+    power_of_two: bool = field(default=False, kw_only=True)
+
+    granularity: Literal["tensorwise", "rowwise"] = field(init=False, repr=False)
     """One scale per tensor, or one per row along the contracted dimension."""
-    input_dtype: torch.dtype
-    weight_dtype: torch.dtype
-    grad_output_dtype: torch.dtype
-    wgrad: Literal["fp8", "high precision"]
+    input_dtype: torch.dtype = field(init=False, repr=False)
+    weight_dtype: torch.dtype = field(init=False, repr=False)
+    grad_output_dtype: torch.dtype = field(init=False, repr=False)
+    wgrad: Literal["fp8", "high precision"] = field(init=False, repr=False)
     """What dW is computed in. High precision: from x and dy in their own dtype, so x itself is kept
     for the backward."""
-    fast_accum: tuple[str, ...] = ("fprop",)
+    fast_accum: tuple[str, ...] = field(init=False, repr=False)
     """The products that use the tensor cores' fast accumulation; the others are promoted to fp32 in
     steps (split)."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or self.name not in _FORMATS:
+            raise _unknown(self.name)
+        for option in OPTIONS:
+            if not isinstance(getattr(self, option), bool):
+                got = getattr(self, option)
+                raise TypeError(f"fp8.Recipe: expected {option} to be a bool, got {got!r}")
+        for key, value in zip(_FIELDS, _FORMATS[self.name], strict=True):
+            object.__setattr__(self, key, value)
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(option for option in OPTIONS if getattr(self, option))])
+
+
+OPTIONS = ("power_of_two",)
+"""The options of every recipe, in the order in which its string has them."""
 
 _E4M3 = torch.float8_e4m3fn
 _E5M2 = torch.float8_e5m2
+_FPROP = ("fprop",)
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        recipe.name: recipe
-        for recipe in (
-            # The fastest. dy has the wider range of e5m2, since one scale serves the whole tensor.
-            Recipe("tensorwise", "tensorwise", _E4M3, _E4M3, _E5M2, "fp8"),
-            # A scale per row isolates outliers, so e4m3 is enough for dy too.
-            Recipe("rowwise", "rowwise", _E4M3, _E4M3, _E4M3, "fp8"),
-            # As rowwise, with the weight gradient (the product most sensitive to rounding) left
-            # unquantized.
-            Recipe("rowwise_gw_hp", "rowwise", _E4M3, _E4M3, _E4M3, "high precision"),
-        )
-    }
+_FIELDS = (
+    "granularity",
+    "input_dtype",
+    "weight_dtype",
+    "grad_output_dtype",
+    "wgrad",
+    "fast_accum",
 )
+_FORMATS: Mapping[str, tuple[Any, ...]] = {
+    # The fastest. dy has the wider range of e5m2, since one scale serves the whole tensor.
+    "tensorwise": ("tensorwise", _E4M3, _E4M3, _E5M2, "fp8", _FPROP),
+    # A scale per row isolates outliers, so e4m3 is enough for dy too.
+    "rowwise": ("rowwise", _E4M3, _E4M3, _E4M3, "fp8", _FPROP),
+    # As rowwise, with the weight gradient (the product most sensitive to rounding) left
+    # unquantized.
+    "rowwise_gw_hp": ("rowwise", _E4M3, _E4M3, _E4M3, "high precision", _FPROP),
+}
 
 
-def check_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises ValueError that lists the known ones."""
-    recipe = RECIPES.get(name) if isinstance(name, str) else None
-    if recipe is None:
-        known = ", ".join(repr(known) for known in RECIPES)
-        raise ValueError(f"fp8: expected a recipe out of {known}, got {name!r}")  # as in C++
-    return recipe
+def _unknown(got: object) -> ValueError:
+    names = ", ".join(repr(name) for name in _FORMATS)
+    options = ", ".join(f"':{option}'" for option in OPTIONS)
+    return ValueError(  # as in C++
+        f"fp8: expected a recipe out of {names}, with options out of {options}, got {got!r}"
+    )
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({name: Recipe(name) for name in _FORMATS})
+"""The recipes without options, by name."""
+
+
+def check_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe that is meant: a Recipe, or its string ("rowwise", "rowwise:power_of_two").
+
+    Raises ValueError that lists the known names and options.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise _unknown(recipe)
+    name, *options = recipe.split(":")
+    if not options and name in RECIPES:
+        return RECIPES[name]
+    if name not in RECIPES or not set(options) <= set(OPTIONS) or len(set(options)) < len(options):
+        raise _unknown(recipe)
+    return Recipe(name, **dict.fromkeys(options, True))

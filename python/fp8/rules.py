@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import Linear
+from .recipe import Recipe, check_recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,7 +56,7 @@ tokens of a step, and this rule assumes the thousands of a training step.
 """
 
 
-def worthwhile(in_features: int, out_features: int, recipe: str) -> str | None:
+def worthwhile(in_features: int, out_features: int, recipe: str | Recipe) -> str | None:
     """None if FP8 should train faster than a bf16 nn.Linear of this shape, else the reason.
 
     K = in_features, N = out_features. FP8 gains time in proportion to K·N per token and spends it
@@ -70,9 +71,8 @@ def worthwhile(in_features: int, out_features: int, recipe: str) -> str | None:
     """
     total = in_features + out_features
     work = in_features * out_features // total if total else 0
-    if work >= MIN_WORK[recipe]:
-        return None
-    return f"small: K*N/(K+N) = {work}, FP8 gains from {MIN_WORK[recipe]}"
+    least = MIN_WORK[check_recipe(recipe).name]  # options cost no time
+    return None if work >= least else f"small: K*N/(K+N) = {work}, FP8 gains from {least}"
 
 
 @dataclass

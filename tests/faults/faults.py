@@ -51,7 +51,7 @@ FAULTS = [
     Fault(
         "from_linear forgets the recipe",
         "python/fp8/linear.py",
-        "        new.recipe = recipe\n",
+        "        new.recipe = name\n",
         "",
         "tests/python/module/test_from_linear.py",
     ),
@@ -178,7 +178,29 @@ FAULTS = [
         '                      "tensorwise");',
         "ctest test_nn",
     ),
+    Fault(
+        "as a power of two, a NaN's multiplier is Inf",
+        "csrc/common/formats.h",
+        "std::isnan(multiplier) ? multiplier : ",
+        "",
+        "ctest test_formats",
+    ),
+    Fault(
+        "two recipes share an input that only one rounds to powers of two",
+        "csrc/linear/memory.cpp",
+        ".power_of_two = request.power_of_two",
+        ".power_of_two = false",
+        f"{LINEAR}/test_linear_memory.py",
+    ),
     # --- kernels ---
+    Fault(
+        "CUDA: as a power of two, a NaN's multiplier is Inf",
+        "csrc/common/vectors.cuh",
+        "if (power_of_two && bits <= kExponentBits) {",
+        "if (power_of_two) {",
+        "tests/python/quantize/test_quantize_power_of_two.py",
+        gpu=True,
+    ),
     Fault(
         "CUDA: a row's scale is its reciprocal",
         "csrc/quantize/rowwise.cu",

@@ -89,12 +89,23 @@ class Quantized(NamedTuple):
     scale: Tensor  # float32
 
 
-def _quantize(x: np.ndarray, amax: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+def _round_down_to_power_of_two(values: np.ndarray) -> np.ndarray:
+    """The largest power of two that is not above; 0, Inf and NaN stay."""
+    _, exponent = np.frexp(values)  # values = fraction · 2^exponent, fraction in [0.5, 1)
+    rounded = np.ldexp(np.float32(1), exponent - 1)
+    return np.where(np.isfinite(values) & (values != 0), rounded, values).astype(np.float32)
+
+
+def _quantize(
+    x: np.ndarray, amax: np.ndarray, dtype: torch.dtype, power_of_two: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scale from x (float32) and its groups' amax (float32, broadcasts against x)."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
         multiplier = np.float32(FP8_MAX[dtype]) / amax
         multiplier = np.where(amax == 0, np.float32(1), multiplier)
         multiplier = np.where(np.isposinf(multiplier), FLT_MAX, multiplier).astype(np.float32)
+        if power_of_two:
+            multiplier = _round_down_to_power_of_two(multiplier)
         scale = np.float32(1) / multiplier
         product = x * multiplier
         assert product.dtype == np.float32
@@ -102,7 +113,9 @@ def _quantize(x: np.ndarray, amax: np.ndarray, dtype: torch.dtype) -> tuple[np.n
     return encode(product, dtype), scale
 
 
-def quantize_tensorwise(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Quantized:
+def quantize_tensorwise(
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, power_of_two: bool = False
+) -> Quantized:
     """scale: 0-dim, static scaling with quant_multiplier 1 / scale."""
     values = x.detach().cpu().float().numpy()
     if scale is not None:
@@ -110,15 +123,15 @@ def quantize_tensorwise(x: Tensor, dtype: torch.dtype, scale: Tensor | None = No
             product = values * (np.float32(1) / scale.cpu().numpy())
         return Quantized(torch.from_numpy(encode(product, dtype)), scale.cpu())
     amax = np.abs(values).max(initial=0)  # np.max propagates NaN
-    code, new_scale = _quantize(values, np.asarray(amax, dtype=np.float32), dtype)
+    code, new_scale = _quantize(values, np.asarray(amax, dtype=np.float32), dtype, power_of_two)
     return Quantized(torch.from_numpy(code), torch.from_numpy(np.asarray(new_scale)))
 
 
-def quantize_rowwise(x: Tensor, dtype: torch.dtype) -> Quantized:
+def quantize_rowwise(x: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Quantized:
     """scale: x.shape[:-1] + [1]."""
     values = x.detach().cpu().float().numpy()
     amax = np.abs(values).max(axis=-1, keepdims=True, initial=0)
-    code, scale = _quantize(values, amax, dtype)
+    code, scale = _quantize(values, amax, dtype, power_of_two)
     return Quantized(torch.from_numpy(code), torch.from_numpy(scale))
 
 

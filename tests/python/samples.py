@@ -17,10 +17,10 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
 
 # The public contract: names and order of arguments, and what is returned.
 SCHEMAS = {
-    "quantize_tensorwise": ("x dtype scale", 2),
-    "quantize_rowwise": ("x dtype", 2),
-    "quantize_tensorwise_transpose": ("x dtype scale", 3),
-    "quantize_rowwise_transpose": ("x dtype", 4),
+    "quantize_tensorwise": ("x dtype scale power_of_two", 2),
+    "quantize_rowwise": ("x dtype power_of_two", 2),
+    "quantize_tensorwise_transpose": ("x dtype scale power_of_two", 3),
+    "quantize_rowwise_transpose": ("x dtype power_of_two", 4),
     "dequantize": ("data scale dtype", 1),
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
@@ -78,6 +78,7 @@ def _quantize(static_scale: bool) -> Callable[[str], list[Sample]]:
         found = [Sample(name, (x, E4M3)) for name, x in _inputs(device).items()]
         x = torch.randn(17, 33, device=device)
         found += [Sample("e5m2", (x, E5M2)), Sample("default dtype", (x,))]
+        found.append(Sample("power of two", (x, E4M3), {"power_of_two": True}))
         if static_scale:
             scale = torch.tensor(0.25, device=device)
             found.append(Sample("static scale", (x, E4M3), {"scale": scale}))
@@ -147,7 +148,14 @@ def _fused_linear(device: str) -> list[Sample]:
             found.append(Sample(f"{recipe} {shape} frozen", (x, weight.detach(), None, recipe)))
     x, weight = torch.randn(8, 32, device=device), torch.randn(16, 32, device=device)
     found.append(Sample("defaults, no grad", (x, weight)))
+    for recipe in RECIPES:
+        leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
+        found.append(Sample(f"{recipe}, power of two", (*leaves, None, f"{recipe}:power_of_two")))
     return found
+
+
+# Where the number of a recipe, as private operators take it, has its option.
+POWER_OF_TWO = 1 << 8
 
 
 def _linear_forward(device: str) -> list[Sample]:
@@ -160,6 +168,9 @@ def _linear_forward(device: str) -> list[Sample]:
             for saves in ((True, True), (True, False), (False, True), (False, False)):
                 what = f"{RECIPES[recipe]} {shape} saves {saves}"
                 found.append(Sample(what, (x, weight, bias, recipe, *saves)))
+        x, weight = torch.randn(8, 32, device=device), torch.randn(16, 32, device=device)
+        args = (x, weight, None, recipe | POWER_OF_TWO, True, True)
+        found.append(Sample(f"{RECIPES[recipe]}, power of two", args))
     return found
 
 

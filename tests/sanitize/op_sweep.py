@@ -29,7 +29,8 @@ def main() -> None:
         for sample in samples(name, "cuda"):
             getattr(torch.ops.fp8, name)(*sample.args, **sample.kwargs)
             calls += 1
-    for recipe in fp8.RECIPES if matmul else ():
+    recipes = [f"{name}{option}" for name in fp8.RECIPES for option in ("", ":power_of_two")]
+    for recipe in recipes if matmul else ():
         for tokens, k, n in SHAPES:
             for dtype in (torch.bfloat16, torch.float32):
                 x, weight, bias = (
@@ -47,7 +48,9 @@ def main() -> None:
         torch.ops.fp8.quantize_tensorwise_transpose(x)
         torch.ops.fp8.quantize_rowwise_transpose(x)
         torch.ops.fp8.quantize_rowwise(x)
-        calls += 3
+        torch.ops.fp8.quantize_tensorwise_transpose(x, power_of_two=True)
+        torch.ops.fp8.quantize_rowwise_transpose(x, power_of_two=True)
+        calls += 5
     torch.cuda.synchronize()
     print(f"op_sweep: {calls} calls")
 

@@ -45,8 +45,10 @@ struct Destination {
 //   quant_multiplier = fp8_max / amax   (1 if amax is 0, at most FLT_MAX; fp8_max is 448 or 57344)
 //   data = round_to_nearest_even_saturate(float(x) * quant_multiplier),  scale = 1 /
 //   quant_multiplier
-// NaN and Inf in a scaling group make its scale NaN or Inf. With static_scale, quant_multiplier is
-// 1 / static_scale, and values out of range saturate (Inf too; NaN stays NaN).
+// NaN and Inf in a scaling group make its scale NaN or Inf. With power_of_two, quant_multiplier is
+// rounded down to a power of two, so scale is one too (between 2^-127 and 2^120). With
+// static_scale, quant_multiplier is 1 / static_scale, and values out of range saturate (Inf too;
+// NaN stays NaN).
 struct QuantizeArgs {
   const void* x = nullptr;  // [rows, cols], contiguous columns, any alignment of whole elements
   Dtype x_dtype = Dtype::kBFloat16;
@@ -55,8 +57,9 @@ struct QuantizeArgs {
   int64_t ld = 0;  // elements from row to row, 0 repeats one row
   Dtype dtype = Dtype::kE4M3;
   Granularity granularity = Granularity::kTensorwise;
-  Destination data;    // [rows, cols]
-  Destination data_t;  // [cols, rows], the transposed copy
+  bool power_of_two = false;  // no effect on static_scale
+  Destination data;           // [rows, cols]
+  Destination data_t;         // [cols, rows], the transposed copy
   // tensorwise: `scale` is one float, `scale_t` unused. rowwise: `scale` is [data.rows] (1 in the
   // padding) for data, `scale_t` [data_t.rows] for data_t, whose scaling groups are the columns of
   // x.

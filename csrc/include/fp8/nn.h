@@ -23,7 +23,8 @@ struct LinearOptions {
   TORCH_ARG(int64_t, in_features);
   TORCH_ARG(int64_t, out_features);
   TORCH_ARG(bool, bias) = true;
-  TORCH_ARG(std::string, recipe) = "tensorwise";  // or "rowwise", "rowwise_gw_hp"
+  // A recipe as fp8::fused_linear takes it: "tensorwise", "rowwise:power_of_two", ...
+  TORCH_ARG(std::string, recipe) = "tensorwise";
 };
 
 class LinearImpl : public torch::nn::Cloneable<LinearImpl> {

@@ -8,7 +8,8 @@
 // Quantization of a scaling group (the tensor, or a row): amax = max |x|, quant_multiplier =
 // fp8_max / amax (fp8_max 448 for e4m3, 57344 for e5m2; 1 if amax is 0; at most FLT_MAX), data =
 // round to nearest even, saturating, of float(x) * quant_multiplier, scale = 1 / quant_multiplier.
-// NaN or Inf in a group makes its scale non-finite.
+// NaN or Inf in a group makes its scale non-finite. With power_of_two, quant_multiplier is rounded
+// down to a power of two, and scale is one too.
 //
 // Errors: c10::TypeError for dtypes, c10::ValueError for shapes, devices and recipes,
 // c10::NotImplementedError for double backward. Messages name the op, what was expected and what
@@ -25,25 +26,27 @@ namespace fp8 {
 
 // x [..., K] high precision -> data (x's shape, dtype; rows padded to 16 elements in memory), scale
 // [] fp32. With `scale` ([] fp32, on x's device): static scaling, quant_multiplier = 1 / scale;
-// values out of range saturate, Inf too; the given scale is returned.
+// values out of range saturate, Inf too; the given scale is returned, and power_of_two must be
+// false.
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(
     const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn,
-    const std::optional<at::Tensor>& scale = std::nullopt);
+    const std::optional<at::Tensor>& scale = std::nullopt, bool power_of_two = false);
 
 // x [..., K] -> data, scale x.shape[:-1] + [1]: one scale per row.
 std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x,
-                                                    at::ScalarType dtype = at::kFloat8_e4m3fn);
+                                                    at::ScalarType dtype = at::kFloat8_e4m3fn,
+                                                    bool power_of_two = false);
 
 // x [..., K] with M the product of the leading dimensions -> data, data_t [K, M] row-major, scale
 // [].
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
     const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn,
-    const std::optional<at::Tensor>& scale = std::nullopt);
+    const std::optional<at::Tensor>& scale = std::nullopt, bool power_of_two = false);
 
 // x [..., K] -> data, data_t [K, M], scale x.shape[:-1] + [1], scale_t [K, 1]: data_t is quantized
 // along M, with scaling groups of its own.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
-    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn);
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
 
 // data [..., K] e4m3 or e5m2 of any strides, scale [] or data.shape[:-1] + [1] -> float(data) *
 // scale in dtype.
@@ -66,7 +69,8 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 
 // x [..., K], weight [N, K], bias [N], all of one high-precision dtype -> y [..., N] in that dtype.
 // Quantizes x and weight as the recipe says ("tensorwise", "rowwise", "rowwise_gw_hp") and
-// multiplies in FP8. Differentiable once.
+// multiplies in FP8. Differentiable once. Options follow the recipe's name after a colon:
+// "rowwise:power_of_two" quantizes x, weight and dy with power_of_two.
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias = std::nullopt,
                         std::string_view recipe = "tensorwise");

@@ -78,7 +78,7 @@ TEST_CASE("quantize matches the host's encoder bit by bit") {
   const std::vector<float> x = random_matrix(rows * cols, 1);
   float amax = 0.0F;
   for (const float v : x) amax = std::max(amax, std::fabs(v));
-  const float multiplier = fp8::quant_multiplier(amax, 448.0F);
+  const float multiplier = fp8::quant_multiplier(amax, 448.0F, false);
   const Quantized q(x, rows, cols, Granularity::kTensorwise, nullptr);
   REQUIRE(q.scale.host()[0] == 1.0F / multiplier);
   const std::vector<uint8_t> codes = q.data.host();
@@ -98,6 +98,7 @@ TEST_CASE("quantize matches the host's encoder bit by bit") {
 // before it drains. compute-sanitizer's racecheck runs this case.
 TEST_CASE("column sums, and a transposed copy that overlaps them", "[quantize]") {
   const auto granularity = GENERATE(Granularity::kTensorwise, Granularity::kRowwise);
+  const bool power_of_two = GENERATE(false, true);
   const auto [rows, cols] = GENERATE(std::pair<int64_t, int64_t>{1, 1}, std::pair{130, 1040},
                                      std::pair{700, 2100}, std::pair{3000, 72});
   const std::vector<float> host_dy = random_matrix(rows * cols, 6);
@@ -116,6 +117,7 @@ TEST_CASE("column sums, and a transposed copy that overlaps them", "[quantize]")
   QuantizeArgs args{
       .x = dy.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
   args.granularity = granularity;
+  args.power_of_two = power_of_two;
   args.dtype = rowwise ? Dtype::kE4M3 : Dtype::kE5M2;
   args.data = {data.data, pad16(rows), pad16(cols)};
   args.data_t = {data_t.data, pad16(cols), pad16(rows)};
@@ -132,6 +134,7 @@ TEST_CASE("column sums, and a transposed copy that overlaps them", "[quantize]")
   QuantizeArgs next{
       .x = weight.data, .x_dtype = Dtype::kFloat32, .rows = 96, .cols = cols, .ld = cols};
   next.granularity = granularity;
+  next.power_of_two = power_of_two;
   next.data_t = {weight_t.data, pad16(cols), 96};
   next.scale = weight_scale.data;
   next.scale_t = weight_scale.data;
@@ -164,7 +167,7 @@ TEST_CASE("column sums, and a transposed copy that overlaps them", "[quantize]")
     for (int64_t r = 0; rowwise && r < 96; ++r) {
       group = std::max(group, std::fabs(host_w[r * cols + c]));
     }
-    const float multiplier = fp8::quant_multiplier(group, 448.0F);
+    const float multiplier = fp8::quant_multiplier(group, 448.0F, power_of_two);
     wrong += scales[rowwise ? c : 0] != 1.0F / multiplier;
     for (int64_t r = 0; r < 96; ++r) {
       wrong += codes[c * 96 + r] != fp8::encode<fp8::E4M3>(host_w[r * cols + c] * multiplier);

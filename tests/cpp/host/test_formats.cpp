@@ -76,11 +76,45 @@ TEST_CASE("e5m2 encodes and decodes by its definition") {
 TEST_CASE("quant_multiplier keeps the numerics contract") {
   constexpr float kMax = std::numeric_limits<float>::max();
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  REQUIRE(fp8::quant_multiplier(0.0F, 448.0F) == 1.0F);
-  REQUIRE(fp8::quant_multiplier(448.0F, 448.0F) == 1.0F);
-  REQUIRE(fp8::quant_multiplier(1e-40F, 448.0F) == kMax);
-  REQUIRE(fp8::quant_multiplier(kInf, 448.0F) == 0.0F);
-  REQUIRE(std::isnan(fp8::quant_multiplier(std::numeric_limits<float>::quiet_NaN(), 448.0F)));
+  REQUIRE(fp8::quant_multiplier(0.0F, 448.0F, false) == 1.0F);
+  REQUIRE(fp8::quant_multiplier(448.0F, 448.0F, false) == 1.0F);
+  REQUIRE(fp8::quant_multiplier(1e-40F, 448.0F, false) == kMax);
+  REQUIRE(fp8::quant_multiplier(kInf, 448.0F, false) == 0.0F);
+  REQUIRE(
+      std::isnan(fp8::quant_multiplier(std::numeric_limits<float>::quiet_NaN(), 448.0F, false)));
+}
+
+TEST_CASE("quant_multiplier as a power of two is rounded down, and its scale is finite") {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  for (const float format_max : {E4M3::kMax, E5M2::kMax}) {
+    // Amaxes around every point where the quotient is a power of two, down to subnormals and up to
+    // the largest.
+    for (int exponent = -149; exponent <= 127; ++exponent) {
+      const float base = std::ldexp(1.0F, exponent);
+      for (const float amax : {base, 1.75F * base, std::nextafter(1.75F * base, kInf),
+                               std::nextafter(1.75F * base, 0.0F), std::nextafter(base, kInf)}) {
+        if (amax == 0.0F || std::isinf(amax)) continue;
+        const float exact = fp8::quant_multiplier(amax, format_max, false);
+        const float rounded = fp8::quant_multiplier(amax, format_max, true);
+        INFO(amax << " " << exact << " " << rounded);
+        int power = 0;
+        REQUIRE(std::frexp(rounded, &power) == 0.5F);
+        REQUIRE(rounded <= exact);
+        REQUIRE(static_cast<double>(rounded) * 2 > exact);
+        const float scale = 1.0F / rounded;
+        REQUIRE(static_cast<double>(scale) * rounded == 1.0);
+        REQUIRE(scale >= std::ldexp(1.0F, -127));
+        REQUIRE(scale <= std::ldexp(1.0F, 120));
+      }
+    }
+    REQUIRE(fp8::quant_multiplier(0.0F, format_max, true) == 1.0F);
+    REQUIRE(fp8::quant_multiplier(kInf, format_max, true) == 0.0F);
+    REQUIRE(std::isnan(fp8::quant_multiplier(std::nanf(""), format_max, true)));
+    REQUIRE(fp8::quant_multiplier(1e-45F, format_max, true) == std::ldexp(1.0F, 127));
+    REQUIRE(fp8::quant_multiplier(kMax, format_max, true) ==
+            std::ldexp(1.0F, format_max == E4M3::kMax ? -120 : -113));
+  }
 }
 
 TEST_CASE("magnitude_bits orders like the values, NaN above all") {

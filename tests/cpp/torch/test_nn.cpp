@@ -40,6 +40,10 @@ TEST_CASE("forward is fused_linear with the module's recipe") {
   const torch::Tensor y = layer(x);
   REQUIRE(torch::equal(y, fp8::fused_linear(x, layer->weight, layer->bias, "rowwise")));
   REQUIRE_FALSE(torch::equal(y, fp8::fused_linear(x, layer->weight, layer->bias)));
+  layer->options.recipe("rowwise:power_of_two");
+  REQUIRE(torch::equal(layer(x),
+                       fp8::fused_linear(x, layer->weight, layer->bias, "rowwise:power_of_two")));
+  REQUIRE_FALSE(torch::equal(layer(x), y));
   y.sum().backward();
   REQUIRE(layer->weight.grad().sizes() == layer->weight.sizes());
   REQUIRE(torch::allclose(layer->bias.grad(), torch::full({32}, 15.0)));
@@ -92,7 +96,9 @@ TEST_CASE("a dtype and a training mode set on the module hold") {
 }
 
 TEST_CASE("an unknown recipe is refused when the layer is made") {
-  REQUIRE_THROWS_AS(fp8::nn::Linear(LinearOptions(4, 4).recipe("fp4")), c10::ValueError);
+  for (const char* recipe : {"fp4", "rowwise:", "rowwise:power_of_two:power_of_two"}) {
+    REQUIRE_THROWS_AS(fp8::nn::Linear(LinearOptions(4, 4).recipe(recipe)), c10::ValueError);
+  }
 }
 
 TEST_CASE("the operators are registered") { REQUIRE_NOTHROW(fp8::ensure_registered()); }

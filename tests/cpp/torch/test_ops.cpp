@@ -81,6 +81,22 @@ TEST_CASE("the ops compose to fused_linear's forward") {
   REQUIRE(at::allclose(twice, 2 * once, 1e-4, 1e-4));
 }
 
+TEST_CASE("power_of_two gives scales that are powers of two, in operators and recipes") {
+  Problem p;
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = p.x.flatten(0, 1);
+  const auto [x_data, x_scale] = fp8::quantize_rowwise(x, at::kFloat8_e4m3fn, true);
+  const auto [w_data, w_scale] = fp8::quantize_rowwise(p.weight, at::kFloat8_e4m3fn, true);
+  REQUIRE(at::equal(std::get<0>(at::frexp(x_scale)), at::full_like(x_scale, 0.5)));
+  const at::Tensor y = fp8::scaled_mm(x_data, w_data, x_scale, w_scale, p.bias, at::kFloat);
+  REQUIRE(at::equal(y.view({3, 33, 48}),
+                    fp8::fused_linear(p.x, p.weight, p.bias, "rowwise:power_of_two")));
+  const at::Tensor scale = std::get<1>(
+      fp8::quantize_tensorwise(x, at::kFloat8_e5m2, std::nullopt, /*power_of_two=*/true));
+  REQUIRE(std::get<0>(at::frexp(scale)).item<float>() == 0.5F);
+  REQUIRE_THROWS_AS(fp8::quantize_tensorwise(x, at::kFloat8_e4m3fn, scale, true), c10::ValueError);
+}
+
 TEST_CASE("autocast decides the dtype") {
   Problem p;
   at::autocast::set_autocast_enabled(at::kCPU, true);

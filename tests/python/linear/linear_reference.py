@@ -14,6 +14,7 @@ from torch import Tensor
 
 OPS = torch.ops.fp8
 RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+WITH_OPTIONS = RECIPES + tuple(f"{recipe}:power_of_two" for recipe in RECIPES)
 
 
 class Result(NamedTuple):
@@ -24,22 +25,24 @@ class Result(NamedTuple):
 
 
 def _operands(
-    x: Tensor, dtype: torch.dtype, rowwise: bool
+    x: Tensor, dtype: torch.dtype, rowwise: bool, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """data, data_t and the scale of each."""
     if rowwise:
-        return tuple(OPS.quantize_rowwise_transpose(x, dtype))
-    data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype)
+        return tuple(OPS.quantize_rowwise_transpose(x, dtype, power_of_two=power_of_two))
+    data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype, power_of_two=power_of_two)
     return data, data_t, scale, scale
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, recipe: str) -> Result:
     """Forward and backward with the output gradient dy. dw of rowwise_gw_hp and db in fp64."""
-    rowwise = recipe != "tensorwise"
+    recipe, _, option = recipe.partition(":")
+    rowwise, power_of_two = recipe != "tensorwise", option == "power_of_two"
     x2, dy2 = as_matrix(x), as_matrix(dy)
-    qx, qx_t, sx, sx_t = _operands(x2, E4M3, rowwise)
-    qw, qw_t, sw, sw_t = _operands(weight, E4M3, rowwise)
-    qdy, qdy_t, sdy, sdy_t = _operands(dy2, E4M3 if rowwise else E5M2, rowwise)
+    qx, qx_t, sx, sx_t = _operands(x2, E4M3, rowwise, power_of_two)
+    qw, qw_t, sw, sw_t = _operands(weight, E4M3, rowwise, power_of_two)
+    grad_dtype = E4M3 if rowwise else E5M2
+    qdy, qdy_t, sdy, sdy_t = _operands(dy2, grad_dtype, rowwise, power_of_two)
     y = OPS.scaled_mm(qx, qw, sx, sw, bias, x.dtype, True)
     dx = OPS.scaled_mm(qdy, qw_t, sdy, sw_t, None, x.dtype, False)
     if recipe == "rowwise_gw_hp":
@@ -64,7 +67,7 @@ def assert_matches(actual: Result, expected: Result, x: Tensor, dy: Tensor, reci
     assert_same_bits(actual.y, expected.y, "y")
     assert_same_bits(actual.dx, expected.dx, "dx")
     dy2 = as_matrix(dy).double()
-    if recipe == "rowwise_gw_hp":
+    if recipe.startswith("rowwise_gw_hp"):
         magnitude = dy2.abs().t() @ as_matrix(x).double().abs()
         assert_sum(actual.dw, expected.dw, magnitude, dy2.shape[0], "dw")
     else:

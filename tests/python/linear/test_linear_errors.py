@@ -19,8 +19,12 @@ def tensors(device):
 
 
 def test_fused_linear_error_unknown_recipe(tensors):
-    for name in ("fp4", "", "Tensorwise", "rowwise "):
-        with pytest.raises(ValueError, match=OP + "recipe.*" + ".*".join(RECIPES)):
+    names = ("fp4", "", "Tensorwise", "rowwise ", ":", ":power_of_two")
+    options = ("rowwise:", "rowwise:pow2", "rowwise:power_of_two:", "rowwise power_of_two")
+    twice = "rowwise:power_of_two:power_of_two"
+    for name in (*names, *options, twice):
+        known = ".*".join(RECIPES) + f".*':power_of_two', got '{name}'"
+        with pytest.raises(ValueError, match=OP + "recipe.*" + known):
             OPS.fused_linear(*tensors, name)
 
 

@@ -119,11 +119,18 @@ def test_inputs_are_let_go_with_their_tensors(device):
     assert gone
 
 
-def test_recipes_do_not_share(device):
-    tensorwise, rowwise = layers(device, 1)[0], layers(device, 1, "rowwise")[0]
+@pytest.mark.parametrize("other", ["rowwise", "tensorwise:power_of_two"])
+def test_recipes_do_not_share(device, other):
+    tensorwise, second = layers(device, 1)[0], layers(device, 1, other)[0]
     x = activation(device)
     tensorwise(x)
-    assert torch.equal(rowwise(x), rowwise(x.clone()))
+    assert torch.equal(second(x), second(x.clone()))
+    with fp8.cached_weights(tensorwise):  # the weight under two recipes
+        tensorwise(x)
+        second.weight = tensorwise.weight
+        assert torch.equal(second(x), second(x.clone()))
+        expected = fp8.ops.fused_linear(x.clone(), second.weight.clone(), second.bias, other)
+        assert torch.equal(second(x), expected)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

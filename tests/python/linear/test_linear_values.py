@@ -6,7 +6,7 @@ import inputs
 import linear_reference
 import pytest
 import torch
-from linear_reference import RECIPES
+from linear_reference import RECIPES, WITH_OPTIONS
 from reference import FLOAT_DTYPES, assert_same_bits, sqnr
 
 OPS = torch.ops.fp8
@@ -33,7 +33,7 @@ def check(x, weight, bias, dy, recipe):
     return actual
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WITH_OPTIONS)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 def test_fused_linear_composes_the_public_ops(device, with_bias, dtype, recipe, poisoned_memory):
@@ -85,7 +85,7 @@ def test_fused_linear_without_elements(device, shape, n, recipe, with_bias, pois
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WITH_OPTIONS)
 @pytest.mark.parametrize("kind", ["student_t", "lognormal", "zeros", "subnormal"])
 def test_fused_linear_kinds_of_values(device, kind, recipe):
     check(*problem((64, 80), 48, torch.float32, device, kind), recipe)
@@ -137,16 +137,17 @@ def test_fused_linear_gradients_of_usual_losses(device, recipe):
         assert leaves[0].grad.shape == x.shape, name
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WITH_OPTIONS)
 def test_fused_linear_is_near_the_fp64_linear(device, recipe):
-    """Of randn data e4m3 keeps about 31.5 dB and e5m2 25.5; two operands' noises add up."""
+    """Of randn data e4m3 keeps about 31.5 dB and e5m2 25.5, with scales that are powers of two as
+    with others; two operands' noises add up."""
     x, weight, bias, dy = problem((512, 256), 384, torch.float32, device)
     actual = linear_reference.run(x, weight, bias, dy, recipe)
     x64, w64, dy64 = x.double(), weight.double(), dy.double()
-    floor = 27.5 if recipe != "tensorwise" else 23.5
+    floor = 23.5 if recipe.startswith("tensorwise") else 27.5
     assert sqnr(actual.y, x64 @ w64.t() + bias.double()) >= 28
     assert sqnr(actual.dx, dy64 @ w64) >= floor
-    assert sqnr(actual.dw, dy64.t() @ x64) >= (100 if recipe == "rowwise_gw_hp" else floor)
+    assert sqnr(actual.dw, dy64.t() @ x64) >= (100 if recipe.startswith("rowwise_gw_hp") else floor)
     assert sqnr(actual.db, dy64.sum(0)) >= 100
 
 

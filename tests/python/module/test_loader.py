@@ -190,6 +190,7 @@ def test_public_names():
         *(
             "RECIPES",
             "Linear",
+            "Recipe",
             "__version__",
             "autotune",
             "cached_weights",

@@ -61,15 +61,17 @@ class Recorder(TorchFunctionMode):
 @pytest.mark.parametrize("name", fp8.ops.__all__)
 def test_wrapper_passes_every_argument_on(name, flag):
     special = {"dtype": E5M2, "out_dtype": torch.float32, "fast_accum": flag, "recipe": "rowwise"}
+    special["power_of_two"] = flag
     parameters = inspect.signature(getattr(fp8.ops, name)).parameters
     values = {key: special.get(key, torch.ones(())) for key in parameters}
     with Recorder() as recorder:
         getattr(fp8.ops, name)(**values)
     ((func, args, kwargs),) = recorder.calls
     assert func is getattr(torch.ops.fp8, name).default
-    assert not kwargs
-    assert len(args) == len(values)
-    assert all(got is given for got, given in zip(args, values.values(), strict=True))
+    passed = [*args, *kwargs.values()]  # keyword-only arguments come last
+    assert all(kwargs[key] is values[key] for key in kwargs)
+    assert len(passed) == len(values)
+    assert all(got is given for got, given in zip(passed, values.values(), strict=True))
 
 
 def test_quantize_wrappers_return_tuples():

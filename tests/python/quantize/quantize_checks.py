@@ -10,27 +10,28 @@ from torch import Tensor
 OPS = torch.ops.fp8
 
 
-def check_all(x: Tensor, dtype: torch.dtype) -> None:
+def check_all(x: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> None:
     """All four quantize operators on x against the reference."""
     matrix = reference.as_matrix(x)
-    whole = reference.quantize_tensorwise(x, dtype)
-    rows = reference.quantize_rowwise(x, dtype)
-    columns = reference.quantize_rowwise(matrix.t(), dtype)
+    whole = reference.quantize_tensorwise(x, dtype, power_of_two=power_of_two)
+    rows = reference.quantize_rowwise(x, dtype, power_of_two)
+    columns = reference.quantize_rowwise(matrix.t(), dtype, power_of_two)
+    option = {"power_of_two": True} if power_of_two else {}
 
-    data, scale = OPS.quantize_tensorwise(x, dtype)
+    data, scale = OPS.quantize_tensorwise(x, dtype, **option)
     assert_same_bits(scale, whole.scale, "tensorwise scale")
     assert_same_bits(codes(data), whole.codes, "tensorwise data")
 
-    data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype)
+    data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype, **option)
     assert_same_bits(scale, whole.scale, "tensorwise_transpose scale")
     assert_same_bits(codes(data), whole.codes, "tensorwise_transpose data")
     assert_same_bits(codes(data_t), reference.as_matrix(whole.codes).t(), "tensorwise data_t")
 
-    data, scale = OPS.quantize_rowwise(x, dtype)
+    data, scale = OPS.quantize_rowwise(x, dtype, **option)
     assert_same_bits(scale, rows.scale, "rowwise scale")
     assert_same_bits(codes(data), rows.codes, "rowwise data")
 
-    data, data_t, scale, scale_t = OPS.quantize_rowwise_transpose(x, dtype)
+    data, data_t, scale, scale_t = OPS.quantize_rowwise_transpose(x, dtype, **option)
     assert_same_bits(scale, rows.scale, "rowwise_transpose scale")
     assert_same_bits(codes(data), rows.codes, "rowwise_transpose data")
     assert_same_bits(scale_t, columns.scale, "rowwise scale_t")
