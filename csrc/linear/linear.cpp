@@ -83,12 +83,11 @@ void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
   for (int64_t start = 0; start < features; start += block) {
     const int64_t count = std::min(block, features - start);
     const at::Tensor left = dy.narrow(1, start, count).t();
-    at::Tensor rows = main_grad.narrow(0, start, count);
-    at::Tensor product = wide  ? at::mm(left, x)
-                         : gpu ? at::mm(left, x, at::kFloat)
-                               : at::mm(left.to(at::kFloat), x.to(at::kFloat));
-    if (!overwrite) product.add_(rows);
-    rows.copy_(product);
+    const at::Tensor rows = main_grad.narrow(0, start, count);
+    const at::Tensor product = wide  ? at::mm(left, x)
+                               : gpu ? at::mm(left, x, at::kFloat)
+                                     : at::mm(left.to(at::kFloat), x.to(at::kFloat));
+    store_product(rows, product, overwrite);
   }
 }
 

@@ -153,9 +153,8 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
 
 at::Tensor store_product(const at::Tensor& into, const at::Tensor& product, bool overwrite) {
   at::Tensor destination = into;
-  if (overwrite) return destination.copy_(product);
-  return into.scalar_type() == at::kFloat ? destination.add_(product)
-                                          : destination.copy_(into.to(at::kFloat).add_(product));
+  // The sum of mixed dtypes is made in fp32 and rounded where it is stored: one launch.
+  return overwrite ? destination.copy_(product) : at::add_out(destination, product, into);
 }
 
 at::Tensor matmul(const Operand& a, const Operand& b, const MatmulOptions& options) {
