@@ -160,7 +160,8 @@ def _scales(
                 continue
             option = check_recipe(layer.recipe).power_of_two
             _, scale = torch.ops.fp8.quantize_tensorwise(
-                (amax * margin).reshape(1), power_of_two=option
+                (amax * margin).clamp(max=torch.finfo(torch.float32).max).reshape(1),
+                power_of_two=option,
             )
             scales[layer] = scale.to(layer.weight.device)
     if bad:

@@ -179,12 +179,22 @@ def test_calibrate_mixes_inference_mode_and_others():
     model.load_state_dict(model.state_dict())
 
 
-def test_calibrate_sees_keyword_inputs_and_autocast():
-    model = model_of()
-    x = batches()[1]
-    with torch.autocast("cpu", torch.bfloat16), fp8.calibrate(model):
+def test_calibrate_sees_keyword_inputs_and_autocast(device):
+    model = model_of(device)
+    x = batches(device)[1]
+    with torch.autocast(device, torch.bfloat16), fp8.calibrate(model):
         model[2](model[1](model[0](input=x)))
-    assert torch.equal(model[0].input_scale, scale_of(x.abs().max(), "cpu"))
+    assert torch.equal(model[0].input_scale, scale_of(x.abs().max(), device))
+    assert model[2].input_scale.dtype == torch.float32
+
+
+def test_calibrate_largest_values():
+    """fp32 values near the largest, and a margin beyond it: the scale stays finite."""
+    model = nn.Sequential(fp8.Linear(16, 16, recipe="tensorwise:power_of_two"))
+    x = torch.full((2, 16), torch.finfo(torch.float32).max)
+    with fp8.calibrate(model, margin=2.0):
+        model(x)
+    assert model[0].input_scale.item() == 2.0**120
 
 
 def test_calibrate_leaves_other_recipes_alone():
