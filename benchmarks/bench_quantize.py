@@ -25,9 +25,12 @@ def calls(x: torch.Tensor):
     transpose = ops.quantize_tensorwise_transpose
     return {
         "quantize_rowwise": lambda: ops.quantize_rowwise(x),
+        "quantize_rowwise, power of two": lambda: ops.quantize_rowwise(x, power_of_two=True),
         "quantize_rowwise_transpose": lambda: ops.quantize_rowwise_transpose(x),
         "quantize_tensorwise": lambda: ops.quantize_tensorwise(x),
+        "quantize_tensorwise, static scale": lambda: ops.quantize_tensorwise(x, scale=scale),
         "quantize_tensorwise_transpose": lambda: transpose(x),
+        "quantize_tensorwise_transpose, power of two": lambda: transpose(x, power_of_two=True),
         "quantize_tensorwise_transpose, static scale": lambda: transpose(x, scale=scale),
         "dequantize": lambda: ops.dequantize(data, factors),
     }

@@ -54,9 +54,12 @@ QUANTIZE_ROWS = (1024, 4096, 8192, 14336)
 # Fewest bytes an element of a 16-bit input costs, reads plus writes, in one or two passes.
 QUANTIZE_BYTES = {
     "quantize_rowwise": 3,  # 2 read, 1 written
+    "quantize_rowwise, power of two": 3,
     "quantize_rowwise_transpose": 6,  # columns' amax first: 2 read; then 2 read, 1 + 1 written
     "quantize_tensorwise": 5,  # amax: 2 read; then 2 read, 1 written
+    "quantize_tensorwise, static scale": 3,
     "quantize_tensorwise_transpose": 6,
+    "quantize_tensorwise_transpose, power of two": 6,
     "quantize_tensorwise_transpose, static scale": 4,
     "dequantize": 3,  # 1 read, 2 written
 }

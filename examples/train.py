@@ -21,6 +21,7 @@ from tqdm import tqdm
 import fp8
 from byte_model import ByteModel, ModelSize, parameter_count
 from comparison import Batch, Schedule, Variant, evaluate, make_variant, train
+from fp8.recipe import check_recipe
 from stdlib_text import Text, load_text
 from training_report import table, write_csv, write_plot
 
@@ -59,14 +60,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         default=list(fp8.RECIPES),
         metavar="RECIPE",
-        help=f"FP8 recipes to compare (default: {' '.join(fp8.RECIPES)})",
+        help="FP8 recipes to compare, with options after a colon, as in rowwise:power_of_two "
+        f"(default: {' '.join(fp8.RECIPES)})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for results")
     options = parser.parse_args(arguments)
-    unknown = [recipe for recipe in options.recipes if recipe not in fp8.RECIPES]
-    if unknown:
-        parser.error(f"unknown recipe {unknown[0]!r}, known are {', '.join(fp8.RECIPES)}")
+    for recipe in options.recipes:
+        try:
+            check_recipe(recipe)
+        except ValueError:
+            parser.error(f"unknown recipe {recipe!r}, known are {', '.join(fp8.RECIPES)}")
     if options.steps is not None and options.steps < 2:
         parser.error(f"--steps must be at least 2, got {options.steps}")
     if options.device is None:

@@ -42,17 +42,25 @@ struct Buffer {
   const std::optional<at::Tensor>& stand_in;  // what autograd gets as the weight's gradient instead
 };
 
+// What is not differentiated: no arguments of the node, whose backward has a gradient for each.
+struct Extras {
+  const Buffer* buffer;                          // optional
+  const std::optional<at::Tensor>& input_scale;  // [] fp32
+};
+
 class FusedLinear : public torch::autograd::Function<FusedLinear> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, int64_t recipe, int64_t needs,
-                            const Buffer* buffer) {
+                            const Extras* extras) {
+    const Buffer* buffer = extras->buffer;
     const auto [dx, dweight, dbias] = unpack(needs);
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
     std::optional<memory::EagerScope> shares_input;
     if (!x.is_leaf()) shares_input.emplace();
-    auto [y, x_t, x_t_scale, weight_amax] = op.call(x, weight, bias, recipe, dweight, dx);
+    auto [y, x_t, x_t_scale, weight_amax] =
+        op.call(x, weight, bias, recipe, dweight, dx, extras->input_scale);
     const bool fp8_wgrad = recipe_at(recipe).fp8_wgrad;
     const bool tensorwise = recipe_at(recipe).granularity == core::Granularity::kTensorwise;
     const at::Tensor none;
@@ -152,6 +160,7 @@ class NoDoubleBackward : public torch::autograd::Function<NoDoubleBackward> {
 
 at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias, std::string_view recipe,
+                                 const std::optional<at::Tensor>& input_scale,
                                  const Buffer* buffer) {
   const int64_t id = recipe_id(recipe);
   const Needs needs{x.requires_grad(), weight.requires_grad(), wants_grad(bias)};
@@ -161,31 +170,37 @@ at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
       "fp8::fused_linear: expected reverse mode, got a tangent: forward-mode AD (jvp) is not "
       "supported; "
       "use nn.Linear there");
+  FP8_CHECK_VALUE(!at::GradMode::is_enabled() || !wants_grad(input_scale),
+                  "fp8::fused_linear: expected input_scale without requires_grad, got one that "
+                  "requires a gradient; a given scale has no derivative");
   if (!at::GradMode::is_enabled() || !(needs.dx || needs.dweight || needs.dbias)) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return fp8::fused_linear(x, weight, bias, recipe);
+    return fp8::fused_linear(x, weight, bias, recipe, input_scale);
   }
   check_linear(x, weight, bias);
   if (!needs.dweight) buffer = nullptr;
   if (buffer != nullptr) {
     check_main_grad(buffer->main_grad, weight.sym_size(0), weight.sym_size(1), x);
   }
-  return FusedLinear::apply(x, weight, bias, id, FusedLinear::pack(needs), buffer);
+  const Extras extras{buffer, input_scale};
+  return FusedLinear::apply(x, weight, bias, id, FusedLinear::pack(needs), &extras);
 }
 
 }  // namespace
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  return differentiable_linear(x, weight, bias, recipe, nullptr);
+                        const std::optional<at::Tensor>& bias, std::string_view recipe,
+                        const std::optional<at::Tensor>& input_scale) {
+  return differentiable_linear(x, weight, bias, recipe, input_scale, nullptr);
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& main_grad, bool overwrite,
-                              const std::optional<at::Tensor>& stand_in) {
+                              const std::optional<at::Tensor>& stand_in,
+                              const std::optional<at::Tensor>& input_scale) {
   const Buffer buffer{main_grad, overwrite, stand_in};
-  return differentiable_linear(x, weight, bias, recipe, &buffer);
+  return differentiable_linear(x, weight, bias, recipe, input_scale, &buffer);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(

@@ -190,57 +190,26 @@ Gradients backward(const BackwardArgs& args) {
 
 }  // namespace
 
-void check_linear(const at::Tensor& x, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias) {
-  FP8_CHECK_HIGH_PRECISION("fused_linear", "x", x);
-  FP8_CHECK_TYPE(weight.scalar_type() == x.scalar_type(),
-                 "fp8::fused_linear: expected weight in x's dtype ", x.scalar_type(), ", got ",
-                 weight.scalar_type());
-  FP8_CHECK_VALUE(x.dim() >= 1,
-                  "fp8::fused_linear: expected x of at least one dimension, got a scalar");
-  FP8_CHECK_VALUE(weight.dim() == 2, "fp8::fused_linear: expected weight [N, K], got shape ",
-                  weight.sym_sizes());
-  FP8_CHECK_VALUE(x.sym_size(-1) == weight.sym_size(1),
-                  "fp8::fused_linear: x and weight must share K, got x=", x.sym_sizes(),
-                  ", weight=", weight.sym_sizes(), " (weight is [N, K])");
-  FP8_CHECK_SAME_DEVICE("fused_linear", "weight", weight, "x", x);
-  if (!bias) return;
-  FP8_CHECK_TYPE(bias->scalar_type() == x.scalar_type(),
-                 "fp8::fused_linear: expected bias in x's dtype ", x.scalar_type(), ", got ",
-                 bias->scalar_type());
-  FP8_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
-                  "fp8::fused_linear: expected bias of shape [N] = [", weight.sym_size(0),
-                  "], got ", bias->sym_sizes());
-  FP8_CHECK_SAME_DEVICE("fused_linear", "bias", *bias, "x", x);
-}
-
-void check_main_grad(const at::Tensor& main_grad, const c10::SymInt& features,
-                     const c10::SymInt& in_features, const at::Tensor& like) {
-  FP8_CHECK_HIGH_PRECISION("fused_linear", "main_grad", main_grad);
-  FP8_CHECK_VALUE(main_grad.dim() == 2 && main_grad.sym_size(0) == features &&
-                      main_grad.sym_size(1) == in_features,
-                  "fp8::fused_linear: expected main_grad of weight's shape [", features, ", ",
-                  in_features, "], got ", main_grad.sym_sizes());
-  FP8_CHECK_SAME_DEVICE("fused_linear", "main_grad", main_grad, "x", like);
-  FP8_CHECK_VALUE(!main_grad.requires_grad(),
-                  "fp8::fused_linear: expected main_grad without requires_grad, a plain buffer, "
-                  "got one that requires a gradient");
-}
-
 namespace kernel {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    int64_t recipe_id, bool save_x_t, bool save_weight_amax) {
+    int64_t recipe_id, bool save_x_t, bool save_weight_amax,
+    const std::optional<at::Tensor>& input_scale) {
   check_linear(x, weight, bias);
   const Recipe& recipe = recipe_at(recipe_id);
+  if (input_scale) check_input_scale(*input_scale, recipe, x);
   const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
   const c10::DeviceGuard guard(x.device());
   const bool x_t = save_x_t && recipe.fp8_wgrad;
-  const QuantizedMatrix qx = memory::quantize_input(x, {.dtype = recipe.forward_dtype,
-                                                        .granularity = recipe.granularity,
-                                                        .data_t = x_t,
-                                                        .power_of_two = recipe.power_of_two});
+  QuantizeRequest request{.dtype = recipe.forward_dtype,
+                          .granularity = recipe.granularity,
+                          .data_t = x_t,
+                          .power_of_two = recipe.power_of_two};
+  if (input_scale) {
+    request.static_scale = input_scale->dim() == 0 ? *input_scale : input_scale->reshape({});
+  }
+  const QuantizedMatrix qx = memory::quantize_input(x, request);
   const QuantizedMatrix qw =
       memory::quantize_weight(weight, {.dtype = recipe.forward_dtype,
                                        .granularity = recipe.granularity,
@@ -293,15 +262,18 @@ std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
 }
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  return std::get<0>(_linear_forward(x, weight, bias, recipe_id(recipe), false, false));
+                        const std::optional<at::Tensor>& bias, std::string_view recipe,
+                        const std::optional<at::Tensor>& input_scale) {
+  return std::get<0>(
+      _linear_forward(x, weight, bias, recipe_id(recipe), false, false, input_scale));
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& /*main_grad*/, bool /*overwrite*/,
-                              const std::optional<at::Tensor>& /*stand_in*/) {
-  return fused_linear(x, weight, bias, recipe);
+                              const std::optional<at::Tensor>& /*stand_in*/,
+                              const std::optional<at::Tensor>& input_scale) {
+  return fused_linear(x, weight, bias, recipe, input_scale);
 }
 
 }  // namespace kernel
@@ -310,9 +282,11 @@ namespace meta {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    int64_t recipe_id, bool save_x_t, bool save_weight_amax) {
+    int64_t recipe_id, bool save_x_t, bool save_weight_amax,
+    const std::optional<at::Tensor>& input_scale) {
   check_linear(x, weight, bias);
   const Recipe& recipe = recipe_at(recipe_id);
+  if (input_scale) check_input_scale(*input_scale, recipe, x);
   const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
   const auto fp32 = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_symint(with_last(x.sym_sizes(), weight.sym_size(0)), x.options());
@@ -341,15 +315,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
 }
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  return std::get<0>(_linear_forward(x, weight, bias, recipe_id(recipe), false, false));
+                        const std::optional<at::Tensor>& bias, std::string_view recipe,
+                        const std::optional<at::Tensor>& input_scale) {
+  return std::get<0>(
+      _linear_forward(x, weight, bias, recipe_id(recipe), false, false, input_scale));
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& /*main_grad*/, bool /*overwrite*/,
-                              const std::optional<at::Tensor>& /*stand_in*/) {
-  return fused_linear(x, weight, bias, recipe);
+                              const std::optional<at::Tensor>& /*stand_in*/,
+                              const std::optional<at::Tensor>& input_scale) {
+  return fused_linear(x, weight, bias, recipe, input_scale);
 }
 
 std::tuple<at::Tensor, at::Tensor> _linear_backward_into(

@@ -124,7 +124,8 @@ void drop_inputs() {
 
 QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& request) {
   drop_gone_inputs();
-  const std::optional<Identity> id = eager_depth > 0 ? identify(x, request) : std::nullopt;
+  std::optional<Identity> id;
+  if (eager_depth > 0 && !request.static_scale.defined()) id = identify(x, request);
   if (!id) return quantize_matrix(as_matrix(x), request);
   Inputs& inputs = Inputs::instance();
   const c10::TensorImpl* impl = x.unsafeGetTensorImpl();

@@ -6,7 +6,8 @@
 // capture. Only eager calls under autograd take part, and only inputs with a history in the graph:
 // results of other operators, made anew in each step. A long-lived buffer may be filled by
 // something that counts no version (a Triton kernel, a graph replay, p.data), so it is quantized in
-// every call.
+// every call. So is an input with a given scale, which is such a buffer, as a rule one of each
+// layer's own: nothing that it made is kept, and nothing that is kept serves it.
 //
 // Weights: kept only inside fp8.cached_weights(model), where the user says that they do not change.
 // A version counter does not see every update of a weight (p.data.copy_, all-gathers), so nothing

@@ -26,7 +26,47 @@ void LinearImpl::reset() {
       register_parameter("weight", torch::empty({options.out_features(), options.in_features()}));
   bias = options.bias() ? register_parameter("bias", torch::empty({options.out_features()}))
                         : register_parameter("bias", {}, /*requires_grad=*/false);
+  // A copy of a layer that has one; clone() fills it.
+  if (input_scale.defined()) {
+    input_scale = register_buffer("input_scale", torch::empty_like(input_scale));
+  }
   reset_parameters();
+}
+
+void LinearImpl::set_input_scale(const torch::Tensor& scale) {
+  const Recipe& recipe = recipe_at(recipe_id(options.recipe()));
+  FP8_CHECK_VALUE(recipe.granularity == core::Granularity::kTensorwise,
+                  "fp8::nn::Linear: expected a recipe of one scale per tensor with an input "
+                  "scale, got '",
+                  recipe.name, "'");
+  FP8_CHECK_VALUE(scale.defined() && scale.scalar_type() == at::kFloat && scale.numel() == 1,
+                  "fp8::nn::Linear: expected an input scale of one float32 element");
+  const torch::Tensor copy = scale.detach().reshape({}).to(weight.device()).clone();
+  if (input_scale.defined()) {
+    input_scale.set_data(copy);
+  } else {
+    input_scale = register_buffer("input_scale", copy);
+  }
+}
+
+void LinearImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  const torch::Tensor scale = input_scale.defined() ? input_scale.detach() : input_scale;
+  torch::nn::Module::to(device, dtype, non_blocking);
+  keep_float32(scale);
+}
+
+void LinearImpl::to(torch::Dtype dtype, bool non_blocking) {
+  const torch::Tensor scale = input_scale.defined() ? input_scale.detach() : input_scale;
+  torch::nn::Module::to(dtype, non_blocking);
+  keep_float32(scale);
+}
+
+void LinearImpl::to(torch::Device device, bool non_blocking) {
+  torch::nn::Module::to(device, non_blocking);
+}
+
+void LinearImpl::keep_float32(const torch::Tensor& scale) {
+  if (scale.defined()) input_scale.set_data(scale.to(input_scale.device()));
 }
 
 void LinearImpl::reset_parameters() {
@@ -40,13 +80,13 @@ void LinearImpl::pretty_print(std::ostream& stream) const {
   stream << "fp8::nn::Linear(in_features=" << options.in_features()
          << ", out_features=" << options.out_features()
          << ", bias=" << (options.bias() ? "true" : "false") << ", recipe=" << options.recipe()
-         << ")";
+         << (input_scale.defined() ? ", input_scale=static)" : ")");
 }
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& input) {
-  return fused_linear(input, weight,
-                      bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt,
-                      options.recipe());
+  return fused_linear(input, weight, bias.defined() ? std::optional(bias) : std::nullopt,
+                      options.recipe(),
+                      input_scale.defined() ? std::optional(input_scale) : std::nullopt);
 }
 
 }  // namespace fp8::nn

@@ -1,5 +1,5 @@
 // Autocast: inside torch.autocast, fused_linear takes x, weight and bias in the autocast dtype, as
-// F.linear does.
+// F.linear does. A given scale stays fp32.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -11,19 +11,21 @@ namespace {
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
+                        const std::optional<at::Tensor>& bias, std::string_view recipe,
+                        const std::optional<at::Tensor>& input_scale) {
   const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
   return fp8::fused_linear(at::autocast::cached_cast(dtype, x, kDevice),
                            at::autocast::cached_cast(dtype, weight, kDevice),
-                           at::autocast::cached_cast(dtype, bias, kDevice), recipe);
+                           at::autocast::cached_cast(dtype, bias, kDevice), recipe, input_scale);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& main_grad, bool overwrite,
-                              const std::optional<at::Tensor>& stand_in) {
+                              const std::optional<at::Tensor>& stand_in,
+                              const std::optional<at::Tensor>& input_scale) {
   const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
   static const auto op = c10::Dispatcher::singleton()
@@ -32,7 +34,7 @@ at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
   return op.call(at::autocast::cached_cast(dtype, x, kDevice),
                  at::autocast::cached_cast(dtype, weight, kDevice),
                  at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,
-                 stand_in);
+                 stand_in, input_scale);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>

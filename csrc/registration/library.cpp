@@ -36,8 +36,8 @@ TORCH_LIBRARY(fp8, m) {
       " bool fast_accum=False) -> Tensor(a!)",
       tags);
   m.def(
-      "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\")"
-      " -> Tensor",
+      "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
+      " Tensor? input_scale=None) -> Tensor",
       tags);
   // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what
   // fused_linear is differentiated through.
@@ -47,7 +47,8 @@ TORCH_LIBRARY(fp8, m) {
       tags);
   m.def(
       "_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
-      " bool save_weight_amax) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
+      " bool save_weight_amax, Tensor? input_scale=None)"
+      " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
       tags);
   // What fp8.cached_weights opens and closes: no device, no gradient.
   m.def("_cache_weights(Tensor[] weights) -> ()", &fp8::memory::cache_weights);
@@ -60,7 +61,7 @@ TORCH_LIBRARY(fp8, m) {
   // The same with the weight gradient in a buffer of the caller.
   m.def(
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
-      " bool overwrite, Tensor? stand_in) -> Tensor",
+      " bool overwrite, Tensor? stand_in, Tensor? input_scale=None) -> Tensor",
       tags);
   m.def(
       "_linear_backward_into(Tensor(a!) main_grad, Tensor dy, Tensor? x, Tensor? x_t_scale,"

@@ -67,16 +67,19 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 }
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, std::string_view recipe) {
+                        const std::optional<at::Tensor>& bias, std::string_view recipe,
+                        const std::optional<at::Tensor>& input_scale) {
   static const auto op = find<decltype(kernel::fused_linear)>("fp8::fused_linear");
-  return op.call(x, weight, bias, recipe);
+  return op.call(x, weight, bias, recipe, input_scale);
 }
 
 at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, std::string_view recipe,
-                             const at::Tensor& main_grad, bool overwrite) {
+                             const at::Tensor& main_grad, bool overwrite,
+                             const std::optional<at::Tensor>& input_scale) {
   static const auto op = find<decltype(kernel::_fused_linear_into)>("fp8::_fused_linear_into");
-  return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt);
+  return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt,
+                 input_scale);
 }
 
 void ensure_registered() { find<decltype(kernel::fused_linear)>("fp8::fused_linear"); }

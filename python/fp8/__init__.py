@@ -19,6 +19,7 @@ from . import ops
 from ._info import info, plan_cache_clear, plan_cache_info
 from .autotune import autotune
 from .cached_weights import cached_weights
+from .calibrate import calibrate, uncalibrate
 from .convert import convert, revert, summary
 from .linear import Linear
 from .recipe import RECIPES, Recipe
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "autotune",
     "cached_weights",
+    "calibrate",
     "cmake_prefix_path",
     "convert",
     "info",
@@ -41,4 +43,5 @@ __all__ = [
     "plan_cache_info",
     "revert",
     "summary",
+    "uncalibrate",
 ]

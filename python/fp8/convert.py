@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .linear import Linear
+from .linear import Linear, check_static
 from .recipe import Recipe, check_recipe
 from .rules import Found, dtype_name, find_linears, left_alone
 
@@ -29,7 +29,7 @@ def convert(
 
     Parameters, state_dict keys and module objects stay the same. Convert after the weights have
     their dtype and before torch.compile, DDP or FSDP wrap the model. A module that is an fp8.Linear
-    already takes the new recipe.
+    already takes the new recipe, and keeps a static input scale.
 
     Args:
         model: any module; it may itself be an nn.Linear.
@@ -45,8 +45,8 @@ def convert(
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.
 
-    Raises TypeError for a model that is no nn.Module and ValueError for an unknown recipe, before
-    anything is changed.
+    Raises TypeError for a model that is no nn.Module and ValueError for an unknown recipe, or one
+    that is not tensorwise where a module has a static input scale, before anything is changed.
 
     Example:
         >>> model = fp8.convert(model, "rowwise", filter=lambda module, name: "router" not in name)
@@ -62,13 +62,17 @@ def convert(
     # All choices come before the first change: a filter that raises leaves the model as it was.
     if filter is None:
         reasons = left_alone(linears, recipe)
-        chosen = [linear.module for linear in linears if linear.module not in reasons]
+        found = [linear for linear in linears if linear.module not in reasons]
     else:
-        chosen = [
-            linear.module
+        found = [
+            linear
             for linear in linears
             if linear.refused() is None and filter(linear.module, linear.name)
         ]
+    for linear in found:
+        if isinstance(linear.module, Linear) and linear.module.input_scale is not None:
+            check_static(recipe, f"fp8.convert: {_label(linear)}")
+    chosen = [linear.module for linear in found]
     for module in chosen:
         module.__class__ = Linear
         vars(module)["recipe"] = recipe
@@ -80,7 +84,8 @@ def convert(
 def revert(model: ModelT) -> ModelT:
     """Make every fp8.Linear of `model` an nn.Linear again. In place; returns `model`.
 
-    Those that convert changed and those that were made as fp8.Linear alike.
+    Those that convert changed and those that were made as fp8.Linear alike. Static input scales
+    go.
 
     Warns (UserWarning) about modules that cannot be changed back: those that something else has
     turned into a subclass of fp8.Linear (a parametrization, say) or whose forward was replaced on
@@ -103,6 +108,7 @@ def revert(model: ModelT) -> ModelT:
             warnings.warn(message, stacklevel=2)
             continue
         vars(module).pop("recipe", None)
+        module.input_scale = None
         module.__class__ = nn.Linear  # type: ignore[assignment]
     return model
 
@@ -159,8 +165,9 @@ def _nothing_converted(linears: list[Found]) -> str:
 
 def _status(linear: Found, reasons: Mapping[nn.Linear, str]) -> str:
     if isinstance(linear.module, Linear):
+        static = "" if linear.module.input_scale is None else ", static input_scale"
         refused = linear.refused()  # for instance after model.double()
-        return linear.module.recipe + (f" ({refused})" if refused else "")
+        return linear.module.recipe + static + (f" ({refused})" if refused else "")
     return f"- ({reasons.get(linear.module, 'not converted')})"
 
 

@@ -1,11 +1,13 @@
 """`fp8.Linear`: nn.Linear whose forward is one call of the fused FP8 operator.
 
 It adds one string, `recipe`, to nn.Linear and no parameter, buffer or state_dict key, so the two
-classes can be exchanged in place: `fp8.convert` and `fp8.revert` only change a module's class.
-Pickles refer to `fp8.linear.Linear`.
+classes can be exchanged in place: `fp8.convert` and `fp8.revert` only change a module's class. Only
+where the input has a static scale, that is a buffer, `input_scale`. Pickles refer to
+`fp8.linear.Linear`.
 """
 
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,9 @@ class Linear(nn.Linear):
     Args, beyond those of nn.Linear:
         recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
             `fp8.Recipe`. Unknown: ValueError. The attribute `recipe` is the string.
+
+    With an `input_scale` (see there, and `fp8.calibrate`) the input is quantized with this scale,
+    in one pass over it instead of two; tensorwise recipes alone.
 
     Other dtypes (float64, integers, complex) may be held but not computed with: forward raises
     TypeError.
@@ -89,6 +94,8 @@ class Linear(nn.Linear):
         for key, value in vars(linear).items():
             # Parameters, buffers and hooks sit in containers; only the containers are new.
             vars(new)[key] = value.copy() if isinstance(value, dict | set) else value
+        if isinstance(linear, Linear) and linear.input_scale is not None:
+            check_static(name, "fp8.Linear.from_linear: the module")
         new._compiled_call_impl = None  # what linear.compile() made is bound to `linear`
         new.recipe = name
         return new
@@ -96,12 +103,83 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """y: [..., out_features] for input: [..., in_features]; see `fp8.ops.fused_linear`."""
         weight = self.weight
+        scale = self._buffers.get("input_scale")
         buffer = getattr(weight, "main_grad", None)
+        output: Tensor
         if buffer is not None:
-            return main_grad.linear(input, weight, self.bias, self.recipe, buffer)
-        output: Tensor = _fused_linear(input, weight, self.bias, self.recipe)
+            return main_grad.linear(input, weight, self.bias, self.recipe, buffer, scale)
+        if scale is not None:
+            output = _fused_linear(input, weight, self.bias, self.recipe, input_scale=scale)
+        else:
+            output = _fused_linear(input, weight, self.bias, self.recipe)
         return output
 
+    @property
+    def input_scale(self) -> Tensor | None:
+        """The static scale of the input, 0-dim float32; None: a scale is computed in every call.
+
+        x ≈ data · input_scale, so values beyond 448 · input_scale saturate. A buffer where it is
+        set (moved and saved with the module, float32 whatever the module's dtype), and not there
+        where it is None. Set to anything but a tensor of one float32 element, or with a recipe that
+        is not tensorwise: TypeError or ValueError, at the latest in forward.
+        """
+        return self._buffers.get("input_scale")
+
+    @input_scale.setter
+    def input_scale(self, scale: Tensor | None) -> None:
+        if scale is None:
+            self._buffers.pop("input_scale", None)
+            return
+        if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+            got = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
+            raise TypeError(f"fp8.Linear: expected input_scale as a float32 tensor, got {got}")
+        if scale.numel() != 1:
+            raise ValueError(
+                f"fp8.Linear: expected input_scale of one element, got shape {list(scale.shape)}"
+            )
+        check_static(self.recipe, "fp8.Linear: the module")
+        self._buffers["input_scale"] = scale.detach().reshape(())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "input_scale":  # nn.Module would write a buffer that exists past the property
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to, .cuda, .half, ... do; the scale goes along and stays float32."""
+        scale = self.input_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self.input_scale
+        if scale is not None and moved is not None and moved.dtype != torch.float32:
+            self._buffers["input_scale"] = scale.to(moved.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """A scale in the state_dict is taken also where this module has none yet. Of another recipe
+        it stays an unexpected key."""
+        scale = state_dict.get(f"{prefix}input_scale")
+        tensorwise = check_recipe(self.recipe).granularity == "tensorwise"
+        if tensorwise and self.input_scale is None and _is_scale(scale):
+            self._buffers["input_scale"] = torch.ones((), device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
-        """nn.Linear's line, and the recipe."""
-        return f"{super().extra_repr()}, recipe={self.recipe}"
+        """nn.Linear's line, the recipe, and whether the input's scale is static."""
+        static = "" if self.input_scale is None else ", input_scale=static"
+        return f"{super().extra_repr()}, recipe={self.recipe}{static}"
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+def check_static(recipe: str, what: str) -> None:
+    """Raises ValueError for a recipe under which an input cannot have a static scale."""
+    if check_recipe(recipe).granularity != "tensorwise":
+        raise ValueError(
+            f"{what} has a static input_scale, which is for tensorwise recipes, got {recipe!r}; "
+            "fp8.uncalibrate(model) goes back to dynamic scales"
+        )

@@ -15,7 +15,12 @@ _fused_linear_into = torch.ops.fp8._fused_linear_into.default
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: str, main_grad: object
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: str,
+    main_grad: object,
+    input_scale: Tensor | None,
 ) -> Tensor:
     """`fused_linear` whose weight gradient goes into main_grad [out_features, in_features]."""
     if not isinstance(main_grad, Tensor):
@@ -25,17 +30,17 @@ def linear(
         )
     y: Tensor
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        y = _fused_linear(x, weight, bias, recipe)
+        y = _fused_linear(x, weight, bias, recipe, input_scale=input_scale)
         return y
     overwrite = bool(getattr(weight, "overwrite_main_grad", False))
     if not hasattr(weight, "grad_added_to_main_grad"):
-        y = _fused_linear_into(x, weight, bias, recipe, main_grad, overwrite, None)
+        y = _fused_linear_into(x, weight, bias, recipe, main_grad, overwrite, None, input_scale)
         return y
     if torch.compiler.is_compiling():  # a hook cannot be compiled: autograd gets the gradient
-        y = _fused_linear(x, weight, bias, recipe)
+        y = _fused_linear(x, weight, bias, recipe, input_scale=input_scale)
         return y
     stand_in = _stand_in(weight.shape, weight.dtype, weight.device)
-    y = _fused_linear_into(x, weight, bias, recipe, main_grad, overwrite, stand_in)
+    y = _fused_linear_into(x, weight, bias, recipe, main_grad, overwrite, stand_in, input_scale)
     assert y.grad_fn is not None  # the weight requires a gradient
     y.grad_fn.register_hook(partial(_after_backward, weight))
     return y

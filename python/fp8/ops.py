@@ -214,7 +214,12 @@ def scaled_mm_accumulate_(
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: str | Recipe = "tensorwise"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    recipe: str | Recipe = "tensorwise",
+    *,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """y = x · weightᵀ + bias in FP8, differentiable once: quantize, matmul and dequantize as one
     operator each way.
@@ -226,6 +231,10 @@ def fused_linear(
             dtype).
         recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
             `fp8.Recipe`.
+        input_scale: 0-dim float32 on x's device, for tensorwise recipes: static scaling of x, in
+            one pass over it instead of two. Values beyond 448 · input_scale, Inf among them,
+            saturate, of which dx takes no notice; NaN stays NaN. weight and dy are scaled
+            dynamically. No gradient.
 
     Returns: [..., N] in x's dtype. Gradients: dx in x's dtype, dW in the weight's, db (accumulated
     in fp32) in the bias's. A second derivative raises NotImplementedError.
@@ -235,5 +244,7 @@ def fused_linear(
         >>> y.shape
         torch.Size([2, 8, 32])
     """
-    result: Tensor = _ops.fused_linear.default(x, weight, bias, str(recipe))
+    result: Tensor = _ops.fused_linear.default(
+        x, weight, bias, str(recipe), input_scale=input_scale
+    )
     return result

@@ -24,7 +24,7 @@ SCHEMAS = {
     "dequantize": ("data scale dtype", 1),
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
-    "fused_linear": ("x weight bias recipe", 1),
+    "fused_linear": ("x weight bias recipe input_scale", 1),
 }
 
 
@@ -151,6 +151,11 @@ def _fused_linear(device: str) -> list[Sample]:
     for recipe in RECIPES:
         leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
         found.append(Sample(f"{recipe}, power of two", (*leaves, None, f"{recipe}:power_of_two")))
+    for shape in ((5, 32), (0, 32)):
+        x = torch.randn(shape, device=device, requires_grad=True)
+        scale = {"input_scale": torch.tensor(0.01, device=device)}
+        found.append(Sample(f"static {shape}", (x, weight.clone().requires_grad_()), scale))
+        found.append(Sample(f"static {shape}, no grad", (x.detach(), weight), scale))
     return found
 
 
@@ -171,6 +176,8 @@ def _linear_forward(device: str) -> list[Sample]:
         x, weight = torch.randn(8, 32, device=device), torch.randn(16, 32, device=device)
         args = (x, weight, None, recipe | POWER_OF_TWO, True, True)
         found.append(Sample(f"{RECIPES[recipe]}, power of two", args))
+    args = (x, weight, None, 0, True, True, torch.tensor([0.01], device=device))
+    found.append(Sample("static", args))
     return found
 
 
@@ -203,7 +210,8 @@ def _fused_linear_into(device: str) -> list[Sample]:
         x, weight, bias, recipe = (*sample.args, None, "tensorwise")[:4]
         main_grad = _buffer(*weight.shape, device, turn)
         stand_in = torch.zeros_like(weight) if turn % 2 else None
-        args = (x, weight, bias, recipe, main_grad, turn % 4 == 0, stand_in)
+        scale = sample.kwargs.get("input_scale")
+        args = (x, weight, bias, recipe, main_grad, turn % 4 == 0, stand_in, scale)
         found.append(Sample(f"{sample.name}, turn {turn}", args))
     return found
 

@@ -40,6 +40,13 @@ def main() -> None:
                 y = torch.ops.fp8.fused_linear(x, weight, bias, recipe)
                 y.backward(torch.randn_like(y))
                 calls += 2
+    for tokens, k, n in SHAPES if matmul else ():
+        x = torch.randn(tokens, k, device="cuda", requires_grad=True)
+        weight = torch.randn(n, k, device="cuda", requires_grad=True)
+        scale = torch.full((), 0.01, device="cuda")
+        y = torch.ops.fp8.fused_linear(x, weight, input_scale=scale)
+        y.backward(torch.randn_like(y))
+        calls += 2
     # Rows that start off 16 bytes, and rows longer than the registers of a block hold.
     odd = torch.randn(9, 1031, device="cuda", dtype=torch.bfloat16)[:, 1:]
     long = torch.randn(3, 40_000, device="cuda", dtype=torch.bfloat16)

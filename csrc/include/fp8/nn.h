@@ -5,7 +5,7 @@
 //
 // Parameters have torch::nn::Linear's names, shapes and initial values (the same ones under the
 // same seed), so an archive that torch::save wrote of one loads into the other. The recipe is no
-// part of an archive.
+// part of an archive; a static input scale is, where one is set.
 #pragma once
 
 #include <torch/arg.h>
@@ -41,13 +41,27 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
   // fp8::nn::Linear(in_features=4096, out_features=14336, bias=false, recipe=rowwise)
   void pretty_print(std::ostream& stream) const override;
 
+  // From now on static scaling of the input with this scale, one float32 element; see
+  // fp8::fused_linear. The layer keeps a copy as the buffer "input_scale", in float32 also where
+  // the module's dtype changes; a second call overwrites it. torch::load reads it into a layer that
+  // has one, whatever its value. Throws c10::ValueError for a recipe that is not tensorwise.
+  void set_input_scale(const torch::Tensor& scale);
+
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Device device, bool non_blocking = false) override;
+
   // input [..., in_features] bf16, fp16 or fp32, of the parameters' dtype -> [..., out_features].
   // One fp8::fused_linear: see there for values, gradients and errors.
   torch::Tensor forward(const torch::Tensor& input);
 
   LinearOptions options;
-  torch::Tensor weight;  // [out_features, in_features]
-  torch::Tensor bias;    // [out_features]; undefined without a bias
+  torch::Tensor weight;       // [out_features, in_features]
+  torch::Tensor bias;         // [out_features]; undefined without a bias
+  torch::Tensor input_scale;  // []; undefined where the input is scaled dynamically
+
+ private:
+  void keep_float32(const torch::Tensor& scale);
 };
 
 // fp8::nn::Linear: a shared pointer to the module, as all of LibTorch's.

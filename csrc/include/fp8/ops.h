@@ -71,9 +71,14 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 // Quantizes x and weight as the recipe says ("tensorwise", "rowwise", "rowwise_gw_hp") and
 // multiplies in FP8. Differentiable once. Options follow the recipe's name after a colon:
 // "rowwise:power_of_two" quantizes x, weight and dy with power_of_two.
+//
+// input_scale ([] fp32 on x's device, with "tensorwise" alone): static scaling of x, in one pass
+// over it and whatever its amax, as in quantize_tensorwise: values out of range saturate, Inf too.
+// weight and dy are quantized as ever. dx takes no notice of saturation; the scale has no gradient.
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias = std::nullopt,
-                        std::string_view recipe = "tensorwise");
+                        std::string_view recipe = "tensorwise",
+                        const std::optional<at::Tensor>& input_scale = std::nullopt);
 
 // fused_linear whose backward adds the weight gradient to main_grad [N, K] (bfloat16, float16 or
 // float32, any strides), in fp32 and rounded once, and gives autograd none: weight.grad() stays
@@ -81,7 +86,8 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
 // weight does so once; nothing happens where the weight needs no gradient.
 at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, std::string_view recipe,
-                             const at::Tensor& main_grad, bool overwrite = false);
+                             const at::Tensor& main_grad, bool overwrite = false,
+                             const std::optional<at::Tensor>& input_scale = std::nullopt);
 
 // For programs that call none of the functions above and only load models that use torch.ops.fp8
 // (TorchScript, AOTInductor): refers to libfp8_torch, which a linker would leave out otherwise, and

@@ -95,6 +95,44 @@ TEST_CASE("a dtype and a training mode set on the module hold") {
   REQUIRE_FALSE(layer->is_training());
 }
 
+TEST_CASE("a static input scale is a float32 buffer that copies and archives keep") {
+  torch::manual_seed(0);
+  fp8::nn::Linear layer(32, 16);
+  const torch::Tensor x = torch::randn({4, 32});
+  const torch::Tensor dynamic = layer(x);
+  layer->set_input_scale(torch::tensor({0.5F}));
+  layer->set_input_scale(torch::tensor(0.001F));
+  const torch::Tensor y = layer(x);
+  const auto scale = torch::tensor(0.001F);
+  REQUIRE(torch::equal(y, fp8::fused_linear(x, layer->weight, layer->bias, "tensorwise", scale)));
+  REQUIRE_FALSE(torch::equal(y, dynamic));
+  std::ostringstream text;
+  text << layer;
+  REQUIRE(text.str().find("input_scale=static") != std::string::npos);
+
+  const auto copy = std::dynamic_pointer_cast<fp8::nn::LinearImpl>(layer->clone());
+  REQUIRE_FALSE(copy->input_scale.is_same(layer->input_scale));
+  REQUIRE(copy->named_buffers()["input_scale"].is_same(copy->input_scale));
+  REQUIRE(torch::equal(copy->forward(x), y));
+
+  std::stringstream archive;
+  torch::save(layer, archive);
+  fp8::nn::Linear loaded(32, 16);
+  loaded->set_input_scale(torch::tensor(1.0F));
+  torch::load(loaded, archive);
+  REQUIRE(torch::equal(loaded(x), y));
+
+  layer->to(torch::kBFloat16);
+  layer->to(torch::kCPU);
+  REQUIRE(layer->input_scale.scalar_type() == torch::kFloat);
+  REQUIRE(layer->input_scale.item<float>() == 0.001F);
+  REQUIRE(layer(x.to(torch::kBFloat16)).scalar_type() == torch::kBFloat16);
+
+  fp8::nn::Linear rowwise(LinearOptions(16, 16).recipe("rowwise"));
+  REQUIRE_THROWS_WITH(rowwise->set_input_scale(scale), Catch::Contains("got 'rowwise'"));
+  REQUIRE_THROWS_WITH(layer->set_input_scale(torch::ones({2})), Catch::Contains("one float32"));
+}
+
 TEST_CASE("an unknown recipe is refused when the layer is made") {
   for (const char* recipe : {"fp4", "rowwise:", "rowwise:power_of_two:power_of_two"}) {
     REQUIRE_THROWS_AS(fp8::nn::Linear(LinearOptions(4, 4).recipe(recipe)), c10::ValueError);

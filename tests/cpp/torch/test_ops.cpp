@@ -97,6 +97,27 @@ TEST_CASE("power_of_two gives scales that are powers of two, in operators and re
   REQUIRE_THROWS_AS(fp8::quantize_tensorwise(x, at::kFloat8_e4m3fn, scale, true), c10::ValueError);
 }
 
+TEST_CASE("fused_linear with an input scale is the product of a static quantization") {
+  Problem p;
+  const at::Tensor scale = at::full({}, 0.01F);
+  const at::Tensor y = fp8::fused_linear(p.x, p.weight, p.bias, "tensorwise", scale);
+  const at::Tensor x = p.x.detach().flatten(0, 1);
+  const auto [x_data, x_scale] = fp8::quantize_tensorwise(x, at::kFloat8_e4m3fn, scale);
+  const auto [w_data, w_scale] = fp8::quantize_tensorwise(p.weight.detach());
+  REQUIRE(at::equal(y.detach().view({99, 48}),
+                    fp8::scaled_mm(x_data, w_data, x_scale, w_scale, p.bias.detach(), at::kFloat)));
+  y.sum().backward();
+  REQUIRE(p.weight.grad().defined());
+  const at::Tensor buffer = at::zeros({48, 80});
+  const at::Tensor same =
+      fp8::fused_linear_into(p.x, p.weight, p.bias, "tensorwise", buffer, false, scale);
+  REQUIRE(at::equal(same, y));
+  same.sum().backward();
+  REQUIRE(at::allclose(buffer, p.weight.grad(), 1e-6, 1e-6));
+  REQUIRE_THROWS_WITH(fp8::fused_linear(p.x, p.weight, p.bias, "rowwise", scale),
+                      Catch::Contains("expected a recipe of one scale per tensor"));
+}
+
 TEST_CASE("autocast decides the dtype") {
   Problem p;
   at::autocast::set_autocast_enabled(at::kCPU, true);

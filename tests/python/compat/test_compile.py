@@ -124,3 +124,24 @@ def test_compile_operators_on_their_own(device, name):
     actual = torch.compile(chain, backend="aot_eager", fullgraph=True)(x, w, outs[1])
     for ours, theirs in zip((*actual, outs[1]), (*expected, outs[0]), strict=True):
         assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "tensorwise:power_of_two"])
+def test_compile_with_static_scales(device, recipe):
+    """The scale is a buffer, an input of the graph: another value needs no other code."""
+    eager = model(recipe, device)
+    layers = [module for module in eager.modules() if isinstance(module, fp8.Linear)]
+    for layer in layers:
+        layer.input_scale = torch.tensor(0.01, device=device)
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
+    for value in (0.01, 0.3):
+        layers[0].input_scale.fill_(value)
+        assert_equals_eager(eager, compiled, 48, device)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "recompiled"
+
+
+def test_compile_with_power_of_two_scales(device):
+    for recipe in ("rowwise:power_of_two", "rowwise_gw_hp:power_of_two"):
+        eager = model(recipe, device)
+        compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
+        assert_equals_eager(eager, compiled, 40, device)

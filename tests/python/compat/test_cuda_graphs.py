@@ -121,3 +121,25 @@ def test_cuda_graph_without_warm_up():
         assert "captur" in done.stdout, done.stdout
     else:
         assert "equal: True" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "tensorwise:power_of_two"])
+def test_cuda_graph_with_static_scales(recipe):
+    """A replay reads the scales that the buffers hold then."""
+    module = model(recipe)
+    for layer in (module[0], module[2]):
+        layer.input_scale = torch.tensor(0.01, device="cuda")
+    x = torch.randn(144, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(144, 200, device="cuda", dtype=torch.bfloat16)
+    warm_up(lambda: step(module, x, dy))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(module, x, dy)
+    for value in (0.01, 0.5, 1e-4):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            module[0].input_scale.fill_(value)
+        graph.replay()
+        replayed = [tensor.detach().clone() for tensor in captured]
+        for i, (ours, eager) in enumerate(zip(replayed, step(module, x, dy), strict=True)):
+            assert_same_bits(ours, eager.detach(), f"scale {value}, result {i}")

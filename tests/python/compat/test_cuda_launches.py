@@ -98,3 +98,55 @@ def test_launches_with_main_grad(recipe, buffer_dtype, overwrite):
     found = launches(step)
     rounds_itself = recipe == "rowwise_gw_hp" and buffer_dtype == torch.bfloat16
     assert len(found) <= 10 + rounds_itself, found
+
+
+def ours(names: list[str]) -> list[str]:
+    """Kernels of this library: quantization. cuBLASLt's have other names."""
+    return [name for name in names if "fp8::core" in name]
+
+
+@pytest.mark.parametrize("option", ["", ":power_of_two"])
+def test_launches_with_a_static_input_scale(option):
+    """One launch for x instead of two, forward alone and with a backward."""
+    x = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer = fp8.Linear(
+        1024, 1536, device="cuda", dtype=torch.bfloat16, recipe=f"tensorwise{option}"
+    )
+    dy = torch.randn(2048, 1536, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        return torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
+
+    def forward():
+        with torch.no_grad():
+            return layer(x)
+
+    counts = {}
+    for what, scale in (("dynamic", None), ("static", torch.tensor(0.01, device="cuda"))):
+        layer.input_scale = scale
+        with fp8.cached_weights(layer):
+            alone = ours(launches(forward))
+        counts[what] = (len(alone), len(ours(launches(forward))), len(ours(launches(step))))
+    # x; x and weight; x, weight, dy (with its sums) and weight transposed
+    assert counts == {"dynamic": (2, 4, 7), "static": (1, 3, 6)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_launches_with_power_of_two_scales(recipe):
+    """No launch more than without."""
+    x = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1536, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(2048, 1536, device="cuda", dtype=torch.bfloat16)
+    counts = [
+        len(
+            ours(
+                launches(
+                    lambda name=name: torch.autograd.grad(
+                        OPS.fused_linear(x, weight, None, name), [x, weight], dy
+                    )
+                )
+            )
+        )
+        for name in (recipe, f"{recipe}:power_of_two")
+    ]
+    assert counts[0] == counts[1]

@@ -194,12 +194,13 @@ def test_public_names():
             "__version__",
             "autotune",
             "cached_weights",
+            "calibrate",
             "cmake_prefix_path",
             "convert",
             "info",
             "ops",
         ),
-        *("plan_cache_clear", "plan_cache_info", "revert", "summary"),
+        *("plan_cache_clear", "plan_cache_info", "revert", "summary", "uncalibrate"),
     }
     assert all(hasattr(fp8, name) for name in fp8.__all__)
     assert Path(fp8.cmake_prefix_path) == PACKAGE.resolve() / "share/cmake"
