@@ -19,8 +19,9 @@ class Recipe:
     """One row of the table. Frozen: a recipe is named, not configured."""
 
     name: str
-    granularity: Literal["tensorwise", "rowwise"]
-    """One scale per tensor, or one per row along the contracted dimension."""
+    granularity: Literal["tensorwise", "rowwise", "blockwise"]
+    """One scale per tensor, one per row along the contracted dimension, or one per block: of 128
+    elements along it for x and dy, of 128 x 128 for the weight."""
     input_dtype: torch.dtype
     weight_dtype: torch.dtype
     grad_output_dtype: torch.dtype
@@ -46,6 +47,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             # As rowwise, with the weight gradient (the product most sensitive to rounding) left
             # unquantized.
             Recipe("rowwise_gw_hp", "rowwise", _E4M3, _E4M3, _E4M3, "high precision"),
+            # DeepSeek-V3's: an outlier costs its block of 128 elements precision, not its row.
+            Recipe("blockwise", "blockwise", _E4M3, _E4M3, _E4M3, "fp8", fast_accum=()),
         )
     }
 )

@@ -23,7 +23,7 @@ struct LinearOptions {
   TORCH_ARG(int64_t, in_features);
   TORCH_ARG(int64_t, out_features);
   TORCH_ARG(bool, bias) = true;
-  TORCH_ARG(std::string, recipe) = "tensorwise";  // or "rowwise", "rowwise_gw_hp"
+  TORCH_ARG(std::string, recipe) = "tensorwise";  // or "rowwise", "rowwise_gw_hp", "blockwise"
 };
 
 class LinearImpl : public torch::nn::Cloneable<LinearImpl> {

@@ -13,7 +13,7 @@ from reference import E4M3, E5M2, as_matrix, assert_same_bits
 from torch import Tensor
 
 OPS = torch.ops.fp8
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
 
 
 class Result(NamedTuple):
@@ -24,22 +24,28 @@ class Result(NamedTuple):
 
 
 def _operands(
-    x: Tensor, dtype: torch.dtype, rowwise: bool
+    x: Tensor, recipe: str, dtype: torch.dtype = E4M3, weight: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """data, data_t and the scale of each."""
-    if rowwise:
-        return tuple(OPS.quantize_rowwise_transpose(x, dtype))
-    data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype)
-    return data, data_t, scale, scale
+    if recipe == "tensorwise":
+        data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype)
+        return data, data_t, scale, scale
+    if recipe == "blockwise":
+        blocks = "128x128" if weight else "1x128"
+        return tuple(getattr(OPS, f"quantize_blockwise_{blocks}_transpose")(x, dtype))
+    return tuple(OPS.quantize_rowwise_transpose(x, dtype))
+
+
+def grad_dtype(recipe: str) -> torch.dtype:
+    return E5M2 if recipe == "tensorwise" else E4M3
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, recipe: str) -> Result:
     """Forward and backward with the output gradient dy. dw of rowwise_gw_hp and db in fp64."""
-    rowwise = recipe != "tensorwise"
     x2, dy2 = as_matrix(x), as_matrix(dy)
-    qx, qx_t, sx, sx_t = _operands(x2, E4M3, rowwise)
-    qw, qw_t, sw, sw_t = _operands(weight, E4M3, rowwise)
-    qdy, qdy_t, sdy, sdy_t = _operands(dy2, E4M3 if rowwise else E5M2, rowwise)
+    qx, qx_t, sx, sx_t = _operands(x2, recipe)
+    qw, qw_t, sw, sw_t = _operands(weight, recipe, weight=True)
+    qdy, qdy_t, sdy, sdy_t = _operands(dy2, recipe, grad_dtype(recipe))
     y = OPS.scaled_mm(qx, qw, sx, sw, bias, x.dtype, True)
     dx = OPS.scaled_mm(qdy, qw_t, sdy, sw_t, None, x.dtype, False)
     if recipe == "rowwise_gw_hp":
