@@ -47,7 +47,9 @@ def main() -> None:
         torch.ops.fp8.quantize_tensorwise_transpose(x)
         torch.ops.fp8.quantize_rowwise_transpose(x)
         torch.ops.fp8.quantize_rowwise(x)
-        calls += 3
+        torch.ops.fp8.quantize_blockwise_1x128_transpose(x)
+        torch.ops.fp8.quantize_blockwise_128x128_transpose(x)
+        calls += 5
     torch.cuda.synchronize()
     print(f"op_sweep: {calls} calls")
 
