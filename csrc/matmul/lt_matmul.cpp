@@ -95,16 +95,28 @@ void set_pointers(cublasLtMatmulDescOpaque_t& desc, const MatmulArgs& args) {
   if (args.bias != nullptr) set(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias, args);
 }
 
+int32_t scale_mode(Granularity granularity) {
+  switch (granularity) {
+    case Granularity::kTensorwise:
+      return CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F;
+    case Granularity::kRowwise:
+      return CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+    case Granularity::kBlock1x128:
+      return CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F;
+    default:
+      return CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
+  }
+}
+
 LtPlan describe_problem(const MatmulArgs& args) {
   LtPlan lt{};
   FP8_LT_CHECK(cublasLtMatmulDescInit(&lt.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), args);
   set(lt.desc, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T, args);
   set(lt.desc, CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N, args);
-  set(lt.desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, static_cast<int8_t>(args.fast_accum), args);
-  if (args.granularity == Granularity::kRowwise) {
-    const auto mode = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
-    set(lt.desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode, args);
-    set(lt.desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode, args);
+  set(lt.desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, static_cast<int8_t>(accumulates_fast(args)), args);
+  if (args.granularity != Granularity::kTensorwise) {
+    set(lt.desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, scale_mode(granularity_of_b(args)), args);
+    set(lt.desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, scale_mode(args.granularity), args);
   }
   if (args.bias != nullptr) {
     set(lt.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS, args);
@@ -300,6 +312,15 @@ bool lt_supports(const MatmulArgs& args, int capability) {
   const int64_t out_bytes = dtype_bytes(args.out_dtype);
   const bool formats = is_fp8(args.a_dtype) && is_fp8(args.b_dtype) && !is_fp8(args.out_dtype) &&
                        !(args.a_dtype == Dtype::kE5M2 && args.b_dtype == Dtype::kE5M2);
+  const Granularity a = args.granularity;
+  const Granularity b = granularity_of_b(args);
+  const bool both_squares = a == Granularity::kBlock128x128 && b == Granularity::kBlock128x128;
+  // Blocks: cuBLASLt strides over the scales by m and n, which it wants in multiples of 4 (a vector
+  // of n 8, by other libraries' experience), and has no epilogue with a bias.
+  const bool scales = has_block_scales(args)
+                          ? is_blockwise(a) && is_blockwise(b) && !both_squares &&
+                                args.m % 8 == 0 && args.n % 8 == 0 && args.bias == nullptr
+                          : a == b;
   const bool device =
       args.granularity == Granularity::kTensorwise ? capability >= 89 : capability == 90;
   const bool extents = args.m > 0 && args.n > 0 && args.k > 0 && args.k % 16 == 0 &&
@@ -312,7 +333,7 @@ bool lt_supports(const MatmulArgs& args, int capability) {
   const Dtype bias_dtype = args.out_dtype == Dtype::kFloat16 ? Dtype::kFloat16 : Dtype::kBFloat16;
   const bool bias = args.bias == nullptr || (args.bias_dtype == bias_dtype && !args.accumulate &&
                                              alignment_of(args.bias) >= 16);
-  return formats && device && extents && aligned && bias;
+  return formats && scales && device && extents && aligned && bias;
 }
 
 MatmulPlan plan_matmul(const MatmulArgs& args, Stream stream) {

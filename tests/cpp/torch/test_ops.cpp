@@ -27,7 +27,7 @@ struct Problem {
 }  // namespace
 
 TEST_CASE("fused_linear and its gradients follow the exact ones") {
-  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp"}) {
+  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp", "blockwise"}) {
     Problem p;
     const at::Tensor y = fp8::fused_linear(p.x, p.weight, p.bias, recipe);
     const at::Tensor dy = at::randn_like(y);
@@ -44,7 +44,7 @@ TEST_CASE("fused_linear and its gradients follow the exact ones") {
 }
 
 TEST_CASE("fused_linear_into adds the weight gradient to a buffer") {
-  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp"}) {
+  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp", "blockwise"}) {
     Problem p;
     const at::Tensor dy = at::randn({3, 33, 48});
     fp8::fused_linear(p.x, p.weight, p.bias, recipe).backward(dy);
@@ -95,6 +95,22 @@ TEST_CASE("power_of_two gives scales that are powers of two, in operators and re
       fp8::quantize_tensorwise(x, at::kFloat8_e5m2, std::nullopt, /*power_of_two=*/true));
   REQUIRE(std::get<0>(at::frexp(scale)).item<float>() == 0.5F);
   REQUIRE_THROWS_AS(fp8::quantize_tensorwise(x, at::kFloat8_e4m3fn, scale, true), c10::ValueError);
+}
+
+TEST_CASE("the ops compose to fused_linear's forward, in blocks") {
+  Problem p;
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = p.x.flatten(0, 1);
+  const auto [x_data, x_data_t, x_scale, x_scale_t] = fp8::quantize_blockwise_1x128_transpose(x);
+  const auto [w_data, w_data_t, w_scale, w_scale_t] =
+      fp8::quantize_blockwise_128x128_transpose(p.weight);
+  REQUIRE(x_scale_t.sizes() == at::IntArrayRef({80, 1}));
+  REQUIRE(w_scale.sizes() == at::IntArrayRef({1, 1}));
+  const at::Tensor y = fp8::scaled_mm(x_data, w_data, x_scale, w_scale, p.bias, at::kFloat);
+  REQUIRE(at::equal(y.view({3, 33, 48}), fp8::fused_linear(p.x, p.weight, p.bias, "blockwise")));
+  REQUIRE(at::equal(fp8::dequantize(w_data, w_scale).t(), fp8::dequantize(w_data_t, w_scale_t)));
+  REQUIRE(at::equal(x_scale, std::get<1>(fp8::quantize_blockwise_1x128(x))));
+  REQUIRE(at::equal(w_scale, std::get<1>(fp8::quantize_blockwise_128x128(p.weight))));
 }
 
 TEST_CASE("autocast decides the dtype") {
