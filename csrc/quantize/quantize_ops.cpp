@@ -126,14 +126,14 @@ namespace kernel {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> quantize_blocks(const char* op, const at::Tensor& x, Dtype dtype,
-                                                   Granularity granularity) {
-  const auto q = run(op, x, dtype, granularity, false, /*power_of_two=*/false);
+                                                   Granularity granularity, bool power_of_two) {
+  const auto q = run(op, x, dtype, granularity, false, power_of_two);
   return {in_shape_of(q.data, x), block_scale_view(q.scale, granularity, x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blocks_transpose(
-    const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity) {
-  const auto q = run(op, x, dtype, granularity, true, /*power_of_two=*/false);
+    const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity, bool power_of_two) {
+  const auto q = run(op, x, dtype, granularity, true, power_of_two);
   return {in_shape_of(q.data, x), transposed_view(q.data_t, x),
           block_scale_view(q.scale, granularity, x), block_scale_t_view(q.scale_t, granularity, x)};
 }
@@ -169,24 +169,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_tran
           q.scale_t.narrow(0, 0, x.size(-1)).unsqueeze(1)};
 }
 
-std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x, Dtype dtype) {
-  return quantize_blocks("quantize_blockwise_1x128", x, dtype, Granularity::kBlock1x128);
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x, Dtype dtype,
+                                                            bool power_of_two) {
+  return quantize_blocks("quantize_blockwise_1x128", x, dtype, Granularity::kBlock1x128,
+                         power_of_two);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_1x128_transpose(
-    const at::Tensor& x, Dtype dtype) {
+    const at::Tensor& x, Dtype dtype, bool power_of_two) {
   return quantize_blocks_transpose("quantize_blockwise_1x128_transpose", x, dtype,
-                                   Granularity::kBlock1x128);
+                                   Granularity::kBlock1x128, power_of_two);
 }
 
-std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(const at::Tensor& x, Dtype dtype) {
-  return quantize_blocks("quantize_blockwise_128x128", x, dtype, Granularity::kBlock128x128);
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(const at::Tensor& x, Dtype dtype,
+                                                              bool power_of_two) {
+  return quantize_blocks("quantize_blockwise_128x128", x, dtype, Granularity::kBlock128x128,
+                         power_of_two);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_128x128_transpose(
-    const at::Tensor& x, Dtype dtype) {
+    const at::Tensor& x, Dtype dtype, bool power_of_two) {
   return quantize_blocks_transpose("quantize_blockwise_128x128_transpose", x, dtype,
-                                   Granularity::kBlock128x128);
+                                   Granularity::kBlock128x128, power_of_two);
 }
 
 }  // namespace kernel
@@ -241,22 +245,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_tran
           scale_t};
 }
 
-std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x, Dtype dtype) {
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x, Dtype dtype,
+                                                            bool /*power_of_two*/) {
   return quantize_blocks("quantize_blockwise_1x128", x, dtype, Granularity::kBlock1x128);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_1x128_transpose(
-    const at::Tensor& x, Dtype dtype) {
+    const at::Tensor& x, Dtype dtype, bool /*power_of_two*/) {
   return quantize_blocks_transpose("quantize_blockwise_1x128_transpose", x, dtype,
                                    Granularity::kBlock1x128);
 }
 
-std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(const at::Tensor& x, Dtype dtype) {
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(const at::Tensor& x, Dtype dtype,
+                                                              bool /*power_of_two*/) {
   return quantize_blocks("quantize_blockwise_128x128", x, dtype, Granularity::kBlock128x128);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_128x128_transpose(
-    const at::Tensor& x, Dtype dtype) {
+    const at::Tensor& x, Dtype dtype, bool /*power_of_two*/) {
   return quantize_blocks_transpose("quantize_blockwise_128x128_transpose", x, dtype,
                                    Granularity::kBlock128x128);
 }

@@ -26,17 +26,22 @@ TORCH_LIBRARY(fp8, m) {
       "quantize_rowwise_transpose(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
       " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
       tags);
-  m.def("quantize_blockwise_1x128(Tensor x, ScalarType? dtype=None) -> (Tensor data, Tensor scale)",
-        tags);
   m.def(
-      "quantize_blockwise_1x128_transpose(Tensor x, ScalarType? dtype=None)"
+      "quantize_blockwise_1x128(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
+      " -> (Tensor data, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_blockwise_1x128_transpose(Tensor x, ScalarType? dtype=None, *,"
+      " bool power_of_two=False)"
       " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
       tags);
   m.def(
-      "quantize_blockwise_128x128(Tensor x, ScalarType? dtype=None) -> (Tensor data, Tensor scale)",
+      "quantize_blockwise_128x128(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
+      " -> (Tensor data, Tensor scale)",
       tags);
   m.def(
-      "quantize_blockwise_128x128_transpose(Tensor x, ScalarType? dtype=None)"
+      "quantize_blockwise_128x128_transpose(Tensor x, ScalarType? dtype=None, *,"
+      " bool power_of_two=False)"
       " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
       tags);
   m.def("dequantize(Tensor data, Tensor scale, ScalarType? dtype=None) -> Tensor", tags);

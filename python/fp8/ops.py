@@ -149,7 +149,7 @@ def quantize_rowwise_transpose(
 
 
 def quantize_blockwise_1x128(
-    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Quantize with one scale for 128 elements of a row: activations and gradients in the recipe of
     DeepSeek-V3 (arXiv 2412.19437, section 3.3).
@@ -158,6 +158,7 @@ def quantize_blockwise_1x128(
         x: [..., K] bfloat16, float16 or float32, any strides. M is the product of its leading
             dimensions.
         dtype: float8_e4m3fn or float8_e5m2.
+        power_of_two: round each quant_multiplier down to a power of two.
 
     Returns:
         data: shape of x, `dtype` (rows padded in memory to a multiple of 16).
@@ -169,12 +170,14 @@ def quantize_blockwise_1x128(
         >>> scale.shape
         torch.Size([8, 2])
     """
-    result: tuple[Tensor, Tensor] = _ops.quantize_blockwise_1x128.default(x, dtype)
+    result: tuple[Tensor, Tensor] = _ops.quantize_blockwise_1x128.default(
+        x, dtype, power_of_two=power_of_two
+    )
     return result
 
 
 def quantize_blockwise_1x128_transpose(
-    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_blockwise_1x128` of x and of its transpose, in one pass: two quantizations, the
     second with one scale for 128 elements of a column of x.
@@ -192,13 +195,13 @@ def quantize_blockwise_1x128_transpose(
         torch.Size([64, 2])
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.quantize_blockwise_1x128_transpose.default(
-        x, dtype
+        x, dtype, power_of_two=power_of_two
     )
     return result
 
 
 def quantize_blockwise_128x128(
-    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Quantize with one scale for a square of 128 x 128 elements: weights in the recipe of
     DeepSeek-V3 (arXiv 2412.19437, section 3.3).
@@ -215,12 +218,14 @@ def quantize_blockwise_128x128(
         >>> scale.shape
         torch.Size([3, 2])
     """
-    result: tuple[Tensor, Tensor] = _ops.quantize_blockwise_128x128.default(x, dtype)
+    result: tuple[Tensor, Tensor] = _ops.quantize_blockwise_128x128.default(
+        x, dtype, power_of_two=power_of_two
+    )
     return result
 
 
 def quantize_blockwise_128x128_transpose(
-    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_blockwise_128x128` that also writes the transposed copy: the same squares, so the
     same values and the same scales.
@@ -238,7 +243,7 @@ def quantize_blockwise_128x128_transpose(
         torch.Size([2, 3])
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor] = (
-        _ops.quantize_blockwise_128x128_transpose.default(x, dtype)
+        _ops.quantize_blockwise_128x128_transpose.default(x, dtype, power_of_two=power_of_two)
     )
     return result
 

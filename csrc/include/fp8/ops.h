@@ -52,22 +52,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_tran
 // data, and one scale for 128 elements of a row: scale [M, ceil(K / 128)], with strides (1, M
 // padded to 16), which is how a matmul reads it.
 std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(
-    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn);
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
 
 // The same with one scale for 128 rows by 128 columns, as weights have it: scale [ceil(M / 128),
 // ceil(K / 128)], with rows padded to four scales.
 std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(
-    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn);
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
 
 // x [..., K] -> data, data_t [K, M], scale, scale_t [K, ceil(M / 128)]: data_t has scaling groups
 // of its own, along M.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_1x128_transpose(
-    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn);
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
 
 // x [..., K] -> data, data_t [K, M], scale, scale_t [ceil(K / 128), ceil(M / 128)]: the transposes
 // of data and of scale.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_128x128_transpose(
-    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn);
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
 
 // data [..., K] e4m3 or e5m2 of any strides -> float(data) * scale in dtype. scale: [],
 // data.shape[:-1] + [1], or with M the product of data's leading dimensions [M, ceil(K / 128)] or

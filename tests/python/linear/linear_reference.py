@@ -37,7 +37,8 @@ def _operands(
         return data, data_t, scale, scale
     if recipe == "blockwise":
         blocks = "128x128" if weight else "1x128"
-        return tuple(getattr(OPS, f"quantize_blockwise_{blocks}_transpose")(x, dtype))
+        quantize = getattr(OPS, f"quantize_blockwise_{blocks}_transpose")
+        return tuple(quantize(x, dtype, power_of_two=power_of_two))
     return tuple(OPS.quantize_rowwise_transpose(x, dtype, power_of_two=power_of_two))
 
 

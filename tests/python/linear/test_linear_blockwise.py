@@ -69,14 +69,15 @@ def test_blockwise_gradients_under_outliers(device):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_blockwise_around_the_edges_of_blocks(device, shape, n, dtype, poisoned_memory):
+@pytest.mark.parametrize("recipe", ["blockwise", "blockwise:power_of_two"])
+def test_blockwise_around_the_edges_of_blocks(device, recipe, shape, n, dtype, poisoned_memory):
     x = torch.randn(shape, device=device).to(dtype)
     weight = torch.randn(n, shape[-1], device=device).to(dtype)
     bias = torch.randn(n, device=device).to(dtype)
     dy = torch.randn(*shape[:-1], n, device=device).to(dtype)
-    actual = linear_reference.run(x, weight, bias, dy, "blockwise")
-    expected = linear_reference.linear(x, weight, bias, dy, "blockwise")
-    linear_reference.assert_matches(actual, expected, x, dy, "blockwise")
+    actual = linear_reference.run(x, weight, bias, dy, recipe)
+    expected = linear_reference.linear(x, weight, bias, dy, recipe)
+    linear_reference.assert_matches(actual, expected, x, dy, recipe)
 
 
 def test_blockwise_non_finite_stays_in_its_row(device):

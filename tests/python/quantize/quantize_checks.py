@@ -37,20 +37,21 @@ def check_all(x: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> None
     assert_same_bits(scale_t, columns.scale, "rowwise scale_t")
     assert_same_bits(codes(data_t), columns.codes, "rowwise data_t")
 
-    check_blocks(x, dtype)
+    check_blocks(x, dtype, power_of_two)
 
 
-def check_blocks(x: Tensor, dtype: torch.dtype) -> None:
+def check_blocks(x: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> None:
     matrix = reference.as_matrix(x)
+    option = {"power_of_two": True} if power_of_two else {}
     for blocks, block_rows in (("1x128", 1), ("128x128", 128)):
-        expected = reference.quantize_blocks(x, dtype, block_rows)
-        turned = reference.quantize_blocks(matrix.t(), dtype, block_rows)
-        data, scale = getattr(OPS, f"quantize_blockwise_{blocks}")(x, dtype)
+        expected = reference.quantize_blocks(x, dtype, block_rows, power_of_two)
+        turned = reference.quantize_blocks(matrix.t(), dtype, block_rows, power_of_two)
+        data, scale = getattr(OPS, f"quantize_blockwise_{blocks}")(x, dtype, **option)
         assert_same_bits(scale, expected.scale, f"{blocks} scale")
         assert_same_bits(codes(data), expected.codes, f"{blocks} data")
 
         quantize = getattr(OPS, f"quantize_blockwise_{blocks}_transpose")
-        data, data_t, scale, scale_t = quantize(x, dtype)
+        data, data_t, scale, scale_t = quantize(x, dtype, **option)
         assert_same_bits(scale, expected.scale, f"{blocks}_transpose scale")
         assert_same_bits(codes(data), expected.codes, f"{blocks}_transpose data")
         assert_same_bits(scale_t, turned.scale, f"{blocks} scale_t")
