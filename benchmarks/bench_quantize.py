@@ -1,7 +1,8 @@
 """Quantize operators: bytes over time against a device copy of as many bytes in the same run.
 
-quantize_tensorwise, quantize_tensorwise_transpose, quantize_rowwise, quantize_rowwise_transpose and
-dequantize, bf16, at 16 to 235 MB of input. Bytes are the fewest that the operator must move.
+quantize_tensorwise, quantize_rowwise, quantize_blockwise_1x128 and quantize_blockwise_128x128, each
+with and without _transpose, and dequantize, bf16, at 16 to 235 MB of input. Bytes are the fewest
+that the operator must move.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ def calls(x: torch.Tensor):
         "quantize_tensorwise_transpose": lambda: transpose(x),
         "quantize_tensorwise_transpose, power of two": lambda: transpose(x, power_of_two=True),
         "quantize_tensorwise_transpose, static scale": lambda: transpose(x, scale=scale),
+        "quantize_blockwise_1x128": lambda: ops.quantize_blockwise_1x128(x),
+        "quantize_blockwise_1x128_transpose": lambda: ops.quantize_blockwise_1x128_transpose(x),
+        "quantize_blockwise_128x128": lambda: ops.quantize_blockwise_128x128(x),
+        "quantize_blockwise_128x128_transpose": lambda: ops.quantize_blockwise_128x128_transpose(x),
         "dequantize": lambda: ops.dequantize(data, factors),
     }
 

@@ -22,7 +22,7 @@ class LinearShape(NamedTuple):
 
 
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # (K, N) of Llama 3 8B and 70B
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
 
 # The layers that are compared with every peer.
 MAIN_SHAPES = (
@@ -61,6 +61,10 @@ QUANTIZE_BYTES = {
     "quantize_tensorwise_transpose": 6,
     "quantize_tensorwise_transpose, power of two": 6,
     "quantize_tensorwise_transpose, static scale": 4,
+    "quantize_blockwise_1x128": 3,
+    "quantize_blockwise_1x128_transpose": 4,  # one pass: 2 read, 1 + 1 written
+    "quantize_blockwise_128x128": 3,
+    "quantize_blockwise_128x128_transpose": 4,
     "dequantize": 3,  # 1 read, 2 written
 }
 

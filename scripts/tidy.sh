@@ -16,7 +16,7 @@ fi
 headers=(csrc/include/fp8/core.h csrc/common/{formats,launch}.h csrc/matmul/plan_{key,cache,text}.h)
 sources=()
 if [ -f "$cuda/cublasLt.h" ]; then
-  sources=(csrc/matmul/lt_matmul.cpp csrc/quantize/quantize_core.cpp)
+  sources=(csrc/matmul/lt_{choice,matmul}.cpp csrc/quantize/quantize_core.cpp)
 else
   echo "tidy: fp8_core left out, no CUDA headers in $cuda"
 fi

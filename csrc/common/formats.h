@@ -32,6 +32,11 @@ struct E5M2 {
 
 inline constexpr uint8_t kNanCode = 0x7F;
 
+constexpr bool is_blockwise(core::Granularity granularity) {
+  return granularity == core::Granularity::kBlock1x128 ||
+         granularity == core::Granularity::kBlock128x128;
+}
+
 constexpr bool is_fp8(core::Dtype dtype) {
   return dtype == core::Dtype::kE4M3 || dtype == core::Dtype::kE5M2;
 }

@@ -15,6 +15,12 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t kPad = 16;
 constexpr int64_t pad16(int64_t extent) { return round_up(extent, kPad); }
 
+// Extent of a scaling block, and scales in a row of 128x128 blocks: cuBLASLt wants rows of
+// multiples of four of them, and silently gives wrong results otherwise.
+constexpr int64_t kScaleBlock = 128;
+constexpr int64_t blocks_of(int64_t extent) { return ceil_div(extent, kScaleBlock); }
+constexpr int64_t square_scale_ld(int64_t cols) { return round_up(blocks_of(cols), 4); }
+
 // --- statistics pass: blocks of 8 warps; a warp reads 1024 columns of a row at a time ---
 
 constexpr int kThreads = 256;
@@ -115,6 +121,29 @@ inline CastPlan plan_cast(int64_t rows, int64_t cols, bool per_axis, int sm_coun
   plan.tiles_per_block = per_axis ? std::clamp<int64_t>(tiles / resident, 1, 4) : 1;
   plan.strips = ceil_div(plan.row_tiles, plan.tiles_per_block);
   return plan;
+}
+
+// --- blockwise pass: a block of threads casts one tile of 128 x 128, both ways ---
+
+struct BlockwisePlan {
+  int64_t col_tiles = 0;
+  int64_t row_tiles = 0;
+  // Rows of 128x128 scales: of data and of data_t
+  int64_t scale_cols = 0;
+  int64_t scale_ld = 0;
+  int64_t scale_t_cols = 0;
+  int64_t scale_t_ld = 0;
+};
+
+// rows, cols: as for plan_cast. Tiles beyond the matrix write padding.
+inline BlockwisePlan plan_blockwise(int64_t rows, int64_t cols, int64_t data_ld,
+                                    int64_t data_t_ld) {
+  return {.col_tiles = blocks_of(cols),
+          .row_tiles = blocks_of(rows),
+          .scale_cols = blocks_of(data_ld),
+          .scale_ld = square_scale_ld(data_ld),
+          .scale_t_cols = blocks_of(data_t_ld),
+          .scale_t_ld = square_scale_ld(data_t_ld)};
 }
 
 // --- rowwise pass: threads_per_row threads hold a row in registers, 8 elements a vector ---

@@ -7,6 +7,7 @@
 namespace fp8::cpu {
 
 void quantize(const core::QuantizeArgs& args);
+void quantize_blockwise(const core::QuantizeArgs& args);  // quantize() for blocks, but column sums
 void dequantize(const core::DequantizeArgs& args);
 
 // codes [rows, cols] with `ld` bytes a row -> floats [rows, cols] contiguous, unscaled

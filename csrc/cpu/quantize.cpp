@@ -196,8 +196,13 @@ const std::array<float, 256>& decode_table(core::Dtype dtype) {
 
 void quantize(const core::QuantizeArgs& args) {
   const Input in{args};
-  args.granularity == core::Granularity::kTensorwise ? quantize_tensorwise(in)
-                                                     : quantize_rowwise(in);
+  if (is_blockwise(args.granularity)) {
+    quantize_blockwise(args);
+  } else if (args.granularity == core::Granularity::kTensorwise) {
+    quantize_tensorwise(in);
+  } else {
+    quantize_rowwise(in);
+  }
   if (args.column_sum != nullptr) column_sums(in);
 }
 
@@ -206,9 +211,10 @@ void dequantize(const core::DequantizeArgs& a) {
   at::parallel_for(0, a.rows, grain(a.cols), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const auto* codes = static_cast<const uint8_t*>(a.data) + r * a.row_stride;
-      const float* scales = a.scale + r * a.scale_row_stride;
+      const float* scales = a.scale + r / a.scale_block_rows * a.scale_row_stride;
       for (int64_t c = 0; c < a.cols; ++c) {
-        const float value = table[codes[c * a.col_stride]] * scales[c * a.scale_col_stride];
+        const float scale = scales[c / a.scale_block_cols * a.scale_col_stride];
+        const float value = table[codes[c * a.col_stride]] * scale;
         store(a.out, a.out_dtype, r * a.cols + c, value);
       }
     }

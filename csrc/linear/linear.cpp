@@ -7,7 +7,7 @@
 // Hopper's FP8 matmul wants both operands contiguous along the contracted dimension, hence the
 // transposed copies. x^T is made and saved in the forward, in place of x; W^T is made in the
 // backward, so that no second copy of the weight lives between the passes; dy and dy^T come from
-// one quantization, which sums dbias on its way.
+// one quantization, which sums dbias on its way. With block scales all accumulation is split.
 #include "linear/linear.h"
 
 #include <ATen/ATen.h>
@@ -43,7 +43,7 @@ auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
 
 at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const QuantizedMatrix& qx,
-                           const QuantizedMatrix& qw, Granularity granularity) {
+                           const QuantizedMatrix& qw, const Recipe& recipe) {
   const int64_t features = weight.size(0);
   const std::vector<int64_t> shape = with_last(x.sizes(), features);
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
@@ -52,7 +52,8 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
     return bias ? y.add_(*bias) : y;
   }
   const at::Tensor y = matmul({qx.data, qx.scale, rows}, {qw.data, qw.scale, features},
-                              {.granularity = granularity,
+                              {.granularity = recipe.granularity,
+                               .granularity_b = recipe.weight_granularity,
                                .out_dtype = x.scalar_type(),
                                .fast_accum = true,
                                .bias = bias.value_or(at::Tensor())});
@@ -94,7 +95,7 @@ void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
 struct BackwardArgs {
   const at::Tensor& dy;                          // [..., N]
   const std::optional<at::Tensor>& x;            // x^T in FP8, or x
-  const std::optional<at::Tensor>& x_t_scale;    // [] or [pad16(K)] fp32
+  const std::optional<at::Tensor>& x_t_scale;    // fp32: [], or scale_sizes(x_t's sizes)
   const std::optional<at::Tensor>& weight;       // [N, K]
   const std::optional<at::Tensor>& weight_amax;  // [] fp32
   int64_t k;
@@ -139,9 +140,9 @@ Gradients backward(const BackwardArgs& args) {
   const bool dy_data = args.needs_dx && !empty;
   const bool dy_t = args.needs_dweight && !empty && recipe.fp8_wgrad;
   if (dy_data || dy_t) {
-    // The bias gradient rides along where the quantization looks at whole columns or the whole
-    // tensor first.
-    const bool sums = args.needs_dbias && (tensorwise || dy_t);
+    // The bias gradient rides along where the quantization looks at whole columns, or at everything
+    // in tiles.
+    const bool sums = args.needs_dbias && (dy_t || recipe.granularity != Granularity::kRowwise);
     qdy = quantize_matrix(matrix,
                           {.dtype = recipe.grad_dtype,
                            .granularity = recipe.granularity,
@@ -157,7 +158,7 @@ Gradients backward(const BackwardArgs& args) {
       .granularity = recipe.granularity, .out_dtype = dy.scalar_type(), .fast_accum = false};
   if (dy_data) {
     QuantizeRequest request{.dtype = recipe.forward_dtype,
-                            .granularity = recipe.granularity,
+                            .granularity = recipe.weight_granularity,
                             .data = false,
                             .data_t = true,
                             .power_of_two = recipe.power_of_two,
@@ -165,7 +166,9 @@ Gradients backward(const BackwardArgs& args) {
     if (tensorwise) request.amax = *args.weight_amax;
     const QuantizedMatrix qw = memory::quantize_weight(*args.weight, request);
     const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
-    dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, options);
+    MatmulOptions dgrad = options;
+    dgrad.granularity_b = recipe.weight_granularity;
+    dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, dgrad);
   }
   if (args.needs_dweight && !empty) {
     if (recipe.fp8_wgrad) {
@@ -212,11 +215,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   const QuantizedMatrix qx = memory::quantize_input(x, request);
   const QuantizedMatrix qw =
       memory::quantize_weight(weight, {.dtype = recipe.forward_dtype,
-                                       .granularity = recipe.granularity,
+                                       .granularity = recipe.weight_granularity,
                                        .power_of_two = recipe.power_of_two,
                                        .keep_amax = save_weight_amax && tensorwise,
                                        .overlaps_previous = qx.launched && is_matrix(weight)});
-  at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe.granularity);
+  at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe);
   const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
   return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),
           save_weight_amax && tensorwise ? qw.amax : none_like(x)};
@@ -297,8 +300,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   c10::SymInt rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
   const c10::SymInt k = pad16(x.sym_size(-1));
-  return {y, at::empty_symint({k, pad16(rows)}, x.options().dtype(recipe.forward_dtype)),
-          tensorwise ? at::empty({}, fp32) : at::empty_symint({k}, fp32),
+  const c10::SymInt m = pad16(rows);
+  return {y, at::empty_symint({k, m}, x.options().dtype(recipe.forward_dtype)),
+          tensorwise ? at::empty({}, fp32)
+                     : at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32),
           save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
 }
 

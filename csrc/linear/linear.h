@@ -4,7 +4,7 @@
 //   false, or the
 //     recipe has no use for it, the place is taken by an empty tensor.
 //       x_t          [pad16(K), pad16(M)] FP8, the transposed quantized x (recipes with FP8 wgrad)
-//       x_t_scale    [] or [pad16(K)] fp32, its scale
+//       x_t_scale    fp32, its scale: [], [pad16(K)], or [ceil(M / 128), pad16(K)] in 1x128 blocks
 //       weight_amax  [] fp32 (tensorwise): lets the backward remake the transposed weight in one
 //       pass
 //     input_scale, [] fp32, tensorwise: x is quantized with this scale, in one pass over it. The

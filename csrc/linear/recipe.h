@@ -18,17 +18,23 @@ namespace fp8 {
 
 struct Recipe {
   std::string_view name;
-  core::Granularity granularity;
-  at::ScalarType forward_dtype;  // x and weight
-  at::ScalarType grad_dtype;     // dy
+  core::Granularity granularity;         // x and dy
+  core::Granularity weight_granularity;  // of one family with it
+  at::ScalarType forward_dtype;          // x and weight
+  at::ScalarType grad_dtype;             // dy
   bool fp8_wgrad;  // false: dW = dy^T x in x's own precision, for which x itself is saved
   bool power_of_two = false;  // an option of each: computed scales are powers of two
 };
 
-inline constexpr std::array<Recipe, 3> kRecipes{{
-    {"tensorwise", core::Granularity::kTensorwise, at::kFloat8_e4m3fn, at::kFloat8_e5m2, true},
-    {"rowwise", core::Granularity::kRowwise, at::kFloat8_e4m3fn, at::kFloat8_e4m3fn, true},
-    {"rowwise_gw_hp", core::Granularity::kRowwise, at::kFloat8_e4m3fn, at::kFloat8_e4m3fn, false},
+inline constexpr std::array<Recipe, 4> kRecipes{{
+    {"tensorwise", core::Granularity::kTensorwise, core::Granularity::kTensorwise,
+     at::kFloat8_e4m3fn, at::kFloat8_e5m2, true},
+    {"rowwise", core::Granularity::kRowwise, core::Granularity::kRowwise, at::kFloat8_e4m3fn,
+     at::kFloat8_e4m3fn, true},
+    {"rowwise_gw_hp", core::Granularity::kRowwise, core::Granularity::kRowwise, at::kFloat8_e4m3fn,
+     at::kFloat8_e4m3fn, false},
+    {"blockwise", core::Granularity::kBlock1x128, core::Granularity::kBlock128x128,
+     at::kFloat8_e4m3fn, at::kFloat8_e4m3fn, true},
 }};
 
 struct RecipeOption {

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/formats.h"
 #include "fp8/core.h"
 
 namespace fp8::core {
@@ -18,6 +19,19 @@ inline uint32_t alignment_of(const void* pointer) {
   return address == 0 ? 256U : 1U << std::min(std::countr_zero(address), 8);
 }
 
+inline Granularity granularity_of_b(const MatmulArgs& args) {
+  return args.granularity_b.value_or(args.granularity);
+}
+
+inline bool has_block_scales(const MatmulArgs& args) {
+  return is_blockwise(args.granularity) || is_blockwise(granularity_of_b(args));
+}
+
+// Fast accumulation is no property of products with block scales, whatever is asked for.
+inline bool accumulates_fast(const MatmulArgs& args) {
+  return args.fast_accum && !has_block_scales(args);
+}
+
 struct PlanKey {
   int64_t m = 0;
   int64_t n = 0;
@@ -25,7 +39,7 @@ struct PlanKey {
   int64_t lda = 0;
   int64_t ldb = 0;
   int64_t ldo = 0;
-  uint64_t options = 0;     // device, dtypes, granularity, bias, accumulate, fast_accum
+  uint64_t options = 0;     // device, dtypes, granularities, bias, accumulate, fast_accum
   uint64_t alignments = 0;  // of a, b, out, bias
 
   bool operator==(const PlanKey&) const = default;
@@ -38,7 +52,7 @@ inline PlanKey make_plan_key(const MatmulArgs& args, int device) {
   key.options = bits(device, 32) | bits(args.a_dtype, 0) | bits(args.b_dtype, 4) |
                 bits(args.out_dtype, 8) | bits(has_bias ? args.bias_dtype : Dtype::kFloat32, 12) |
                 bits(args.granularity, 16) | bits(has_bias, 20) | bits(args.accumulate, 21) |
-                bits(args.fast_accum, 22);
+                bits(accumulates_fast(args), 22) | bits(granularity_of_b(args), 24);
   key.alignments = bits(alignment_of(args.a), 0) | bits(alignment_of(args.b), 16) |
                    bits(alignment_of(args.out), 32) | bits(alignment_of(args.bias), 48);
   return key;

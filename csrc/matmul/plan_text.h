@@ -16,8 +16,30 @@
 
 #include "common/formats.h"
 #include "fp8/core.h"
+#include "matmul/plan_key.h"
 
 namespace fp8::core {
+
+inline const char* granularity_name(Granularity granularity) {
+  switch (granularity) {
+    case Granularity::kTensorwise:
+      return "tensorwise";
+    case Granularity::kRowwise:
+      return "rowwise";
+    case Granularity::kBlock1x128:
+      return "1x128";
+    case Granularity::kBlock128x128:
+      return "128x128";
+  }
+  return "unknown";
+}
+
+// "rowwise", or "1x128*128x128": a's scales and b's.
+inline std::string granularities(const MatmulArgs& args) {
+  const char* a = granularity_name(args.granularity);
+  if (!has_block_scales(args)) return a;
+  return std::string(a) + "*" + granularity_name(granularity_of_b(args));
+}
 
 // The problem in one line, for messages and for the printed plans.
 inline std::string describe(const MatmulArgs& args) {
@@ -25,10 +47,9 @@ inline std::string describe(const MatmulArgs& args) {
   return "matmul m=" + number(args.m) + " n=" + number(args.n) + " k=" + number(args.k) +
          " lda=" + number(args.lda) + " ldb=" + number(args.ldb) + " ldo=" + number(args.ldo) +
          " a=" + dtype_name(args.a_dtype) + " b=" + dtype_name(args.b_dtype) +
-         " out=" + dtype_name(args.out_dtype) +
-         (args.granularity == Granularity::kRowwise ? " rowwise" : " tensorwise") +
+         " out=" + dtype_name(args.out_dtype) + " " + granularities(args) +
          (args.bias != nullptr ? std::string(" bias=") + dtype_name(args.bias_dtype) : "") +
-         (args.accumulate ? " accumulate" : "") + (args.fast_accum ? " fast_accum" : "");
+         (args.accumulate ? " accumulate" : "") + (accumulates_fast(args) ? " fast_accum" : "");
 }
 
 // How a problem runs. cuBLASLt's numbers are those of cublasLtMatmulAlgoConfigGetAttribute.

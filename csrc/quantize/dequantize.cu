@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
     const int64_t col = i % p.cols;
     const uint8_t code =
         static_cast<const uint8_t*>(p.data)[row * p.row_stride + col * p.col_stride];
-    const float scale = p.scale[row * p.scale_row_stride + col * p.scale_col_stride];
+    const float scale = p.scale[row / p.scale_block_rows * p.scale_row_stride +
+                                col / p.scale_block_cols * p.scale_col_stride];
     static_cast<T*>(p.out)[i] = from_float<T>(decode_on_device<Format>(code) * scale);
   }
 }
@@ -51,7 +52,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const Dequant
     const int64_t col = (i - row * groups) * 8;
     const uint2 codes = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.data) +
                                                              row * p.row_stride + col));
-    const float scale = __ldg(p.scale + row * p.scale_row_stride);
+    const float scale = __ldg(p.scale + row / p.scale_block_rows * p.scale_row_stride +
+                              col / p.scale_block_cols * p.scale_col_stride);
     alignas(16) T values[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -75,7 +77,8 @@ void dequantize(const DequantizeArgs& args, Stream stream) {
     dispatch_format(args.dtype, [&](auto format) {
       using T = typename decltype(output)::type;
       using Format = typename decltype(format)::type;
-      const bool by_rows = args.col_stride == 1 && args.scale_col_stride == 0 &&
+      const bool by_rows = args.col_stride == 1 &&
+                           (args.scale_col_stride == 0 || args.scale_block_cols % 8 == 0) &&
                            args.cols % 8 == 0 && args.row_stride % 8 == 0 &&
                            reinterpret_cast<uintptr_t>(args.data) % 8 == 0 &&
                            reinterpret_cast<uintptr_t>(args.out) % 16 == 0;

@@ -76,4 +76,34 @@ struct RowwiseParams {
 };
 void launch_rowwise(const RowwiseParams& params, Dtype x_dtype, Dtype dtype, cudaStream_t stream);
 
+// One pass: a tile of 128 x 128 is read into registers, which has its groups' amaxes in it.
+struct BlockwiseParams {
+  const void* x;
+  int64_t rows;
+  int64_t cols;
+  int64_t ld;
+  bool vectorized;
+  bool overlaps_previous;
+  BlockwisePlan plan;
+  Destination data;
+  Destination data_t;
+  bool power_of_two;
+  float* scale;    // layouts: Granularity
+  float* scale_t;  // the same
+  float* col_sum;  // [blocks_of(rows), cols], or nullptr: sums of each tile's columns
+};
+void launch_blockwise(const BlockwiseParams& params, Dtype x_dtype, Dtype dtype,
+                      Granularity granularity, cudaStream_t stream);
+
+// Adds up what launch_blockwise left in col_sum.
+struct ColumnSumParams {
+  const float* col_sum;  // [parts, cols]
+  int64_t parts;
+  int64_t cols;
+  void* column_sum;  // [cols]
+  Dtype column_sum_dtype;
+  bool overlaps_previous;
+};
+void launch_column_sum(const ColumnSumParams& params, cudaStream_t stream);
+
 }  // namespace fp8::core

@@ -16,17 +16,20 @@ QuantizedMatrix quantize_empty(const at::Tensor& x, const QuantizeRequest& reque
   const int64_t cols = x.size(1);
   const auto fp8_options = x.options().dtype(request.dtype);
   const auto fp32 = x.options().dtype(at::kFloat);
-  const bool rowwise = request.granularity == core::Granularity::kRowwise;
+  const bool tensorwise = request.granularity == core::Granularity::kTensorwise;
   QuantizedMatrix result;
   if (request.data) result.data = at::zeros({pad16(rows), pad16(cols)}, fp8_options);
   if (request.data_t) result.data_t = at::zeros({pad16(cols), pad16(rows)}, fp8_options);
-  if (!rowwise) {
+  if (tensorwise) {
     result.scale =
         request.static_scale.defined() ? request.static_scale.clone() : at::ones({}, fp32);
     if (request.keep_amax) result.amax = at::zeros({}, fp32);
   } else {
-    if (request.data) result.scale = at::ones({pad16(rows)}, fp32);
-    if (request.data_t) result.scale_t = at::ones({pad16(cols)}, fp32);
+    const auto scales = [&](int64_t storage_rows, int64_t storage_cols) {
+      return at::ones(scale_sizes(request.granularity, storage_rows, storage_cols), fp32);
+    };
+    if (request.data) result.scale = scales(pad16(rows), pad16(cols));
+    if (request.data_t) result.scale_t = scales(pad16(cols), pad16(rows));
   }
   if (request.column_sum) {
     result.column_sum = at::zeros({cols}, x.options().dtype(*request.column_sum));
@@ -36,11 +39,25 @@ QuantizedMatrix quantize_empty(const at::Tensor& x, const QuantizeRequest& reque
 
 }  // namespace
 
+at::Tensor scale_view(const at::Tensor& scale, core::Granularity granularity, int64_t rows,
+                      int64_t cols) {
+  switch (granularity) {
+    case core::Granularity::kTensorwise:
+      return scale;
+    case core::Granularity::kRowwise:
+      return scale.narrow(0, 0, rows).unsqueeze(1);
+    case core::Granularity::kBlock1x128:
+      return scale.t().narrow(0, 0, rows);
+    default:
+      return scale.narrow(1, 0, core::blocks_of(cols));
+  }
+}
+
 QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& request) {
   if (x.numel() == 0) return quantize_empty(x, request);
   const int64_t rows = x.size(0);
   const int64_t cols = x.size(1);
-  const bool rowwise = request.granularity == core::Granularity::kRowwise;
+  const bool tensorwise = request.granularity == core::Granularity::kTensorwise;
   const auto floats = [&](at::IntArrayRef sizes) { return empty_on(x, sizes, at::kFloat); };
 
   QuantizedMatrix result;
@@ -62,7 +79,7 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
     result.data_t = empty_on(x, {pad16(cols), pad16(rows)}, request.dtype);
     args.data_t = {result.data_t.mutable_data_ptr(), pad16(cols), pad16(rows)};
   }
-  if (!rowwise) {
+  if (tensorwise) {
     result.scale = floats({});
     args.scale = result.scale.mutable_data_ptr<float>();
     if (request.static_scale.defined()) {
@@ -75,11 +92,11 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
     }
   } else {
     if (request.data) {
-      result.scale = floats({pad16(rows)});
+      result.scale = floats(scale_sizes(request.granularity, pad16(rows), pad16(cols)));
       args.scale = result.scale.mutable_data_ptr<float>();
     }
     if (request.data_t) {
-      result.scale_t = floats({pad16(cols)});
+      result.scale_t = floats(scale_sizes(request.granularity, pad16(cols), pad16(rows)));
       args.scale_t = result.scale_t.mutable_data_ptr<float>();
     }
   }
@@ -107,8 +124,8 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
 #endif
 }
 
-at::Tensor dequantize_matrix(const at::Tensor& data, const at::Tensor& scale,
-                             at::ScalarType dtype) {
+at::Tensor dequantize_matrix(const at::Tensor& data, const at::Tensor& scale, at::ScalarType dtype,
+                             ScaleBlock block) {
   at::Tensor out = empty_on(data, data.sizes(), dtype);
   if (out.numel() == 0) return out;
   const core::DequantizeArgs args{.data = data.const_data_ptr(),
@@ -120,6 +137,8 @@ at::Tensor dequantize_matrix(const at::Tensor& data, const at::Tensor& scale,
                                   .scale = scale.const_data_ptr<float>(),
                                   .scale_row_stride = scale.stride(0),
                                   .scale_col_stride = scale.stride(1),
+                                  .scale_block_rows = block.rows,
+                                  .scale_block_cols = block.cols,
                                   .out = out.mutable_data_ptr(),
                                   .out_dtype = to_core(dtype)};
   if (data.is_cpu()) {

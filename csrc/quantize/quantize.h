@@ -2,9 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <optional>
 
+#include "common/launch.h"
 #include "fp8/core.h"
 
 namespace fp8 {
@@ -26,20 +28,44 @@ struct QuantizeRequest {
 struct QuantizedMatrix {
   at::Tensor data;        // [pad16(rows), pad16(cols)]
   at::Tensor data_t;      // [pad16(cols), pad16(rows)]
-  at::Tensor scale;       // [] tensorwise, [pad16(rows)] rowwise
-  at::Tensor scale_t;     // [pad16(cols)], rowwise
+  at::Tensor scale;       // of data: [] tensorwise, else scale_sizes(data's sizes)
+  at::Tensor scale_t;     // of data_t; tensorwise undefined
   at::Tensor amax;        // []
   at::Tensor column_sum;  // [cols]
   bool launched = false;  // kernels of this quantization are the last that were launched
 };
 
+// The storage of the scales of a storage [rows, cols], not tensorwise: core::Granularity has it.
+// Symbolic extents too.
+template <typename Int>
+c10::SmallVector<Int, 2> scale_sizes(core::Granularity granularity, const Int& rows,
+                                     const Int& cols) {
+  const auto blocks = [](const Int& extent) {
+    return (extent + (core::kScaleBlock - 1)) / core::kScaleBlock;
+  };
+  if (granularity == core::Granularity::kBlock1x128) return {blocks(cols), rows};
+  if (granularity == core::Granularity::kBlock128x128) {
+    return {blocks(rows), (blocks(cols) + 3) / 4 * 4};
+  }
+  return {rows};
+}
+
+// A storage of scales as a user sees it, for a matrix [rows, cols]: [] tensorwise, [rows, 1],
+// [rows, ceil(cols / 128)] or [ceil(rows / 128), ceil(cols / 128)].
+at::Tensor scale_view(const at::Tensor& scale, core::Granularity granularity, int64_t rows,
+                      int64_t cols);
+
 // x: [rows, cols] from as_matrix, on the CPU or a CUDA device. An empty x gives zeros and scales
 // of 1.
 QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& request);
 
-// data * scale with fp8 data of any strides and a broadcastable scale, both as matrices.
+// data * scale with fp8 data of any strides: each scale serves `block` rows and columns of data.
+struct ScaleBlock {
+  int64_t rows = 1;
+  int64_t cols = 1;
+};
 at::Tensor dequantize_matrix(const at::Tensor& data,   // [rows, cols]
-                             const at::Tensor& scale,  // [rows, cols], expanded
-                             at::ScalarType dtype);
+                             const at::Tensor& scale,  // [ceil(rows / block.rows), same of cols]
+                             at::ScalarType dtype, ScaleBlock block = {});
 
 }  // namespace fp8

@@ -32,6 +32,11 @@ struct QuantizePlan {
 QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
   QuantizePlan plan;
   const bool rowwise = a.granularity == Granularity::kRowwise;
+  if (is_blockwise(a.granularity)) {
+    plan.col_sum = a.column_sum != nullptr;
+    if (plan.col_sum) plan.words = static_cast<size_t>(blocks_of(a.rows) * a.cols);
+    return plan;
+  }
   plan.one_pass = rowwise && a.data_t.data == nullptr;
   plan.statistics = rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr;
   if (!plan.statistics) return plan;
@@ -62,23 +67,63 @@ bool fits(const Destination& d, int64_t rows, int64_t cols) {
 }
 
 void check(const QuantizeArgs& a) {
+  const bool blockwise = is_blockwise(a.granularity);
   require(a.rows > 0 && a.cols > 0, "quantize expects a matrix that is not empty");
   require(fits(a.data, a.rows, a.cols) && fits(a.data_t, a.cols, a.rows),
           "quantize expects destinations of 16-byte aligned rows that hold the matrix");
   require(a.data.data != nullptr || a.data_t.data != nullptr, "quantize has nothing to make");
-  if (a.granularity == Granularity::kRowwise) {
+  if (a.granularity != Granularity::kTensorwise) {
     require(a.static_scale == nullptr && a.amax == nullptr && a.amax_out == nullptr,
             "a given scale or amax is tensorwise");
-    require(a.data_t.data == nullptr || a.rows <= kMaxRowsPerAxisPass,
+    require(blockwise || a.data_t.data == nullptr || a.rows <= kMaxRowsPerAxisPass,
             "rowwise quantize with a transposed copy takes at most 67107840 rows");
     require((a.data.data == nullptr || a.scale != nullptr) &&
                 (a.data_t.data == nullptr || a.scale_t != nullptr),
-            "rowwise quantize expects a scale for each destination");
+            "rowwise and blockwise quantize expect a scale for each destination");
   }
   const bool two_passes = a.granularity == Granularity::kRowwise
                               ? a.data_t.data != nullptr
                               : a.static_scale == nullptr && a.amax == nullptr;
-  require(a.column_sum == nullptr || two_passes, "column sums need a statistics pass");
+  require(a.column_sum == nullptr || two_passes || blockwise, "column sums need a statistics pass");
+}
+
+struct Launch {
+  const DeviceInfo& device;
+  bool vectorized;
+  bool overlaps_previous;
+  Stream stream;
+};
+
+void quantize_blockwise(const QuantizeArgs& args, const QuantizePlan& plan, const Launch& how) {
+  const int64_t rows = std::max({args.rows, args.data.rows, args.data_t.ld});
+  const int64_t cols = std::max({args.cols, args.data.ld, args.data_t.rows});
+  const BlockwisePlan tiles = plan_blockwise(rows, cols, args.data.ld, args.data_t.ld);
+  require(tiles.col_tiles * tiles.row_tiles <= kMaxGridX,
+          "quantize expects fewer than 2^45 elements");
+  auto* col_sum = plan.col_sum ? static_cast<float*>(args.workspace) : nullptr;
+  require(!plan.col_sum || col_sum != nullptr, "quantize expects a workspace");
+  launch_blockwise({.x = args.x,
+                    .rows = args.rows,
+                    .cols = args.cols,
+                    .ld = args.ld,
+                    .vectorized = how.vectorized,
+                    .overlaps_previous = how.overlaps_previous,
+                    .plan = tiles,
+                    .data = args.data,
+                    .data_t = args.data_t,
+                    .power_of_two = args.power_of_two,
+                    .scale = args.scale,
+                    .scale_t = args.scale_t,
+                    .col_sum = col_sum},
+                   args.x_dtype, args.dtype, args.granularity, how.stream);
+  if (!plan.col_sum) return;
+  launch_column_sum({.col_sum = col_sum,
+                     .parts = blocks_of(args.rows),
+                     .cols = args.cols,
+                     .column_sum = args.column_sum,
+                     .column_sum_dtype = args.column_sum_dtype,
+                     .overlaps_previous = has_hopper_launches(how.device)},
+                    how.stream);
 }
 
 }  // namespace
@@ -95,6 +140,9 @@ void quantize(const QuantizeArgs& args, Stream stream) {
   const bool overlaps_previous = args.overlaps_previous && can_overlap;
   const bool vectorized = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                           (args.rows == 1 || args.ld * dtype_bytes(args.x_dtype) % 16 == 0);
+  if (is_blockwise(args.granularity)) {
+    return quantize_blockwise(args, plan, {device, vectorized, overlaps_previous, stream});
+  }
   if (plan.one_pass) {
     return launch_rowwise({.x = args.x,
                            .rows = args.rows,

@@ -76,6 +76,18 @@ QuantizedMatrix run(const char* op, const at::Tensor& x, Dtype dtype, Granularit
   return quantize_matrix(as_matrix(x), request);
 }
 
+at::Tensor block_scale_view(const at::Tensor& scale, Granularity granularity, const at::Tensor& x) {
+  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  return scale_view(scale, granularity, rows, x.size(-1));
+}
+
+// that of data_t
+at::Tensor block_scale_t_view(const at::Tensor& scale, Granularity granularity,
+                              const at::Tensor& x) {
+  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  return scale_view(scale, granularity, x.size(-1), rows);
+}
+
 // --- fake tensors ---
 
 at::Tensor meta_padded(const at::Tensor& x, c10::SymIntArrayRef sizes, at::ScalarType dtype) {
@@ -93,11 +105,40 @@ at::Tensor meta_row_scale(const at::Tensor& x) {
   return at::empty_symint(sizes, x.options().dtype(at::kFloat));
 }
 
+// As scale_view of what quantize_matrix makes, for a matrix [rows, cols].
+at::Tensor meta_block_scale(const at::Tensor& x, Granularity granularity, const c10::SymInt& rows,
+                            const c10::SymInt& cols) {
+  const auto storage = scale_sizes(granularity, pad16(rows), pad16(cols));
+  const c10::SymInt ld = std::max(storage[1], c10::SymInt(1));
+  const auto fp32 = x.options().dtype(at::kFloat);
+  if (granularity == Granularity::kBlock1x128) {
+    return at::empty_strided_symint({rows, storage[0]}, {1, ld}, fp32);
+  }
+  const c10::SymInt blocks = (cols + (core::kScaleBlock - 1)) / core::kScaleBlock;
+  return at::empty_strided_symint({storage[0], blocks}, {ld, 1}, fp32);
+}
+
 at::Tensor meta_scalar(const at::Tensor& x) { return at::empty({}, x.options().dtype(at::kFloat)); }
 
 }  // namespace
 
 namespace kernel {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> quantize_blocks(const char* op, const at::Tensor& x, Dtype dtype,
+                                                   Granularity granularity, bool power_of_two) {
+  const auto q = run(op, x, dtype, granularity, false, power_of_two);
+  return {in_shape_of(q.data, x), block_scale_view(q.scale, granularity, x)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blocks_transpose(
+    const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity, bool power_of_two) {
+  const auto q = run(op, x, dtype, granularity, true, power_of_two);
+  return {in_shape_of(q.data, x), transposed_view(q.data_t, x),
+          block_scale_view(q.scale, granularity, x), block_scale_t_view(q.scale_t, granularity, x)};
+}
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, Dtype dtype,
                                                        const std::optional<at::Tensor>& scale,
@@ -128,9 +169,52 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_tran
           q.scale_t.narrow(0, 0, x.size(-1)).unsqueeze(1)};
 }
 
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x, Dtype dtype,
+                                                            bool power_of_two) {
+  return quantize_blocks("quantize_blockwise_1x128", x, dtype, Granularity::kBlock1x128,
+                         power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_1x128_transpose(
+    const at::Tensor& x, Dtype dtype, bool power_of_two) {
+  return quantize_blocks_transpose("quantize_blockwise_1x128_transpose", x, dtype,
+                                   Granularity::kBlock1x128, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(const at::Tensor& x, Dtype dtype,
+                                                              bool power_of_two) {
+  return quantize_blocks("quantize_blockwise_128x128", x, dtype, Granularity::kBlock128x128,
+                         power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_128x128_transpose(
+    const at::Tensor& x, Dtype dtype, bool power_of_two) {
+  return quantize_blocks_transpose("quantize_blockwise_128x128_transpose", x, dtype,
+                                   Granularity::kBlock128x128, power_of_two);
+}
+
 }  // namespace kernel
 
 namespace meta {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> quantize_blocks(const char* op, const at::Tensor& x, Dtype dtype,
+                                                   Granularity granularity) {
+  const auto format = check_quantize(op, x, dtype);
+  return {meta_padded(x, x.sym_sizes(), format),
+          meta_block_scale(x, granularity, leading_product(x.sym_sizes()), x.sym_size(-1))};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blocks_transpose(
+    const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity) {
+  const auto format = check_quantize(op, x, dtype);
+  const c10::SymInt rows = leading_product(x.sym_sizes());
+  return {meta_padded(x, x.sym_sizes(), format), meta_transposed(x, format),
+          meta_block_scale(x, granularity, rows, x.sym_size(-1)),
+          meta_block_scale(x, granularity, x.sym_size(-1), rows)};
+}
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, Dtype dtype,
                                                        const std::optional<at::Tensor>& scale,
@@ -161,53 +245,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_tran
           scale_t};
 }
 
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x, Dtype dtype,
+                                                            bool /*power_of_two*/) {
+  return quantize_blocks("quantize_blockwise_1x128", x, dtype, Granularity::kBlock1x128);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_1x128_transpose(
+    const at::Tensor& x, Dtype dtype, bool /*power_of_two*/) {
+  return quantize_blocks_transpose("quantize_blockwise_1x128_transpose", x, dtype,
+                                   Granularity::kBlock1x128);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(const at::Tensor& x, Dtype dtype,
+                                                              bool /*power_of_two*/) {
+  return quantize_blocks("quantize_blockwise_128x128", x, dtype, Granularity::kBlock128x128);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_128x128_transpose(
+    const at::Tensor& x, Dtype dtype, bool /*power_of_two*/) {
+  return quantize_blocks_transpose("quantize_blockwise_128x128_transpose", x, dtype,
+                                   Granularity::kBlock128x128);
+}
+
 }  // namespace meta
-
-// --- dequantize ---
-
-namespace {
-
-// Returns the dtype that is meant.
-at::ScalarType check_dequantize(const at::Tensor& data, const at::Tensor& scale, Dtype dtype) {
-  FP8_CHECK_FP8("dequantize", "data", data);
-  FP8_CHECK_TYPE(scale.scalar_type() == at::kFloat,
-                 "fp8::dequantize: expected scale in float32, got ", scale.scalar_type());
-  FP8_CHECK_SAME_DEVICE("dequantize", "scale", scale, "data", data);
-  bool matches = scale.dim() == 0;
-  if (scale.dim() == data.dim() && data.dim() >= 1) {
-    matches = scale.sym_size(-1) == 1;
-    for (int64_t i = 0; i + 1 < data.dim(); ++i) {
-      matches = matches && scale.sym_size(i) == data.sym_size(i);
-    }
-  }
-  FP8_CHECK_VALUE(
-      matches,
-      "fp8::dequantize: expected scale of shape [] (tensorwise) or data.shape[:-1] + [1] "
-      "(rowwise), got data=",
-      data.sym_sizes(), ", scale=", scale.sym_sizes());
-  const at::ScalarType out = dtype.value_or(at::kBFloat16);
-  FP8_CHECK_TYPE(is_high_precision(out),
-                 "fp8::dequantize: expected dtype bfloat16, float16 or float32, got ", out);
-  return out;
-}
-
-}  // namespace
-
-at::Tensor kernel::dequantize(const at::Tensor& data, const at::Tensor& scale, Dtype dtype) {
-  const at::ScalarType out_dtype = check_dequantize(data, scale, dtype);
-  const c10::DeviceGuard guard(data.device());
-  if (data.numel() == 0) return at::empty(data.sizes(), data.options().dtype(out_dtype));
-  const int64_t cols = data.dim() == 0 ? 1 : data.size(-1);
-  const int64_t rows = data.numel() / cols;
-  const at::Tensor matrix = data.dim() == 2 ? data : data.reshape({rows, cols});
-  const at::Tensor scales =
-      scale.dim() == 0 ? scale.expand({rows, cols}) : scale.reshape({rows, 1}).expand({rows, cols});
-  return dequantize_matrix(matrix, scales, out_dtype).view(data.sizes());
-}
-
-at::Tensor meta::dequantize(const at::Tensor& data, const at::Tensor& scale, Dtype dtype) {
-  const at::ScalarType out_dtype = check_dequantize(data, scale, dtype);
-  return at::empty_symint(data.sym_sizes(), data.options().dtype(out_dtype));
-}
 
 }  // namespace fp8

@@ -26,6 +26,24 @@ TORCH_LIBRARY(fp8, m) {
       "quantize_rowwise_transpose(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
       " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
       tags);
+  m.def(
+      "quantize_blockwise_1x128(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
+      " -> (Tensor data, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_blockwise_1x128_transpose(Tensor x, ScalarType? dtype=None, *,"
+      " bool power_of_two=False)"
+      " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
+      tags);
+  m.def(
+      "quantize_blockwise_128x128(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
+      " -> (Tensor data, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_blockwise_128x128_transpose(Tensor x, ScalarType? dtype=None, *,"
+      " bool power_of_two=False)"
+      " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
+      tags);
   m.def("dequantize(Tensor data, Tensor scale, ScalarType? dtype=None) -> Tensor", tags);
   m.def(
       "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None,"
@@ -78,6 +96,12 @@ void register_kernels(torch::Library& m) {
   m.impl("quantize_rowwise", TORCH_FN(fp8::kernel::quantize_rowwise));
   m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::kernel::quantize_tensorwise_transpose));
   m.impl("quantize_rowwise_transpose", TORCH_FN(fp8::kernel::quantize_rowwise_transpose));
+  m.impl("quantize_blockwise_1x128", TORCH_FN(fp8::kernel::quantize_blockwise_1x128));
+  m.impl("quantize_blockwise_128x128", TORCH_FN(fp8::kernel::quantize_blockwise_128x128));
+  m.impl("quantize_blockwise_1x128_transpose",
+         TORCH_FN(fp8::kernel::quantize_blockwise_1x128_transpose));
+  m.impl("quantize_blockwise_128x128_transpose",
+         TORCH_FN(fp8::kernel::quantize_blockwise_128x128_transpose));
   m.impl("dequantize", TORCH_FN(fp8::kernel::dequantize));
   m.impl("scaled_mm", TORCH_FN(fp8::kernel::scaled_mm));
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::kernel::scaled_mm_accumulate_));
@@ -101,6 +125,12 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("quantize_rowwise", TORCH_FN(fp8::meta::quantize_rowwise));
   m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::meta::quantize_tensorwise_transpose));
   m.impl("quantize_rowwise_transpose", TORCH_FN(fp8::meta::quantize_rowwise_transpose));
+  m.impl("quantize_blockwise_1x128", TORCH_FN(fp8::meta::quantize_blockwise_1x128));
+  m.impl("quantize_blockwise_128x128", TORCH_FN(fp8::meta::quantize_blockwise_128x128));
+  m.impl("quantize_blockwise_1x128_transpose",
+         TORCH_FN(fp8::meta::quantize_blockwise_1x128_transpose));
+  m.impl("quantize_blockwise_128x128_transpose",
+         TORCH_FN(fp8::meta::quantize_blockwise_128x128_transpose));
   m.impl("dequantize", TORCH_FN(fp8::meta::dequantize));
   m.impl("scaled_mm", TORCH_FN(fp8::meta::scaled_mm));
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::meta::scaled_mm_accumulate_));
@@ -119,7 +149,9 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("_fused_linear_into", TORCH_FN(fp8::autograd::_fused_linear_into));
   m.impl("_linear_backward_into", TORCH_FN(fp8::autograd::_linear_backward_into));
   for (const char* op : {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
-                         "quantize_rowwise_transpose", "dequantize", "scaled_mm",
+                         "quantize_rowwise_transpose", "quantize_blockwise_1x128",
+                         "quantize_blockwise_1x128_transpose", "quantize_blockwise_128x128",
+                         "quantize_blockwise_128x128_transpose", "dequantize", "scaled_mm",
                          "scaled_mm_accumulate_", "_scaled_mm_accumulate", "_linear_forward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }

@@ -46,6 +46,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_tran
   return op.call(x, dtype, power_of_two);
 }
 
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x,
+                                                            at::ScalarType dtype,
+                                                            bool power_of_two) {
+  static const auto op =
+      find<decltype(kernel::quantize_blockwise_1x128)>("fp8::quantize_blockwise_1x128");
+  return op.call(x, dtype, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(const at::Tensor& x,
+                                                              at::ScalarType dtype,
+                                                              bool power_of_two) {
+  static const auto op =
+      find<decltype(kernel::quantize_blockwise_128x128)>("fp8::quantize_blockwise_128x128");
+  return op.call(x, dtype, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_1x128_transpose(
+    const at::Tensor& x, at::ScalarType dtype, bool power_of_two) {
+  static const auto op = find<decltype(kernel::quantize_blockwise_1x128_transpose)>(
+      "fp8::quantize_blockwise_1x128_transpose");
+  return op.call(x, dtype, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_128x128_transpose(
+    const at::Tensor& x, at::ScalarType dtype, bool power_of_two) {
+  static const auto op = find<decltype(kernel::quantize_blockwise_128x128_transpose)>(
+      "fp8::quantize_blockwise_128x128_transpose");
+  return op.call(x, dtype, power_of_two);
+}
+
 at::Tensor dequantize(const at::Tensor& data, const at::Tensor& scale, at::ScalarType dtype) {
   static const auto op = find<decltype(kernel::dequantize)>("fp8::dequantize");
   return op.call(data, scale, dtype);

@@ -191,12 +191,12 @@ def _recipe_status() -> dict[str, dict[str, str]]:
 def _status(recipe: Recipe, capability: int, architectures: list[int]) -> str:
     """What runs on a GPU of this compute capability (90: 9.0) in a build for these architectures.
 
-    cuBLASLt multiplies in FP8 from 8.9 on, with a scale per row on 9.0 alone.
+    cuBLASLt multiplies in FP8 from 8.9 on, with a scale per row or block on 9.0 alone.
     """
     if not architectures:
         return "none: this fp8 was built without CUDA"
     if capability < min(architectures):  # newer ones compile the kernels when they load
         return f"none: this fp8 was built for compute capability {min(architectures) / 10} and up"
-    if capability < 89 or (recipe.granularity == "rowwise" and capability != 90):
+    if capability < 89 or (recipe.granularity != "tensorwise" and capability != 90):
         return _FALLBACK
     return _TENSOR_CORES

@@ -25,6 +25,10 @@ from .recipe import Recipe
 __all__ = [
     "dequantize",
     "fused_linear",
+    "quantize_blockwise_1x128",
+    "quantize_blockwise_1x128_transpose",
+    "quantize_blockwise_128x128",
+    "quantize_blockwise_128x128_transpose",
     "quantize_rowwise",
     "quantize_rowwise_transpose",
     "quantize_tensorwise",
@@ -144,12 +148,114 @@ def quantize_rowwise_transpose(
     return result
 
 
+def quantize_blockwise_1x128(
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantize with one scale for 128 elements of a row: activations and gradients in the recipe of
+    DeepSeek-V3 (arXiv 2412.19437, section 3.3).
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32, any strides. M is the product of its leading
+            dimensions.
+        dtype: float8_e4m3fn or float8_e5m2.
+        power_of_two: round each quant_multiplier down to a power of two.
+
+    Returns:
+        data: shape of x, `dtype` (rows padded in memory to a multiple of 16).
+        scale: [M, ceil(K / 128)] float32; the scales of a block of columns lie together in memory
+            (strides 1 and M padded to 16), as cuBLASLt reads them.
+
+    Example:
+        >>> data, scale = fp8.ops.quantize_blockwise_1x128(torch.randn(8, 256))
+        >>> scale.shape
+        torch.Size([8, 2])
+    """
+    result: tuple[Tensor, Tensor] = _ops.quantize_blockwise_1x128.default(
+        x, dtype, power_of_two=power_of_two
+    )
+    return result
+
+
+def quantize_blockwise_1x128_transpose(
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_blockwise_1x128` of x and of its transpose, in one pass: two quantizations, the
+    second with one scale for 128 elements of a column of x.
+
+    Args: as `quantize_blockwise_1x128`.
+
+    Returns:
+        data: shape of x, and data_t: [K, M], rows padded in memory to a multiple of 16.
+        scale: [M, ceil(K / 128)] float32, and scale_t: [K, ceil(M / 128)] float32, of data_t.
+        In this order: (data, data_t, scale, scale_t).
+
+    Example:
+        >>> quantized = fp8.ops.quantize_blockwise_1x128_transpose(torch.randn(256, 64))
+        >>> quantized[3].shape
+        torch.Size([64, 2])
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.quantize_blockwise_1x128_transpose.default(
+        x, dtype, power_of_two=power_of_two
+    )
+    return result
+
+
+def quantize_blockwise_128x128(
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantize with one scale for a square of 128 x 128 elements: weights in the recipe of
+    DeepSeek-V3 (arXiv 2412.19437, section 3.3).
+
+    Args: as `quantize_blockwise_1x128`.
+
+    Returns:
+        data: shape of x, `dtype` (rows padded in memory to a multiple of 16).
+        scale: [ceil(M / 128), ceil(K / 128)] float32, rows padded in memory to a multiple of four
+            scales, as cuBLASLt reads them.
+
+    Example:
+        >>> data, scale = fp8.ops.quantize_blockwise_128x128(torch.randn(384, 256))
+        >>> scale.shape
+        torch.Size([3, 2])
+    """
+    result: tuple[Tensor, Tensor] = _ops.quantize_blockwise_128x128.default(
+        x, dtype, power_of_two=power_of_two
+    )
+    return result
+
+
+def quantize_blockwise_128x128_transpose(
+    x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_blockwise_128x128` that also writes the transposed copy: the same squares, so the
+    same values and the same scales.
+
+    Args: as `quantize_blockwise_1x128`.
+
+    Returns:
+        data: shape of x, and data_t: [K, M], rows padded in memory to a multiple of 16.
+        scale: [ceil(M / 128), ceil(K / 128)] float32, and scale_t: its transpose, in memory as a
+            matmul reads it with data_t. In this order: (data, data_t, scale, scale_t).
+
+    Example:
+        >>> quantized = fp8.ops.quantize_blockwise_128x128_transpose(torch.randn(384, 256))
+        >>> quantized[3].shape
+        torch.Size([2, 3])
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = (
+        _ops.quantize_blockwise_128x128_transpose.default(x, dtype, power_of_two=power_of_two)
+    )
+    return result
+
+
 def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """x = float(data) · scale, rounded to `dtype`.
 
     Args:
         data: [..., K] float8_e4m3fn or float8_e5m2, any strides.
-        scale: float32, 0-dim or [..., 1]: what a quantize operator returned.
+        scale: float32, what a quantize operator returned: 0-dim, [..., 1], or in blocks
+            [M, ceil(K / 128)] or [ceil(M / 128), ceil(K / 128)] with M the product of data's
+            leading dimensions. Where two of these are one shape they mean the same.
         dtype: bfloat16, float16 or float32.
 
     Returns: shape of data, `dtype`.
@@ -176,11 +282,14 @@ def scaled_mm(
 
     Args:
         a: [M, K] and b: [N, K], each float8_e4m3fn or float8_e5m2.
-        scale_a, scale_b: float32, both 0-dim (tensorwise) or [M, 1] and [N, 1] (rowwise).
+        scale_a, scale_b: float32, both 0-dim (tensorwise), [M, 1] and [N, 1] (rowwise), or each in
+            blocks: [M, ceil(K / 128)] (1x128) or [ceil(M / 128), ceil(K / 128)] (128x128), and the
+            same with N. Two operands in squares have no FP8 matmul: they are multiplied in float32.
         bias: [N] of `out_dtype`, or bfloat16 for a float32 output.
         out_dtype: bfloat16, float16 or float32.
         fast_accum: use the tensor cores' fast accumulation (about 14 mantissa bits); False promotes
-            to fp32 in steps. Ignored where the hardware has no such choice.
+            to fp32 in steps. Ignored where there is no such choice: with block scales sums are
+            always promoted, every 128 elements.
 
     Returns: [M, N] `out_dtype`.
 

@@ -37,8 +37,9 @@ class Recipe:
     name: str
     power_of_two: bool = field(default=False, kw_only=True)
 
-    granularity: Literal["tensorwise", "rowwise"] = field(init=False, repr=False)
-    """One scale per tensor, or one per row along the contracted dimension."""
+    granularity: Literal["tensorwise", "rowwise", "blockwise"] = field(init=False, repr=False)
+    """One scale per tensor, one per row along the contracted dimension, or one per block: of 128
+    elements along it for x and dy, of 128 x 128 for the weight."""
     input_dtype: torch.dtype = field(init=False, repr=False)
     weight_dtype: torch.dtype = field(init=False, repr=False)
     grad_output_dtype: torch.dtype = field(init=False, repr=False)
@@ -86,6 +87,8 @@ _FORMATS: Mapping[str, tuple[Any, ...]] = {
     # As rowwise, with the weight gradient (the product most sensitive to rounding) left
     # unquantized.
     "rowwise_gw_hp": ("rowwise", _E4M3, _E4M3, _E4M3, "high precision", _FPROP),
+    # DeepSeek-V3's: an outlier costs its block of 128 elements precision, not its row.
+    "blockwise": ("blockwise", _E4M3, _E4M3, _E4M3, "fp8", ()),
 }
 
 

@@ -12,7 +12,8 @@ u = 2^-24 and S = Σ|a·b|·|scale_a·scale_b| + |bias|:
   below 2^-13 of it. A term loses less than t·S with t = 2^-13, a product never more than itself.
     fast:  K/32 steps on one running sum: |err| ≤ min(1, 32·t·K/32)·S + t·(K/32)·S.
     split: the running sum is promoted to fp32 every 128 elements, 4 steps; the partial sums' S add
-           up to S: |err| ≤ 33·4·t·S + (K + 8)·u·S, whatever K.
+           up to S: |err| ≤ 33·4·t·S + (K + 8)·u·S, whatever K. Block scales are multiplied into
+           each of these partial sums: two roundings more, of the 8.
 
 These are worst cases, which real kernels stay far below. `expected_rms` says how large the error is
 on average: half a unit is lost a term. For data of one sign the losses add up and the running sum
@@ -26,7 +27,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from reference import decode
+from reference import decode, expand_scale
 from torch import Tensor
 
 Accumulation = Literal["fp32", "split", "fast"]
@@ -56,9 +57,8 @@ def product(
     addend: Tensor | None = None,
 ) -> Product:
     """fp64 result of scaled_mm, on the device of a. addend: out before an accumulation."""
-    # scale_a is 0-dim or [M, 1], scale_b 0-dim or [N, 1].
-    left = decode(a) * scale_a.double()
-    right = (decode(b) * scale_b.double()).t()
+    left = decode(a) * expand_scale(scale_a, a.shape).double()
+    right = (decode(b) * expand_scale(scale_b, b.shape).double()).t()
     exact, magnitude = left @ right, left.abs() @ right.abs()
     for term in (bias, addend):
         if term is not None:

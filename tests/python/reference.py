@@ -135,9 +135,43 @@ def quantize_rowwise(x: Tensor, dtype: torch.dtype, power_of_two: bool = False) 
     return Quantized(torch.from_numpy(code), torch.from_numpy(scale))
 
 
+def quantize_blocks(
+    x: Tensor, dtype: torch.dtype, block_rows: int, power_of_two: bool = False
+) -> Quantized:
+    """Blocks of block_rows x 128 of a matrix. scale: [ceil(M / block_rows), ceil(K / 128)]."""
+    values = as_matrix(x).detach().cpu().float().numpy()
+    rows, cols = values.shape
+    down, across = -(-rows // block_rows), -(-cols // 128)
+    whole = np.zeros((down * block_rows, across * 128), dtype=np.float32)
+    whole[:rows, :cols] = values
+    blocks = whole.reshape(down, block_rows, across, 128)
+    amax = np.abs(blocks).max(axis=(1, 3), keepdims=True, initial=0)
+    code, scale = _quantize(blocks, amax, dtype, power_of_two)
+    code = code.reshape(whole.shape)[:rows, :cols].reshape(x.shape)
+    return Quantized(torch.from_numpy(code.copy()), torch.from_numpy(scale[:, 0, :, 0].copy()))
+
+
+def is_blockwise(scale: Tensor, operand: Tensor) -> bool:
+    """Whether scales of a matrix can only be read as blocks. Scales [M, 1] are those of rows, which
+    up to K = 128 are blocks."""
+    return scale.dim() == 2 and tuple(scale.shape) != (operand.shape[0], 1)
+
+
+def expand_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale for each element of data of this shape; 0-dim and rowwise scales broadcast as they
+    are."""
+    rows, cols = torch.Size(shape[:-1]).numel(), shape[-1]
+    if scale.dim() == 0 or tuple(scale.shape) == (*shape[:-1], 1):
+        return scale
+    down = 1 if scale.shape[0] == rows else 128
+    assert scale.shape == (-(-rows // down), -(-cols // 128)), (scale.shape, shape)
+    each = scale.repeat_interleave(down, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
+    return each.reshape(shape)
+
+
 def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """float(data) · scale in fp32, then rounded to dtype."""
-    return (decode(data).cpu().float() * scale.cpu()).to(dtype)
+    return (decode(data).cpu().float() * expand_scale(scale.cpu(), data.shape)).to(dtype)
 
 
 def as_matrix(x: Tensor) -> Tensor:

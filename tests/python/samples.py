@@ -12,7 +12,7 @@ from reference import E4M3, E5M2
 from torch import Tensor
 
 OPS = torch.ops.fp8
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
 
 
 # The public contract: names and order of arguments, and what is returned.
@@ -21,6 +21,10 @@ SCHEMAS = {
     "quantize_rowwise": ("x dtype power_of_two", 2),
     "quantize_tensorwise_transpose": ("x dtype scale power_of_two", 3),
     "quantize_rowwise_transpose": ("x dtype power_of_two", 4),
+    "quantize_blockwise_1x128": ("x dtype power_of_two", 2),
+    "quantize_blockwise_128x128": ("x dtype power_of_two", 2),
+    "quantize_blockwise_1x128_transpose": ("x dtype power_of_two", 4),
+    "quantize_blockwise_128x128_transpose": ("x dtype power_of_two", 4),
     "dequantize": ("data scale dtype", 1),
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
@@ -92,29 +96,42 @@ def _dequantize(device: str) -> list[Sample]:
     for name, x in _inputs(device).items():
         for dtype in (torch.bfloat16, torch.float32):
             found.append(Sample(f"rowwise {name}", (*OPS.quantize_rowwise(x), dtype)))
+    for blocks in ("1x128", "128x128"):
+        quantize = getattr(OPS, f"quantize_blockwise_{blocks}_transpose")
+        data, data_t, scale, scale_t = quantize(torch.randn(2, 70, 150, device=device))
+        found.append(Sample(blocks, (data, scale, torch.float32)))
+        found.append(Sample(f"{blocks} data_t", (data_t, scale_t)))
     data, data_t, scale = OPS.quantize_tensorwise_transpose(torch.randn(20, 36, device=device))
     found.append(Sample("tensorwise", (data, scale, torch.float16)))
     found.append(Sample("data_t, default dtype", (data_t, scale)))
     return found
 
 
-def _operands(m: int, n: int, k: int, device: str, rowwise: bool) -> tuple[Tensor, ...]:
-    quantize = OPS.quantize_rowwise if rowwise else OPS.quantize_tensorwise
-    a, scale_a = quantize(torch.randn(m, k, device=device))
-    b, scale_b = quantize(torch.randn(n, k, device=device))
+# How a and b are quantized: the middle of an operator's name each.
+_SCALINGS = (
+    ("tensorwise", "tensorwise"),
+    ("rowwise", "rowwise"),
+    ("blockwise_1x128", "blockwise_128x128"),
+    ("blockwise_1x128", "blockwise_1x128"),
+)
+
+
+def _operands(m: int, n: int, k: int, device: str, scaling: tuple[str, str]) -> tuple[Tensor, ...]:
+    a, scale_a = getattr(OPS, f"quantize_{scaling[0]}")(torch.randn(m, k, device=device))
+    b, scale_b = getattr(OPS, f"quantize_{scaling[1]}")(torch.randn(n, k, device=device))
     return a, b, scale_a, scale_b
 
 
-_MATMUL_SHAPES = ((32, 48, 64), (7, 9, 5), (0, 16, 32), (16, 24, 0))
+_MATMUL_SHAPES = ((32, 48, 64), (7, 9, 5), (0, 16, 32), (16, 24, 0), (20, 40, 272))
 
 
 def _scaled_mm(device: str) -> list[Sample]:
     found = []
-    for rowwise in (False, True):
+    for scaling in _SCALINGS:
         for m, n, k in _MATMUL_SHAPES:
-            args = _operands(m, n, k, device, rowwise)
+            args = _operands(m, n, k, device, scaling)
             bias = torch.randn(n, device=device, dtype=torch.bfloat16)
-            what = f"{'rowwise' if rowwise else 'tensorwise'} {m}x{n}x{k}"
+            what = f"{' '.join(scaling)} {m}x{n}x{k}"
             found.append(Sample(what, args))
             found.append(Sample(f"{what} bias", (*args, bias)))
             found.append(Sample(f"{what} fp32", (*args, None, torch.float32, False)))
@@ -123,8 +140,8 @@ def _scaled_mm(device: str) -> list[Sample]:
 
 def _scaled_mm_accumulate_(device: str) -> list[Sample]:
     return [
-        Sample(f"{m}x{n}x{k} {dtype}", (out.to(dtype), *_operands(m, n, k, device, rowwise)))
-        for rowwise in (False, True)
+        Sample(f"{m}x{n}x{k} {dtype}", (out.to(dtype), *_operands(m, n, k, device, scaling)))
+        for scaling in _SCALINGS
         for dtype in (torch.float32, torch.bfloat16)
         for m, n, k in _MATMUL_SHAPES
         for out in [torch.randn(m, n, device=device)]
@@ -231,6 +248,10 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "quantize_rowwise": _quantize(static_scale=False),
     "quantize_tensorwise_transpose": _quantize(static_scale=True),
     "quantize_rowwise_transpose": _quantize(static_scale=False),
+    "quantize_blockwise_1x128": _quantize(static_scale=False),
+    "quantize_blockwise_128x128": _quantize(static_scale=False),
+    "quantize_blockwise_1x128_transpose": _quantize(static_scale=False),
+    "quantize_blockwise_128x128_transpose": _quantize(static_scale=False),
     "dequantize": _dequantize,
     "scaled_mm": _scaled_mm,
     "scaled_mm_accumulate_": _scaled_mm_accumulate_,

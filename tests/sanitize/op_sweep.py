@@ -55,9 +55,13 @@ def main() -> None:
         torch.ops.fp8.quantize_tensorwise_transpose(x)
         torch.ops.fp8.quantize_rowwise_transpose(x)
         torch.ops.fp8.quantize_rowwise(x)
+        torch.ops.fp8.quantize_blockwise_1x128_transpose(x)
+        torch.ops.fp8.quantize_blockwise_128x128_transpose(x)
         torch.ops.fp8.quantize_tensorwise_transpose(x, power_of_two=True)
         torch.ops.fp8.quantize_rowwise_transpose(x, power_of_two=True)
-        calls += 5
+        torch.ops.fp8.quantize_blockwise_1x128_transpose(x, power_of_two=True)
+        torch.ops.fp8.quantize_blockwise_128x128_transpose(x, power_of_two=True)
+        calls += 9
     torch.cuda.synchronize()
     print(f"op_sweep: {calls} calls")
 

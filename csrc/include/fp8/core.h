@@ -13,6 +13,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,8 +31,15 @@ class Error : public std::runtime_error {
 
 enum class Dtype : uint8_t { kFloat32, kBFloat16, kFloat16, kE4M3, kE5M2 };
 
-// kTensorwise: one scale. kRowwise: one scale per row of the operand as the matmul reads it.
-enum class Granularity : uint8_t { kTensorwise, kRowwise };
+// What shares a scale. kTensorwise: all. kRowwise: a row of the operand as the matmul reads it.
+// kBlock1x128: 128 elements of a row. kBlock128x128: a square. In memory, as cuBLASLt reads them,
+// the scales of an operand whose storage is [rows, ld] are
+//   kTensorwise    one float
+//   kRowwise       [rows]
+//   kBlock1x128    [ceil(ld / 128), rows]: the scales of a block of columns lie together
+//   kBlock128x128  [ceil(rows / 128), round_up(ceil(ld / 128), 4)]
+// and 1 where the storage holds padding only.
+enum class Granularity : uint8_t { kTensorwise, kRowwise, kBlock1x128, kBlock128x128 };
 
 // Where a quantized matrix goes. Both extents may exceed the matrix: the rest is filled with zeros,
 // so that a matmul may contract over `ld` elements.
@@ -60,9 +68,9 @@ struct QuantizeArgs {
   bool power_of_two = false;  // no effect on static_scale
   Destination data;           // [rows, cols]
   Destination data_t;         // [cols, rows], the transposed copy
-  // tensorwise: `scale` is one float, `scale_t` unused. rowwise: `scale` is [data.rows] (1 in the
-  // padding) for data, `scale_t` [data_t.rows] for data_t, whose scaling groups are the columns of
-  // x.
+  // Laid out as Granularity says. tensorwise: `scale` is one float, `scale_t` unused. Else `scale`
+  // belongs to data and `scale_t` to data_t. data_t's scaling groups are those of x^T: rowwise the
+  // columns of x, in 1x128 blocks 128 elements of a column; 128x128 blocks are the same ones.
   float* scale = nullptr;
   float* scale_t = nullptr;
   // tensorwise only, each optional
@@ -84,12 +92,12 @@ struct QuantizeArgs {
 // Bytes of device workspace that quantize(args) needs; depends on the extents and options only.
 size_t quantize_workspace_bytes(const QuantizeArgs& args);
 
-// At most two launches (one for rowwise without data_t, and where the tensorwise scale or amax is
-// given). rows and cols must be positive.
+// At most two launches; one for rowwise without data_t, where the tensorwise scale or amax is
+// given, and for blocks without column sums. rows and cols must be positive.
 void quantize(const QuantizeArgs& args, Stream stream);
 
-// out[r, c] = float(data[r, c]) * scale[r * scale_row_stride + c * scale_col_stride], rounded to
-// dtype.
+// out[r, c] = float(data[r, c]) * scale[r / scale_block_rows * scale_row_stride +
+//                                       c / scale_block_cols * scale_col_stride], rounded to dtype.
 struct DequantizeArgs {
   const void* data = nullptr;  // [rows, cols] e4m3 or e5m2
   Dtype dtype = Dtype::kE4M3;
@@ -100,6 +108,8 @@ struct DequantizeArgs {
   const float* scale = nullptr;
   int64_t scale_row_stride = 0;
   int64_t scale_col_stride = 0;
+  int64_t scale_block_rows = 1;
+  int64_t scale_block_cols = 1;
   void* out = nullptr;  // [rows, cols] contiguous
   Dtype out_dtype = Dtype::kBFloat16;
 };
@@ -117,17 +127,23 @@ struct MatmulArgs {
   const void* b = nullptr;
   Dtype b_dtype = Dtype::kE4M3;
   int64_t ldb = 0;  // multiple of 16
+  // Of both operands, or of a where granularity_b says what b has. Only blocks mix: 1x128 with
+  // 128x128 in either order. 128x128 on both sides has no algorithm.
   Granularity granularity = Granularity::kTensorwise;
-  const float* scale_a = nullptr;  // one float, or [m]; 16-byte aligned
-  const float* scale_b = nullptr;  // one float, or [n]; 16-byte aligned
-  const void* bias = nullptr;      // [n] bf16 (out bf16 or fp32) or fp16 (out fp16); optional
+  std::optional<Granularity> granularity_b;
+  // Laid out as Granularity says, for an operand of m (n) rows and ld k; 16-byte aligned. Blocks
+  // want m and n in multiples of 8.
+  const float* scale_a = nullptr;
+  const float* scale_b = nullptr;
+  const void* bias =
+      nullptr;  // [n] bf16 (out bf16 or fp32) or fp16 (out fp16); optional; no blocks
   Dtype bias_dtype = Dtype::kBFloat16;
   void* out = nullptr;  // rows and base multiples of 16 bytes
   Dtype out_dtype = Dtype::kBFloat16;
   int64_t ldo = 0;
   bool accumulate = false;
-  bool fast_accum = true;
-  int device = -1;  // as in QuantizeArgs
+  bool fast_accum = true;  // no effect on blocks, whose sums are always promoted to fp32 every 128
+  int device = -1;         // as in QuantizeArgs
 };
 
 // A planned matmul: descriptors and the chosen algorithm, by value. Valid for later calls whose

@@ -5,8 +5,8 @@
 // float8_e5m2. M tokens, N out-features, K in-features. High precision means bfloat16, float16 or
 // float32.
 //
-// Quantization of a scaling group (the tensor, or a row): amax = max |x|, quant_multiplier =
-// fp8_max / amax (fp8_max 448 for e4m3, 57344 for e5m2; 1 if amax is 0; at most FLT_MAX), data =
+// Quantization of a scaling group (the tensor, a row, or a block): amax = max |x|, quant_multiplier
+// = fp8_max / amax (fp8_max 448 for e4m3, 57344 for e5m2; 1 if amax is 0; at most FLT_MAX), data =
 // round to nearest even, saturating, of float(x) * quant_multiplier, scale = 1 / quant_multiplier.
 // NaN or Inf in a group makes its scale non-finite. With power_of_two, quant_multiplier is rounded
 // down to a power of two, and scale is one too.
@@ -48,15 +48,39 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
     const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
 
-// data [..., K] e4m3 or e5m2 of any strides, scale [] or data.shape[:-1] + [1] -> float(data) *
-// scale in dtype.
+// Blocks, as DeepSeek-V3 trains with: x [..., K] with M the product of the leading dimensions ->
+// data, and one scale for 128 elements of a row: scale [M, ceil(K / 128)], with strides (1, M
+// padded to 16), which is how a matmul reads it.
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
+
+// The same with one scale for 128 rows by 128 columns, as weights have it: scale [ceil(M / 128),
+// ceil(K / 128)], with rows padded to four scales.
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
+
+// x [..., K] -> data, data_t [K, M], scale, scale_t [K, ceil(M / 128)]: data_t has scaling groups
+// of its own, along M.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_1x128_transpose(
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
+
+// x [..., K] -> data, data_t [K, M], scale, scale_t [ceil(K / 128), ceil(M / 128)]: the transposes
+// of data and of scale.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_128x128_transpose(
+    const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn, bool power_of_two = false);
+
+// data [..., K] e4m3 or e5m2 of any strides -> float(data) * scale in dtype. scale: [],
+// data.shape[:-1] + [1], or with M the product of data's leading dimensions [M, ceil(K / 128)] or
+// [ceil(M / 128), ceil(K / 128)].
 at::Tensor dequantize(const at::Tensor& data, const at::Tensor& scale,
                       at::ScalarType dtype = at::kBFloat16);
 
-// a [M, K], b [N, K] FP8; scale_a and scale_b both [], or [M, 1] and [N, 1]; bias [N] in out_dtype
+// a [M, K], b [N, K] FP8; scale_a and scale_b both [], or [M, 1] and [N, 1], or each in blocks:
+// [M, ceil(K / 128)] or [ceil(M / 128), ceil(K / 128)], and the same with N; bias [N] in out_dtype
 // (or bf16 for fp32). Returns (a * scale_a) (b * scale_b)^T + bias, [M, N] in out_dtype.
 // fast_accum: Hopper's tensor cores keep about 14 bits while they accumulate; false promotes to
-// fp32 on the way (split accumulation).
+// fp32 on the way (split accumulation). With block scales accumulation is always split. Blocks of
+// 128x128 on both sides have no FP8 matmul: they take the slower way over fp32.
 at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
                      const at::Tensor& scale_b,
                      const std::optional<at::Tensor>& bias = std::nullopt,
@@ -68,9 +92,9 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
                                   bool fast_accum = false);
 
 // x [..., K], weight [N, K], bias [N], all of one high-precision dtype -> y [..., N] in that dtype.
-// Quantizes x and weight as the recipe says ("tensorwise", "rowwise", "rowwise_gw_hp") and
-// multiplies in FP8. Differentiable once. Options follow the recipe's name after a colon:
-// "rowwise:power_of_two" quantizes x, weight and dy with power_of_two.
+// Quantizes x and weight as the recipe says ("tensorwise", "rowwise", "rowwise_gw_hp",
+// "blockwise") and multiplies in FP8. Differentiable once. Options follow the recipe's name after a
+// colon: "rowwise:power_of_two" quantizes x, weight and dy with power_of_two.
 //
 // input_scale ([] fp32 on x's device, with "tensorwise" alone): static scaling of x, in one pass
 // over it and whatever its amax, as in quantize_tensorwise: values out of range saturate, Inf too.

@@ -4,6 +4,7 @@
 #include <bit>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <utility>
 #include <vector>
@@ -232,6 +233,107 @@ TEST_CASE("matmul on an own stream matches the dequantized product") {
     }
   }
   check(cudaStreamDestroy(stream));
+}
+
+// Every scaling group, both copies, column sums, then a transposed copy that overlaps them, for
+// blocks. compute-sanitizer's racecheck runs this case.
+TEST_CASE("blocks match the host's encoder bit by bit", "[quantize]") {
+  const bool square = GENERATE(false, true);
+  const bool power_of_two = GENERATE(false, true);
+  const auto [rows, cols] = GENERATE(std::pair<int64_t, int64_t>{1, 1}, std::pair{130, 1040},
+                                     std::pair{300, 600}, std::pair{17, 129}, std::pair{515, 72});
+  std::vector<float> host_x = random_matrix(rows * cols, 8);
+  if (rows > 16) host_x[16 * cols] = std::numeric_limits<float>::quiet_NaN();
+  const Buffer<float> x(host_x);
+  const int64_t ld = pad16(cols);
+  const int64_t ld_t = pad16(rows);
+  Buffer<uint8_t> data(ld_t * ld);
+  Buffer<uint8_t> data_t(ld * ld_t);
+  Buffer<uint8_t> again(ld * ld_t);
+  const auto count = [&](int64_t of, int64_t along) {
+    return square ? blocks_of(of) * square_scale_ld(along) : blocks_of(along) * of;
+  };
+  Buffer<float> scale(count(ld_t, ld));
+  Buffer<float> scale_t(count(ld, ld_t));
+  Buffer<float> sums(cols);
+
+  QuantizeArgs args{
+      .x = x.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
+  args.granularity = square ? Granularity::kBlock128x128 : Granularity::kBlock1x128;
+  args.power_of_two = power_of_two;
+  args.data = {data.data, ld_t, ld};
+  args.data_t = {data_t.data, ld, ld_t};
+  args.scale = scale.data;
+  args.scale_t = scale_t.data;
+  args.column_sum = sums.data;
+  Buffer<uint8_t> workspace(quantize_workspace_bytes(args));
+  args.workspace = workspace.data;
+  quantize(args, nullptr);
+  QuantizeArgs next = args;
+  next.data = {};
+  next.data_t.data = again.data;
+  next.column_sum = nullptr;
+  next.overlaps_previous = true;
+  REQUIRE(quantize_workspace_bytes(next) == 0);
+  quantize(next, nullptr);
+  check(cudaDeviceSynchronize());
+
+  // x (r, c), or of x^T; NaN takes part in no group but its own
+  const auto check_copy = [&](bool turned, const std::vector<uint8_t>& codes,
+                              const std::vector<float>& scales) {
+    const int64_t height = turned ? cols : rows;
+    const int64_t width = turned ? rows : cols;
+    const int64_t stride = pad16(width);
+    const auto at = [&](int64_t r, int64_t c) {
+      return turned ? host_x[c * cols + r] : host_x[r * cols + c];
+    };
+    int64_t wrong = 0;
+    for (int64_t r = 0; r < pad16(height); ++r) {
+      for (int64_t c0 = 0; c0 < stride; c0 += kScaleBlock) {
+        const int64_t first = square ? r / kScaleBlock * kScaleBlock : r;
+        const int64_t last = std::min(square ? first + kScaleBlock : r + 1, height);
+        uint32_t bits = 0;
+        for (int64_t i = first; i < last; ++i) {
+          for (int64_t c = c0; c < std::min(c0 + kScaleBlock, width); ++c) {
+            bits = std::max(bits, fp8::magnitude_bits(at(i, c)));
+          }
+        }
+        const float multiplier =
+            fp8::quant_multiplier(std::bit_cast<float>(bits), 448.0F, power_of_two);
+        const int64_t block = c0 / kScaleBlock;
+        const int64_t place =
+            square ? r / kScaleBlock * square_scale_ld(stride) + block : block * pad16(height) + r;
+        const float expected_scale = 1.0F / multiplier;
+        wrong += !(scales[place] == expected_scale ||
+                   (std::isnan(scales[place]) && std::isnan(expected_scale)));
+        for (int64_t c = c0; c < std::min(c0 + kScaleBlock, stride); ++c) {
+          const uint8_t expected =
+              r < height && c < width ? fp8::encode<fp8::E4M3>(at(r, c) * multiplier) : 0;
+          wrong += codes[r * stride + c] != expected;
+        }
+      }
+    }
+    return wrong;
+  };
+  const std::vector<float> scales_t = scale_t.host();
+  REQUIRE(check_copy(false, data.host(), scale.host()) == 0);
+  REQUIRE(check_copy(true, data_t.host(), scales_t) == 0);
+  REQUIRE(again.host() == data_t.host());
+  const auto found = sums.host();
+  for (int64_t c = 0; c < cols; ++c) {
+    double exact = 0.0;
+    double size = 0.0;
+    for (int64_t r = 0; r < rows; ++r) {
+      exact += host_x[r * cols + c];
+      size += std::fabs(host_x[r * cols + c]);
+    }
+    if (std::isnan(exact)) {
+      REQUIRE(std::isnan(found[c]));
+    } else {
+      // Eight rows in a thread, 16 of these, then at most five tiles: 28 roundings.
+      REQUIRE(std::fabs(found[c] - exact) <= size * 28 * std::ldexp(1.0, -24));
+    }
+  }
 }
 
 TEST_CASE("candidates, and a plan that is remembered") {

@@ -40,6 +40,43 @@ TEST_CASE("devices and granularities") {
   REQUIRE_FALSE(supported(rowwise, 100));
 }
 
+TEST_CASE("blocks") {
+  const auto blocks = [](Granularity of_a, Granularity of_b, int capability = 90) {
+    return supported(
+        [&](MatmulArgs& a) {
+          a.m = 8;
+          a.granularity = of_a;
+          a.granularity_b = of_b;
+        },
+        capability);
+  };
+  constexpr auto kRow = Granularity::kBlock1x128;
+  constexpr auto kSquare = Granularity::kBlock128x128;
+  REQUIRE(blocks(kRow, kSquare));
+  REQUIRE(blocks(kSquare, kRow));
+  REQUIRE(blocks(kRow, kRow));
+  REQUIRE_FALSE(blocks(kSquare, kSquare));
+  REQUIRE_FALSE(blocks(kRow, Granularity::kTensorwise));
+  REQUIRE_FALSE(blocks(Granularity::kRowwise, kSquare));
+  REQUIRE_FALSE(blocks(Granularity::kRowwise, Granularity::kTensorwise));
+  REQUIRE_FALSE(blocks(kRow, kSquare, 89));
+  REQUIRE_FALSE(blocks(kRow, kSquare, 100));
+
+  const auto with = [](auto change) {
+    return supported([&](MatmulArgs& a) {
+      a.m = 8;
+      a.granularity = kRow;
+      change(a);
+    });
+  };
+  REQUIRE(with([](MatmulArgs&) {}));  // both operands
+  REQUIRE(with([](MatmulArgs& a) { a.accumulate = true; }));
+  REQUIRE(with([](MatmulArgs& a) { a.fast_accum = true; }));  // without effect
+  REQUIRE_FALSE(with([](MatmulArgs& a) { a.m = 7; }));
+  REQUIRE_FALSE(with([](MatmulArgs& a) { a.n = a.ldo = 36; }));
+  REQUIRE_FALSE(with([](MatmulArgs& a) { a.bias = reinterpret_cast<void*>(0x1000); }));
+}
+
 TEST_CASE("formats") {
   REQUIRE(supported([](MatmulArgs& a) { a.a_dtype = Dtype::kE5M2; }));
   REQUIRE(supported([](MatmulArgs& a) { a.b_dtype = Dtype::kE5M2; }));

@@ -1,5 +1,6 @@
 // Launch arithmetic: every element is covered once, and the limits that kernels rely on hold.
 #include <catch2/catch.hpp>
+#include <utility>
 
 #include "common/launch.h"
 
@@ -74,6 +75,27 @@ TEST_CASE("the rowwise pass holds a row in registers, or reads it again") {
             cols);
     REQUIRE(plan.threads_per_row * plan.rows_per_block <= 512);
     REQUIRE((plan.iterations == 1) == (cols <= 32768));
+  }
+}
+
+TEST_CASE("the blockwise pass covers every tile and every scale") {
+  for (const int64_t rows : {int64_t{1}, int64_t{128}, int64_t{129}, int64_t{8200}}) {
+    for (const int64_t cols : {1, 128, 130, 513, 14336}) {
+      const BlockwisePlan plan = plan_blockwise(pad16(rows), pad16(cols), pad16(cols), pad16(rows));
+      INFO("rows=" << rows << " cols=" << cols);
+      REQUIRE(plan.row_tiles == blocks_of(rows));
+      REQUIRE(plan.col_tiles == blocks_of(cols));
+      REQUIRE(plan.row_tiles * kScaleBlock >= pad16(rows));
+      REQUIRE(plan.col_tiles * kScaleBlock >= pad16(cols));
+      REQUIRE(plan.scale_cols == plan.col_tiles);
+      REQUIRE(plan.scale_t_cols == plan.row_tiles);
+      for (const auto [cols_of, ld] :
+           {std::pair(plan.scale_cols, plan.scale_ld), {plan.scale_t_cols, plan.scale_t_ld}}) {
+        REQUIRE(ld % 4 == 0);
+        REQUIRE(ld >= cols_of);
+        REQUIRE(ld < cols_of + 4);
+      }
+    }
   }
 }
 

@@ -91,7 +91,7 @@ TEST_CASE("threads share it") {
 
 TEST_CASE("the key holds all that changes a plan") {
   const PlanKey base = make_plan_key(problem(), 0);
-  std::vector<MatmulArgs> others(14, problem());
+  std::vector<MatmulArgs> others(17, problem());
   others[0].m = 65;
   others[1].n = 48;
   others[2].k = 64;
@@ -106,6 +106,11 @@ TEST_CASE("the key holds all that changes a plan") {
   others[11].fast_accum = false;
   others[12].granularity = Granularity::kRowwise;
   others[13].out = reinterpret_cast<void*>(0x1010);  // alignment 16 instead of 256
+  others[14].granularity = Granularity::kBlock1x128;
+  others[15].granularity = Granularity::kBlock1x128;
+  others[15].granularity_b = Granularity::kBlock128x128;
+  others[16].granularity = Granularity::kBlock128x128;
+  others[16].granularity_b = Granularity::kBlock1x128;
   std::set<size_t> hashes{PlanKeyHash()(base)};
   for (const MatmulArgs& other : others) {
     const PlanKey key = make_plan_key(other, 0);
@@ -118,6 +123,15 @@ TEST_CASE("the key holds all that changes a plan") {
   MatmulArgs moved = problem();
   moved.a = reinterpret_cast<void*>(0x2000);  // another address of the same alignment class
   REQUIRE(make_plan_key(moved, 0) == base);
+}
+
+TEST_CASE("what changes nothing is not in the key") {
+  MatmulArgs args = problem();
+  args.granularity = Granularity::kBlock1x128;
+  MatmulArgs other = args;
+  other.granularity_b = Granularity::kBlock1x128;  // as without
+  other.fast_accum = !args.fast_accum;             // without effect on blocks
+  REQUIRE(make_plan_key(args, 0) == make_plan_key(other, 0));
 }
 
 TEST_CASE("permuted extents hash apart") {

@@ -30,8 +30,15 @@ TEST_CASE("a line has problem, algorithm, workspace and launches") {
   REQUIRE_THAT(fallback, Catch::EndsWith("| reference workspace=0 launches=several"));
 }
 
+TEST_CASE("block scales are named for each operand, without fast accumulation") {
+  MatmulArgs args = problem();
+  args.granularity = Granularity::kBlock1x128;
+  args.granularity_b = Granularity::kBlock128x128;
+  REQUIRE_THAT(plan_line(args, 0, {}), Catch::Contains(" out=bfloat16 1x128*128x128 |"));
+}
+
 TEST_CASE("different problems have different lines") {
-  std::vector<MatmulArgs> others(14, problem());
+  std::vector<MatmulArgs> others(16, problem());
   others[1].m = 9;
   others[2].n = 48;
   others[3].k = 64;
@@ -45,6 +52,9 @@ TEST_CASE("different problems have different lines") {
   others[11].accumulate = true;
   others[12].fast_accum = false;
   others[13].granularity = Granularity::kRowwise;
+  others[14].granularity = Granularity::kBlock1x128;
+  others[15].granularity = Granularity::kBlock1x128;
+  others[15].granularity_b = Granularity::kBlock128x128;
   std::set<std::string> lines;
   for (const MatmulArgs& args : others) lines.insert(plan_line(args, 0, {}));
   REQUIRE(lines.size() == others.size());

@@ -27,7 +27,7 @@ struct Problem {
 }  // namespace
 
 TEST_CASE("fused_linear and its gradients follow the exact ones") {
-  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp"}) {
+  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp", "blockwise"}) {
     Problem p;
     const at::Tensor y = fp8::fused_linear(p.x, p.weight, p.bias, recipe);
     const at::Tensor dy = at::randn_like(y);
@@ -44,7 +44,7 @@ TEST_CASE("fused_linear and its gradients follow the exact ones") {
 }
 
 TEST_CASE("fused_linear_into adds the weight gradient to a buffer") {
-  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp"}) {
+  for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp", "blockwise"}) {
     Problem p;
     const at::Tensor dy = at::randn({3, 33, 48});
     fp8::fused_linear(p.x, p.weight, p.bias, recipe).backward(dy);
@@ -116,6 +116,41 @@ TEST_CASE("fused_linear with an input scale is the product of a static quantizat
   REQUIRE(at::allclose(buffer, p.weight.grad(), 1e-6, 1e-6));
   REQUIRE_THROWS_WITH(fp8::fused_linear(p.x, p.weight, p.bias, "rowwise", scale),
                       Catch::Contains("expected a recipe of one scale per tensor"));
+}
+
+TEST_CASE("the ops compose to fused_linear's forward, in blocks") {
+  Problem p;
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = p.x.flatten(0, 1);
+  const auto [x_data, x_data_t, x_scale, x_scale_t] = fp8::quantize_blockwise_1x128_transpose(x);
+  const auto [w_data, w_data_t, w_scale, w_scale_t] =
+      fp8::quantize_blockwise_128x128_transpose(p.weight);
+  REQUIRE(x_scale_t.sizes() == at::IntArrayRef({80, 1}));
+  REQUIRE(w_scale.sizes() == at::IntArrayRef({1, 1}));
+  const at::Tensor y = fp8::scaled_mm(x_data, w_data, x_scale, w_scale, p.bias, at::kFloat);
+  REQUIRE(at::equal(y.view({3, 33, 48}), fp8::fused_linear(p.x, p.weight, p.bias, "blockwise")));
+  REQUIRE(at::equal(fp8::dequantize(w_data, w_scale).t(), fp8::dequantize(w_data_t, w_scale_t)));
+  REQUIRE(at::equal(x_scale, std::get<1>(fp8::quantize_blockwise_1x128(x))));
+  REQUIRE(at::equal(w_scale, std::get<1>(fp8::quantize_blockwise_128x128(p.weight))));
+}
+
+TEST_CASE("power_of_two gives scales that are powers of two in blocks") {
+  Problem p;
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = p.x.flatten(0, 1);
+  const auto e4m3 = at::kFloat8_e4m3fn;
+  const auto [x_data, x_data_t, x_scale, x_scale_t] =
+      fp8::quantize_blockwise_1x128_transpose(x, e4m3, true);
+  const auto [w_data, w_data_t, w_scale, w_scale_t] =
+      fp8::quantize_blockwise_128x128_transpose(p.weight, e4m3, true);
+  for (const at::Tensor& scale : {x_scale, x_scale_t, w_scale, w_scale_t}) {
+    REQUIRE(at::equal(std::get<0>(at::frexp(scale)), at::full_like(scale, 0.5)));
+  }
+  REQUIRE(at::equal(x_scale, std::get<1>(fp8::quantize_blockwise_1x128(x, e4m3, true))));
+  REQUIRE(at::equal(w_scale, std::get<1>(fp8::quantize_blockwise_128x128(p.weight, e4m3, true))));
+  const at::Tensor y = fp8::scaled_mm(x_data, w_data, x_scale, w_scale, p.bias, at::kFloat);
+  REQUIRE(at::equal(y.view({3, 33, 48}),
+                    fp8::fused_linear(p.x, p.weight, p.bias, "blockwise:power_of_two")));
 }
 
 TEST_CASE("autocast decides the dtype") {

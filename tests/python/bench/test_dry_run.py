@@ -26,7 +26,7 @@ import readme  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
 import timing  # noqa: E402
-from shapes import BlockShape, DecoderCase, LinearShape  # noqa: E402
+from shapes import RECIPES, BlockShape, DecoderCase, LinearShape  # noqa: E402
 
 TINY = BlockShape(hidden=64, ffn=96, heads=4, kv_heads=2, layers=1, sequences=2, tokens=8)
 LAYER = LinearShape(32, 64, 96)
@@ -84,16 +84,16 @@ def test_block(run, monkeypatch, autotune):
     ]
     monkeypatch.setattr(bench_block, "decoder_cases", lambda quick: cases)
     written = run("block", bench_block, "--repeats", "2")
-    ours = ["fp8 tensorwise", "fp8 rowwise", "fp8 rowwise_gw_hp"]
+    ours = [f"fp8 {recipe}" for recipe in RECIPES]
     rows = [row for row in written["rows"] if not row["variant"].startswith(("TE", "torchao"))]
     assert [row["variant"] for row in rows] == ["bf16", *ours] * 2
-    assert [row["rotary"] for row in rows] == [True] * 4 + [False] * 4
+    assert [row["rotary"] for row in rows] == [True] * 5 + [False] * 5
     assert {row["variant"]: row["autotuned"] for row in rows} == {
         "bf16": False,
         **dict.fromkeys(ours, True),
     }
     assert written["header"]["wall_s"] > 0
-    assert autotune == [(7, 16)] * 6  # each linear of the decoder layer
+    assert autotune == [(7, 16)] * 8  # each linear of the decoder layer
 
 
 def test_block_time_budget(run, monkeypatch):
@@ -135,7 +135,7 @@ def test_linear(run, monkeypatch, autotune):
         *("bf16", "fp8 tensorwise", "fp8 rowwise", "GEMMs alone", "GEMMs alone, rowwise")
     }
     assert written["header"]["autotuned"] is True
-    assert [m for _, m in autotune] == [32] * 3 + [16] * 2 + [48] * 2
+    assert [m for _, m in autotune] == [32] * 4 + [16] * 2 + [48] * 2
 
 
 def test_linear_not_autotuned(run, monkeypatch, autotune):

@@ -32,6 +32,10 @@ def launches(run) -> list[str]:
         ("quantize_tensorwise_transpose", 2),
         ("quantize_rowwise", 1),
         ("quantize_rowwise_transpose", 2),
+        ("quantize_blockwise_1x128", 1),
+        ("quantize_blockwise_1x128_transpose", 1),
+        ("quantize_blockwise_128x128", 1),
+        ("quantize_blockwise_128x128_transpose", 1),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -55,6 +59,21 @@ def test_launches_of_scaled_mm(granularity):
     bias = torch.randn(SHAPE[0], device="cuda", dtype=torch.bfloat16)
     found = launches(lambda: OPS.scaled_mm(a, b, scale_a, scale_b, bias))
     assert len(found) <= 2, found  # the second would be a split-K reduction
+
+
+@pytest.mark.parametrize("of_b", ["1x128", "128x128"])
+def test_launches_of_scaled_mm_in_blocks(of_b):
+    """What the quantize operators made goes to cuBLASLt as it is, whatever the number of rows; a
+    bias is one launch more, which fills the output with it."""
+    n, k = 1536, 640
+    b, scale_b = getattr(OPS, f"quantize_blockwise_{of_b}")(torch.randn(n, k, device="cuda"))
+    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+    for m in (2048, 2040, 37, 1):
+        a, scale_a = OPS.quantize_blockwise_1x128(torch.randn(m, k, device="cuda"))
+        found = launches(lambda operands=(a, b, scale_a, scale_b): OPS.scaled_mm(*operands))
+        assert len(found) <= 2, (m, found)  # the second would be a split-K reduction
+        found = launches(lambda operands=(a, b, scale_a, scale_b): OPS.scaled_mm(*operands, bias))
+        assert len(found) <= 3, (m, found)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -13,7 +13,7 @@ from reference import E4M3, E5M2, as_matrix, assert_same_bits
 from torch import Tensor
 
 OPS = torch.ops.fp8
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
 WITH_OPTIONS = RECIPES + tuple(f"{recipe}:power_of_two" for recipe in RECIPES)
 
 
@@ -25,24 +25,35 @@ class Result(NamedTuple):
 
 
 def _operands(
-    x: Tensor, dtype: torch.dtype, rowwise: bool, power_of_two: bool = False
+    x: Tensor,
+    recipe: str,
+    dtype: torch.dtype = E4M3,
+    weight: bool = False,
+    power_of_two: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """data, data_t and the scale of each."""
-    if rowwise:
-        return tuple(OPS.quantize_rowwise_transpose(x, dtype, power_of_two=power_of_two))
-    data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype, power_of_two=power_of_two)
-    return data, data_t, scale, scale
+    if recipe == "tensorwise":
+        data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype, power_of_two=power_of_two)
+        return data, data_t, scale, scale
+    if recipe == "blockwise":
+        blocks = "128x128" if weight else "1x128"
+        quantize = getattr(OPS, f"quantize_blockwise_{blocks}_transpose")
+        return tuple(quantize(x, dtype, power_of_two=power_of_two))
+    return tuple(OPS.quantize_rowwise_transpose(x, dtype, power_of_two=power_of_two))
+
+
+def grad_dtype(recipe: str) -> torch.dtype:
+    return E5M2 if recipe == "tensorwise" else E4M3
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, recipe: str) -> Result:
     """Forward and backward with the output gradient dy. dw of rowwise_gw_hp and db in fp64."""
     recipe, _, option = recipe.partition(":")
-    rowwise, power_of_two = recipe != "tensorwise", option == "power_of_two"
+    power_of_two = option == "power_of_two"
     x2, dy2 = as_matrix(x), as_matrix(dy)
-    qx, qx_t, sx, sx_t = _operands(x2, E4M3, rowwise, power_of_two)
-    qw, qw_t, sw, sw_t = _operands(weight, E4M3, rowwise, power_of_two)
-    grad_dtype = E4M3 if rowwise else E5M2
-    qdy, qdy_t, sdy, sdy_t = _operands(dy2, grad_dtype, rowwise, power_of_two)
+    qx, qx_t, sx, sx_t = _operands(x2, recipe, power_of_two=power_of_two)
+    qw, qw_t, sw, sw_t = _operands(weight, recipe, weight=True, power_of_two=power_of_two)
+    qdy, qdy_t, sdy, sdy_t = _operands(dy2, recipe, grad_dtype(recipe), power_of_two=power_of_two)
     y = OPS.scaled_mm(qx, qw, sx, sw, bias, x.dtype, True)
     dx = OPS.scaled_mm(qdy, qw_t, sdy, sw_t, None, x.dtype, False)
     if recipe == "rowwise_gw_hp":

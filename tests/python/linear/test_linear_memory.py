@@ -7,7 +7,7 @@ import torch
 
 import fp8
 
-RECIPES = ("tensorwise", "rowwise")
+RECIPES = ("tensorwise", "rowwise", "blockwise")
 
 
 def saved_pointers(run):

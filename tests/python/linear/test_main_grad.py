@@ -7,7 +7,7 @@ import linear_reference
 import pytest
 import torch
 from linear_reference import RECIPES
-from reference import E4M3, E5M2, FLOAT_DTYPES, as_matrix, assert_same_bits
+from reference import FLOAT_DTYPES, as_matrix, assert_same_bits
 from test_linear_values import problem
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -44,9 +44,9 @@ def assert_added(
         magnitude = before.double().abs() + left.abs() @ right.abs()
         linear_reference.assert_sum(main_grad, exact, magnitude, dy2.shape[0] + 1, what)
         return
-    rowwise = recipe == "rowwise"
-    _, x_t, _, x_scale = linear_reference._operands(x2, E4M3, rowwise)
-    _, dy_t, _, dy_scale = linear_reference._operands(dy2, E4M3 if rowwise else E5M2, rowwise)
+    _, x_t, _, x_scale = linear_reference._operands(x2, recipe)
+    dtype = linear_reference.grad_dtype(recipe)
+    _, dy_t, _, dy_scale = linear_reference._operands(dy2, recipe, dtype)
     product = bounds.product(dy_t, x_t, dy_scale, x_scale, addend=before)
     bounds.assert_within(main_grad, product, bounds.accumulation_of(x.device.type, False), what)
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import bounds
+import reference
 import torch
 from torch import Tensor
 
 OPS = torch.ops.fp8
-GRANULARITIES = ("tensorwise", "rowwise")
+GRANULARITIES = (
+    "tensorwise",
+    "rowwise",
+    "1x128 128x128",  # of a and of b
+    "128x128 1x128",
+    "1x128 1x128",
+)
 
 
 class Operands(NamedTuple):
     a: Tensor  # [M, K]
     b: Tensor  # [N, K]
-    scale_a: Tensor  # 0-dim or [M, 1]
-    scale_b: Tensor  # 0-dim or [N, 1]
+    scale_a: Tensor  # 0-dim, [M, 1], [M, ceil(K / 128)] or [ceil(M / 128), ceil(K / 128)]
+    scale_b: Tensor  # the same with N
 
 
 def make(
@@ -32,12 +39,21 @@ def make(
     """randn, or uniform in [0, 1) for positive data. Rows of different magnitude, so that a swapped
     or shifted scale vector shows."""
     draw = torch.rand if positive else torch.randn
-    quantize = getattr(OPS, f"quantize_{granularity}")
+    parts = granularity.split() if "x" in granularity else [granularity] * 2
+    names = [f"blockwise_{part}" if "x" in part else part for part in parts]
+    quantize_a, quantize_b = (getattr(OPS, f"quantize_{name}") for name in names)
     left = draw(m, k) * torch.linspace(0.5, 2, m).unsqueeze(1)
     right = draw(n, k) * torch.linspace(2, 0.25, n).unsqueeze(1) / max(k, 1) ** 0.5
-    a, scale_a = quantize(left.to(device), a_dtype)
-    b, scale_b = quantize(right.to(device), b_dtype)
+    a, scale_a = quantize_a(left.to(device), a_dtype)
+    b, scale_b = quantize_b(right.to(device), b_dtype)
     return Operands(a, b, scale_a, scale_b)
+
+
+def accumulation(operands: Operands, fast_accum: bool) -> bounds.Accumulation:
+    """With block scales sums are promoted whatever is asked for."""
+    a, b, scale_a, scale_b = operands
+    blocks = reference.is_blockwise(scale_a, a) or reference.is_blockwise(scale_b, b)
+    return bounds.accumulation_of(a.device.type, fast_accum and not blocks)
 
 
 def check(
@@ -54,5 +70,5 @@ def check(
     assert out.device == a.device
     assert out.shape == (a.shape[0], b.shape[0])
     expected = bounds.product(a, b, scale_a, scale_b, bias)
-    bounds.assert_within(out, expected, bounds.accumulation_of(a.device.type, fast_accum))
+    bounds.assert_within(out, expected, accumulation(operands, fast_accum))
     return out

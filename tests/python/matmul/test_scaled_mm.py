@@ -23,7 +23,7 @@ def test_scaled_mm_values(device, k, granularity, positive, fast_accum, out_dtyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize("k", [1024, 4096, 16384])
 @pytest.mark.parametrize("positive", [False, True], ids=["signed", "positive"])
 def test_scaled_mm_accumulation_error(k, granularity, positive):
@@ -131,9 +131,8 @@ def misaligned(data: Operands) -> dict[str, Operands]:
         return wide.view(matrix.dtype)[:, 3 : 3 + cols].copy_(matrix)
 
     def spread(scale):
-        """One of a stack: not at a 16-byte address, and rowwise with stride 3."""
-        wide = torch.full((scale.numel(), 3), float("nan"), device=scale.device)
-        return wide[0, 1] if scale.dim() == 0 else wide[:, 1:2]
+        """One of a stack: not at a 16-byte address, and with strides of 3."""
+        return torch.full((*scale.shape, 3), float("nan"), device=scale.device)[..., 1]
 
     scales = [spread(scale).copy_(scale) for scale in (scale_a, scale_b)]
     views["a one byte off"] = Operands(byte_off(a), b, scale_a, scale_b)

@@ -18,7 +18,7 @@ def check(data: operands.Operands, out: torch.Tensor, fast_accum: bool = False) 
     before = out.clone()
     OPS.scaled_mm_accumulate_(out, *data, fast_accum)
     expected = bounds.product(*data, addend=before)
-    bounds.assert_within(out, expected, bounds.accumulation_of(out.device.type, fast_accum))
+    bounds.assert_within(out, expected, operands.accumulation(data, fast_accum))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
