@@ -63,8 +63,8 @@ def test_launches_of_scaled_mm(granularity):
 
 @pytest.mark.parametrize("of_b", ["1x128", "128x128"])
 def test_launches_of_scaled_mm_in_blocks(of_b):
-    """What the quantize operators made goes to cuBLASLt as it is, whatever the number of rows; a bias
-    is one launch more, which fills the output with it."""
+    """What the quantize operators made goes to cuBLASLt as it is, whatever the number of rows; a
+    bias is one launch more, which fills the output with it."""
     n, k = 1536, 640
     b, scale_b = getattr(OPS, f"quantize_blockwise_{of_b}")(torch.randn(n, k, device="cuda"))
     bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
