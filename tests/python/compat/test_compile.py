@@ -107,9 +107,7 @@ def test_compile_under_autocast(device, recipe):
         assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "name", ["tensorwise", "rowwise", "blockwise_1x128", "blockwise_128x128"]
-)
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "blockwise_1x128", "blockwise_128x128"])
 def test_compile_operators_on_their_own(device, name):
     """Quantize, matmul and accumulate in one graph, with the functionalized in-place operator."""
 
