@@ -89,7 +89,7 @@ TEST_CASE("the blockwise pass covers every tile and every scale") {
       REQUIRE(plan.col_tiles * kScaleBlock >= pad16(cols));
       REQUIRE(plan.scale_cols == plan.col_tiles);
       REQUIRE(plan.scale_t_cols == plan.row_tiles);
-      for (const auto [cols_of, ld] :
+      for (const auto& [cols_of, ld] :
            {std::pair(plan.scale_cols, plan.scale_ld), {plan.scale_t_cols, plan.scale_t_ld}}) {
         REQUIRE(ld % 4 == 0);
         REQUIRE(ld >= cols_of);

@@ -203,7 +203,7 @@ def test_host(run, monkeypatch):
     monkeypatch.setattr(bench_host, "PEERS", ("TE current",))
     monkeypatch.setattr(bench_host, "TOKENS", 2)
     rows = run("host", bench_host, "--quick")["rows"]
-    assert [row["bias"] for row in rows] == [False] * 4 + [True] * 4
+    assert [row["bias"] for row in rows] == [False] * 5 + [True] * 5
     assert [row["step_ratio"] for row in rows if row["variant"] == "bf16"] == [1.0, 1.0]
 
 
@@ -219,7 +219,7 @@ def test_sizes(run, monkeypatch):
     monkeypatch.setattr(bench_sizes, "OBLONG", ())
     monkeypatch.setattr(bench_sizes, "TOKENS", (8,))
     rows = run("sizes", bench_sizes, "--quick")["rows"]
-    assert [row["k"] for row in rows] == [16] * 4 + [32] * 4
+    assert [row["k"] for row in rows] == [16] * 5 + [32] * 5
 
 
 def test_profile_reads_the_profilers_trace(monkeypatch):

@@ -217,12 +217,12 @@ def test_saved_tensors_on_the_cpu(device, recipe):
     assert_all_same(ours, gradients(module, module.parameters(), x, dy))
 
 
-@pytest.mark.parametrize("granularity", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("granularity", ["tensorwise", "rowwise", "blockwise_1x128"])
 def test_autocast_leaves_other_operators_alone(device, granularity):
     """Inside a region of autocast no operator rounds its fp32 arithmetic to 16 bits."""
     ops = torch.ops.fp8
     quantize = getattr(ops, f"quantize_{granularity}")
-    x, weight = torch.randn(48, 64, device=device), torch.randn(32, 64, device=device)
+    x, weight = torch.randn(48, 160, device=device), torch.randn(32, 160, device=device)
 
     def run():
         (a, scale_a), (b, scale_b) = quantize(x), quantize(weight)

@@ -107,7 +107,7 @@ def test_compile_under_autocast(device, recipe):
         assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "blockwise_1x128", "blockwise_128x128"])
 def test_compile_operators_on_their_own(device, name):
     """Quantize, matmul and accumulate in one graph, with the functionalized in-place operator."""
 
@@ -118,7 +118,7 @@ def test_compile_operators_on_their_own(device, name):
         ops.scaled_mm_accumulate_(out, a, b, scale_a, scale_b)
         return ops.scaled_mm(a, b, scale_a, scale_b), ops.dequantize(a, scale_a)
 
-    x, w = torch.randn(20, 36, device=device), torch.randn(28, 36, device=device)
+    x, w = torch.randn(20, 300, device=device), torch.randn(28, 300, device=device)
     outs = [torch.ones(20, 28, device=device) for _ in range(2)]
     expected = chain(x, w, outs[0])
     actual = torch.compile(chain, backend="aot_eager", fullgraph=True)(x, w, outs[1])

@@ -59,7 +59,7 @@ def main() -> None:
     cases = [
         compare(*shape, granularity, fast_accum, with_bias, a_dtype)
         for shape in SHAPES
-        for granularity in operands.GRANULARITIES
+        for granularity in ("tensorwise", "rowwise")
         for fast_accum, with_bias, a_dtype in (
             (True, False, E4M3),
             (True, True, E4M3),

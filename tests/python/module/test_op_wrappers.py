@@ -81,6 +81,10 @@ def test_quantize_wrappers_return_tuples():
         "quantize_rowwise": [(4, 32), (4, 1)],
         "quantize_tensorwise_transpose": [(4, 32), (32, 4), ()],
         "quantize_rowwise_transpose": [(4, 32), (32, 4), (4, 1), (32, 1)],
+        "quantize_blockwise_1x128": [(4, 32), (4, 1)],
+        "quantize_blockwise_1x128_transpose": [(4, 32), (32, 4), (4, 1), (32, 1)],
+        "quantize_blockwise_128x128": [(4, 32), (1, 1)],
+        "quantize_blockwise_128x128_transpose": [(4, 32), (32, 4), (1, 1), (1, 1)],
     }
     for name, shapes in results.items():
         got = getattr(fp8.ops, name)(x)

@@ -23,7 +23,9 @@ def test_dequantize_every_code(device, dtype, out_dtype, scale):
 
 @pytest.mark.parametrize("out_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (17, 33), (129, 64), (3, 5, 20), (50,), (0, 16), (4, 0)], ids=str
+    "shape",
+    [(1, 1), (17, 33), (129, 64), (3, 5, 20), (50,), (0, 16), (4, 0), (200, 272), (3, 50, 300)],
+    ids=str,
 )
 def test_dequantize_what_quantize_made(device, shape, out_dtype):
     """Padded rows, rowwise and tensorwise scales, and the transposed copies."""
@@ -33,6 +35,10 @@ def test_dequantize_what_quantize_made(device, shape, out_dtype):
         pairs = [(data, scale), (data_t, scale)]
         data, data_t, scale, scale_t = OPS.quantize_rowwise_transpose(x, dtype)
         pairs += [(data, scale), (data_t, scale_t)]
+        for blocks in ("1x128", "128x128"):
+            quantize = getattr(OPS, f"quantize_blockwise_{blocks}_transpose")
+            data, data_t, scale, scale_t = quantize(x, dtype)
+            pairs += [(data, scale), (data_t, scale_t)]
         for data, scale in pairs:
             actual = OPS.dequantize(data, scale, out_dtype)
             assert actual.is_contiguous()
@@ -53,6 +59,19 @@ def test_dequantize_strided(device):
             factor = torch.tensor(0.5, device=device)
         actual = OPS.dequantize(view, factor, torch.float32)
         assert_same_bits(actual, reference.dequantize(view, factor, torch.float32), name)
+
+
+def test_dequantize_block_scales_of_any_strides(device):
+    """Contiguous scales, and data whose rows are not whole groups of eight."""
+    for shape in ((140, 300), (130, 256), (140, 259)):
+        x = torch.randn(shape, device=device)
+        for blocks in ("1x128", "128x128"):
+            data, scale = getattr(OPS, f"quantize_blockwise_{blocks}")(x)
+            expected = reference.dequantize(data, scale, torch.float32)
+            for view in (scale, scale.contiguous(), scale.t().contiguous().t()):
+                assert_same_bits(OPS.dequantize(data, view, torch.float32), expected)
+            turned = data.t().contiguous().t()
+            assert_same_bits(OPS.dequantize(turned, scale, torch.float32), expected)
 
 
 def test_dequantize_defaults_to_bfloat16(device):
@@ -80,5 +99,8 @@ def test_dequantize_errors(device):
         OPS.dequantize(data, scale, E4M3)
     with pytest.raises(ValueError, match=r"fp8::dequantize: .*scale.*\[7, 1\]"):
         OPS.dequantize(data, scale[:7])
+    for wrong in (scale.expand(8, 2), scale.view(1, 8), scale.view(2, 4), scale.view(8)):
+        with pytest.raises(ValueError, match=r"fp8::dequantize: .*1x128.*scale=\["):
+            OPS.dequantize(data, wrong)
     with pytest.raises(ValueError, match=r"fp8::dequantize: .*meta"):
         OPS.dequantize(data, scale.to("meta"))

@@ -15,6 +15,10 @@ QUANTIZE_OPS = (
     "quantize_rowwise",
     "quantize_tensorwise_transpose",
     "quantize_rowwise_transpose",
+    "quantize_blockwise_1x128",
+    "quantize_blockwise_128x128",
+    "quantize_blockwise_1x128_transpose",
+    "quantize_blockwise_128x128_transpose",
 )
 TENSORWISE_OPS = ("quantize_tensorwise", "quantize_tensorwise_transpose")
 
@@ -71,6 +75,35 @@ def test_quantize_scale_shapes(device, shape):
     for tensor in (scale, scale_t, OPS.quantize_tensorwise(x)[1]):
         assert tensor.dtype == torch.float32
         assert tensor.device == x.device
+
+
+@pytest.mark.parametrize(
+    "shape", [(40,), (3, 40), (2, 3, 300), (130, 515), (0, 40), (3, 0), (2, 0, 5)], ids=str
+)
+def test_quantize_block_scales_lie_as_cublaslt_reads_them(device, shape, poisoned_memory):
+    """1x128: [blocks, rows padded to 16]; squares: [blocks, blocks padded to 4]. With ones
+    in the padding."""
+    x = torch.randn(shape, device=device)
+    m, k = reference.as_matrix(x).shape
+    for name in ("1x128", "128x128"):
+        data, data_t, *found = getattr(OPS, f"quantize_blockwise_{name}_transpose")(x)
+        assert (data.shape, data_t.shape) == (shape, (k, m))
+        for scale, (rows, cols) in zip(found, ((m, k), (k, m)), strict=True):
+            across = -(-cols // 128)
+            assert scale.dtype == torch.float32
+            assert scale.data_ptr() % 16 == 0
+            if name == "1x128":
+                assert scale.shape == (rows, across)
+                strides, memory = (1, padded(rows)), (across, padded(rows))
+            else:
+                assert scale.shape == (-(-rows // 128), across)
+                ld = -(-across // 4) * 4
+                strides, memory = (ld, 1), (scale.shape[0], ld)
+            if scale.numel() == 0:
+                continue
+            assert scale.stride() == strides
+            whole = scale.as_strided(memory, (memory[1], 1))
+            assert int((whole == 1).sum()) >= whole.numel() - scale.numel(), "ones in the padding"
 
 
 @pytest.mark.parametrize("view", list(inputs.strided_views(torch.zeros(2, 2))))

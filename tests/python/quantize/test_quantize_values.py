@@ -57,7 +57,11 @@ def test_quantize_cuda_equals_cpu(shape):
     x = torch.randn(shape, dtype=torch.bfloat16, device="cuda") * torch.randn(1, device="cuda")
     host = x.cpu()
     for dtype in FP8_DTYPES:
-        for name in ("tensorwise", "rowwise", "tensorwise_transpose", "rowwise_transpose"):
+        for name in (
+            *("tensorwise", "rowwise", "tensorwise_transpose", "rowwise_transpose"),
+            *("blockwise_1x128", "blockwise_1x128_transpose"),
+            *("blockwise_128x128", "blockwise_128x128_transpose"),
+        ):
             operator = getattr(OPS, f"quantize_{name}")
             for ours, expected in zip(operator(x, dtype), operator(host, dtype), strict=True):
                 assert_same_bits(ours, expected, name)
@@ -115,6 +119,27 @@ def test_quantize_non_finite_stays_visible(device, bad, x_dtype, dtype):
     scale, scale_t = OPS.quantize_rowwise_transpose(x, dtype)[2:]
     assert int((~scale.isfinite()).sum()) == 1, "one bad row, 39 clean ones"
     assert int((~scale_t.isfinite()).sum()) == 1, "one bad column, 71 clean ones"
+
+
+@pytest.mark.parametrize("x_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_quantize_non_finite_stays_in_its_block(device, bad, x_dtype):
+    """Padding beside it stays zero too (300 and 200 are no multiples of 16)."""
+    x = torch.randn(200, 300).to(x_dtype).to(device)
+    x[199, 290] = bad
+    check_all(x, torch.float8_e4m3fn)
+    for blocks, bad_elements in (("1x128", 300 - 256), ("128x128", (200 - 128) * (300 - 256))):
+        quantize = getattr(OPS, f"quantize_blockwise_{blocks}_transpose")
+        data, data_t, scale, scale_t = quantize(x)
+        assert int((~scale.isfinite()).sum()) == 1
+        assert int((~scale_t.isfinite()).sum()) == 1
+        assert not scale[-1, -1].isfinite()
+        assert not scale_t[-10 if blocks == "1x128" else -1, -1].isfinite()
+        back = OPS.dequantize(data, scale)
+        assert int((~back.isfinite()).sum()) == bad_elements
+        rows, cols = ((200, 304), (300, 208))
+        assert not data.view(torch.uint8).as_strided(rows, (304, 1))[:, 300:].any()
+        assert not data_t.view(torch.uint8).as_strided(cols, (208, 1))[:, 200:].any()
 
 
 def test_quantize_nan_of_any_sign_and_payload(device):
