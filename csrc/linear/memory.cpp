@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <mutex>
@@ -94,6 +95,9 @@ struct CachedWeight {
   int contexts = 0;
   std::optional<Identity> id;
   QuantizedMatrix quantized;
+  // Of remember_weight: a form each, with the identity it was made of.
+  std::array<std::optional<Identity>, 2> form_id;
+  std::array<std::pair<at::Tensor, at::Tensor>, 2> forms;
 };
 
 struct Weights {
@@ -168,6 +172,29 @@ QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest&
   cached.quantized.launched = false;
   cached.id = id;
   return cached.quantized;
+}
+
+std::pair<at::Tensor, at::Tensor> remember_weight(
+    const at::Tensor& weight, int form,
+    const std::function<std::pair<at::Tensor, at::Tensor>()>& make) {
+  Weights& weights = Weights::instance();
+  if (weights.count.load(std::memory_order_relaxed) == 0) return make();
+  const std::lock_guard lock(weights.mutex);
+  const auto found = std::find_if(weights.map.begin(), weights.map.end(), [&](const auto& entry) {
+    const at::Tensor& known = entry.second.weight;
+    return known.const_data_ptr() == weight.const_data_ptr() && known.numel() == weight.numel() &&
+           known.device() == weight.device() && known.scalar_type() == weight.scalar_type();
+  });
+  const std::optional<Identity> id = identify(weight, {});
+  if (found == weights.map.end() || !id) return make();
+  CachedWeight& cached = found->second;
+  std::optional<Identity>& made_of = cached.form_id[form];
+  if (made_of && (made_of->stream != id->stream || made_of->capture != id->capture)) return make();
+  if (made_of != id) {
+    cached.forms[form] = make();
+    made_of = id;
+  }
+  return cached.forms[form];
 }
 
 void cache_weights(const std::vector<at::Tensor>& added) {
