@@ -20,14 +20,20 @@ from ._info import info, plan_cache_clear, plan_cache_info
 from .autotune import autotune
 from .cached_weights import cached_weights
 from .convert import convert, revert, summary
+from .experts import register_when_loaded as _register_experts
+from .grouped import GROUPED_RECIPES, GroupedLinear
 from .linear import Linear
 from .recipe import RECIPES
+
+_register_experts()  # in transformers' table, if and when that is imported
 
 cmake_prefix_path: str = str(_PACKAGE / "share" / "cmake")
 """For C++: `cmake -DCMAKE_PREFIX_PATH=...`, then `find_package(FP8)` and link `FP8::torch`."""
 
 __all__ = [
+    "GROUPED_RECIPES",
     "RECIPES",
+    "GroupedLinear",
     "Linear",
     "__version__",
     "autotune",

@@ -6,12 +6,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .experts import cacheable_weights
+from .grouped import GroupedLinear
 from .linear import Linear
 
 
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Inside the context, each `fp8.Linear` of `model` quantizes its weight once, not once a call.
+    """Inside the context, each `fp8.Linear` of `model` quantizes its weight once, not once a call;
+    so do `fp8.GroupedLinear` and experts of transformers that run in FP8.
 
     For gradient accumulation (around the micro-batches between two optimizer steps) and for
     inference. The weights must not change inside: an update that PyTorch counts (in-place
@@ -34,7 +37,9 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
         raise TypeError(
             f"fp8.cached_weights: expected an nn.Module, got {type(model).__name__}: {model!r:.80}"
         )
-    weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    kinds = (Linear, GroupedLinear)
+    weights = [module.weight for module in model.modules() if isinstance(module, kinds)]
+    weights += cacheable_weights(model)
     torch.ops.fp8._cache_weights(weights)
     try:
         yield

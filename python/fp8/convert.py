@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from .experts import convert_experts, revert_experts, summary_rows
 from .linear import Linear
 from .recipe import check_recipe
 from .rules import Found, dtype_name, find_linears
@@ -27,6 +28,10 @@ def convert(
 ) -> ModelT:
     """Make every suitable nn.Linear of `model` compute in FP8. In place; returns `model`.
 
+    So do the experts of transformers' mixture-of-experts models, where a layer's experts are one
+    module: their implementation becomes `fp8` (experts.py), with the grouped recipe `rowwise`, or
+    `rowwise_gw_hp` for that recipe. Routers stay as they are.
+
     Parameters, state_dict keys and module objects stay the same. Convert after the weights have
     their dtype and before torch.compile, DDP or FSDP wrap the model. A module that is an fp8.Linear
     already takes the new recipe.
@@ -35,7 +40,8 @@ def convert(
         model: any module; it may itself be an nn.Linear.
         recipe: a key of `fp8.RECIPES`.
         filter: filter(module, name) -> bool, called once per module with its name in
-            `model.named_modules()`: True converts, False leaves it as it is. It replaces the
+            `model.named_modules()`: True converts, False leaves it as it is. It is asked about
+            experts modules too, which are no nn.Linear. It replaces the
             default rules, which leave alone `lm_head` and the shapes for which
             `fp8.rules.worthwhile` sees no gain. The safety rules hold in any case: subclasses of
             nn.Linear, modules whose weight is used without calling them, and weights that are not
@@ -64,16 +70,18 @@ def convert(
         for linear in linears
         if linear.refused() is None and _selected(linear, recipe, filter)
     ]
+    change_experts = convert_experts(model, recipe, filter)  # type: ignore[arg-type]
     for module in chosen:
         module.__class__ = Linear
         vars(module)["recipe"] = recipe
-    if not chosen:
+    if change_experts() == 0 and not chosen:
         warnings.warn(_nothing_converted(linears), stacklevel=2)
     return model
 
 
 def revert(model: ModelT) -> ModelT:
-    """Make every fp8.Linear of `model` an nn.Linear again. In place; returns `model`.
+    """Make every fp8.Linear of `model` an nn.Linear again, and its experts what they were. In place;
+    returns `model`.
 
     Those that convert changed and those that were made as fp8.Linear alike.
 
@@ -84,6 +92,7 @@ def revert(model: ModelT) -> ModelT:
     Raises TypeError for a model that is no nn.Module.
     """
     _check_model("revert", model)
+    revert_experts(model)
     for linear in find_linears(model):
         module = linear.module
         if not isinstance(module, Linear):
@@ -105,7 +114,7 @@ def revert(model: ModelT) -> ModelT:
 def summary(model: nn.Module) -> str:
     """A table of every nn.Linear: name, shape, dtype, recipe or why it is left alone; and totals.
 
-    One line each. `not converted` means that no rule speaks against it: convert was not called, or
+    One line each, experts modules last. `not converted` means that no rule speaks against it: convert was not called, or
     its filter left the module out. A module with several names is listed under the first; the
     others follow in brackets.
 
@@ -130,12 +139,17 @@ def summary(model: nn.Module) -> str:
         shape = f"{linear.module.in_features} -> {linear.module.out_features}"
         dtype = dtype_name(getattr(linear.module, "weight", None))
         rows.append((_label(linear), shape, dtype, _status(linear, shape_recipe)))
+    expert_rows, expert_totals = summary_rows(model)
+    rows += expert_rows
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
         for row in rows
     ]
-    return "\n".join([*lines, _totals(linears, recipes)])
+    totals = [_totals(linears, recipes)]
+    if expert_totals is not None:
+        totals.append(expert_totals)
+    return "\n".join([*lines, *totals])
 
 
 def _selected(linear: Found, recipe: str, filter: Callable[[nn.Linear, str], bool] | None) -> bool:
