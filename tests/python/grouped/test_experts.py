@@ -65,7 +65,9 @@ FAMILIES = {
 
 def make(family: str, device="cpu", dtype=torch.bfloat16, **changes):
     config_class = getattr(transformers, f"{family}Config")
-    config = config_class(**(SIZES | FAMILIES[family] | changes))
+    known = SIZES | FAMILIES[family]
+    changes = {k: v for k, v in changes.items() if k in known or k == "hidden_act"}
+    config = config_class(**(known | changes))
     torch.manual_seed(5)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
@@ -103,9 +105,10 @@ def experts_only(module, name):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_experts_of_each_family_against_eager(device, family, checkpointing):
-    """FP8 noise of 25 dB (5.6%) an experts layer, two layers, diluted by the residual stream; a
-    gradient has passed through twice as many quantizations."""
-    model = make(family, device)
+    """One layer, so that both route alike. An experts layer's y has FP8 noise of 25 dB (5.6%),
+    diluted by the residual stream; a gradient has passed through up to six quantizations of 4%
+    noise, 9%."""
+    model = make(family, device, num_hidden_layers=1, first_k_dense_replace=0)
     ids = tokens(device)
     logits, grads = step(model, ids)
     ours = copy.deepcopy(model)
@@ -120,7 +123,7 @@ def test_experts_of_each_family_against_eager(device, family, checkpointing):
     close(fp8_logits, logits, 0.10)
     assert grads.keys() == fp8_grads.keys()
     for name, grad in grads.items():
-        close(fp8_grads[name], grad, 0.25)
+        close(fp8_grads[name], grad, 0.15)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,7 +226,7 @@ class CustomGate:
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_experts_with_a_custom_gate_are_composed(device, family):
-    model = make(family, device)
+    model = make(family, device, num_hidden_layers=1)
     ids = tokens(device)
     experts = [m for m in model.modules() if hasattr(m, "is_concatenated")]
     for module in experts:
@@ -236,7 +239,7 @@ def test_experts_with_a_custom_gate_are_composed(device, family):
     if expected is not None:  # Mixtral's eager forward knows no gate but its own
         close(logits, expected[0], 0.10)
         for name, grad in expected[1].items():
-            close(grads[name], grad, 0.25)
+            close(grads[name], grad, 0.15)
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
