@@ -161,11 +161,32 @@ def host(rows: list[Row]) -> str:
     )
 
 
+def moe(rows: list[Row]) -> str:
+    def cell(row: Row) -> str:
+        if row["variant"].startswith("bf16"):
+            return f"{tables.cell(row['step_us']['median'] / 1e3)} ms / {row['peak_gib']:.1f} GiB"
+        figures = (row["step_speedup"], row["forward_speedup"], row["peak_ratio"])
+        return " / ".join(tables.ratio(figure) for figure in figures)
+
+    return (
+        "The experts of a mixture, routing given, against transformers' `grouped_mm` in bf16, whose "
+        "milliseconds (forward + backward) and peak memory are given. FP8: speed of forward + "
+        "backward / of the forward with cached weights / peak memory.\n\n"
+    ) + pivot(
+        "speed / cached / memory",
+        [row for row in rows if row["step_us"] and row["routing"] == "random"],
+        lambda row: row["variant"],
+        lambda row: f"{row['model']}, {row['tokens']} tokens",
+        cell,
+    )
+
+
 # In the README's order.
 SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "block": block,
     "linear": linear,
     "accumulate": accumulate,
+    "moe": moe,
     "breakdown": breakdown,
     "quantize": quantize,
     "host": host,

@@ -18,6 +18,10 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "matmul": (("m", "k", "n", "variant"), ("speedup",)),
     "host": (("variant", "bias"), ("step_ratio",)),
     "sizes": (("m", "k", "n", "variant"), ("step_speedup",)),
+    "moe": (
+        ("model", "tokens", "routing", "variant"),
+        ("step_speedup", "forward_speedup", "peak_ratio"),
+    ),
 }
 SMALLER_IS_BETTER = {"step_ratio", "peak_ratio"}
 TOLERANCE = 0.07
@@ -41,6 +45,8 @@ def ratios(run: Row) -> dict[tuple, float]:
             continue
         for figure in figures:
             value = row[figure]
+            if value is None:  # not measured in this row
+                continue
             found[(*name, figure)] = 1 / value if figure in SMALLER_IS_BETTER else value
     return found
 

@@ -222,6 +222,32 @@ def test_sizes(run, monkeypatch):
     assert [row["k"] for row in rows] == [16] * 4 + [32] * 4
 
 
+def test_moe(run, monkeypatch):
+    pytest.importorskip("transformers", reason="needs transformers (requirements.txt)")
+    import bench_moe
+    import moe
+
+    tiny = moe.MoeShape("tiny", 4, 32, 16, 2, 24)
+    monkeypatch.setattr(moe, "SHAPES", (tiny, tiny._replace(tokens=16)))
+    monkeypatch.setattr(moe, "SMALL", tiny._replace(model="small"))
+    written = run("moe", bench_moe, "--recipes", "rowwise", "rowwise_gw_hp", "--repeats", "1")
+    ours = ["fp8 rowwise", "fp8 rowwise_gw_hp"]
+    assert [row["variant"] for row in written["rows"]] == [
+        *(moe.BF16, ours[0]),
+        *(moe.BF16, *ours) * 2,
+    ]
+    assert moe.TORCHAO in written["skipped"]
+    assert all(row["sqnr_db"] > 18 for row in written["rows"][2:])
+
+
+def test_moe_even_routing_gives_every_expert_as_many_rows(cpu_as_gpu):
+    import moe
+
+    shape = moe.MoeShape("tiny", 8, 32, 16, 2, 64)
+    counts = moe.problem(shape, even=True).index.flatten().bincount()
+    assert counts.tolist() == [16] * 8
+
+
 def test_profile_reads_the_profilers_trace(monkeypatch):
     """kernel_times.profile on this machine: a trace without a GPU has no kernels, and is valid."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
