@@ -4,6 +4,7 @@ exact results to compare with; and the grouped matmuls alone."""
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -79,6 +80,9 @@ class Torchao(nn.Module):
             _to_fp8_rowwise_then_scaled_grouped_mm as grouped_mm,
         )
 
+        # Without it groups that are no multiples of 16 stop the GPU with an assertion.
+        if "pad_token_groups_for_grouped_mm" not in inspect.signature(grouped_mm).parameters:
+            raise ImportError("this version does not pad groups of tokens")
         super().__init__()
         self.inner = module
         self._grouped_mm = lambda x, weight, offs: grouped_mm(x, weight, offs)

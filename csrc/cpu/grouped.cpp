@@ -137,6 +137,11 @@ void make_tile_table(const core::TileTableArgs& a) {
     column += padded;
     a.padded_offsets[g] = static_cast<int32_t>(column);
   }
+  const int64_t columns = core::max_padded_rows(a.rows, a.groups);
+  for (; column < columns; column += core::kGroupTileRows) {
+    const int64_t left = std::min(columns - column, core::kGroupTileRows);
+    a.tiles[tile++] = {0, static_cast<int32_t>(left << 8), static_cast<int32_t>(column), 0};
+  }
 }
 
 namespace {
@@ -160,6 +165,13 @@ std::vector<Columns> column_groups(const core::GroupColumnsArgs& a) {
   for (int64_t t = 0; t < a.tile_count; ++t) {
     const core::GroupTile& tile = a.tiles[t];
     if (tile.group < 0) continue;
+    if (tile.extents >> 8 < 256 && (tile.extents & 0xFF) == 0) {  // fills what is left
+      for (int64_t c = 0; c < a.cols; ++c) {
+        std::memset(static_cast<uint8_t*>(a.data_t) + c * a.ld_t + tile.column, 0,
+                    tile.extents >> 8);
+      }
+      continue;
+    }
     Columns& group = groups[tile.group];
     if ((tile.extents >> 16 & 1) != 0) {
       group.row = tile.row;

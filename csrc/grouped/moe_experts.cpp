@@ -300,14 +300,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t features = down.size(2);
   const Routing routing{offsets, place, source};
   const auto needed = [&](Needs what) { return (needs & what) != 0; };
-  const at::Tensor none = none_like(dy);
 
-  at::Tensor dx = none;
-  at::Tensor d_weights = none;
-  at::Tensor d_gate_up = none;
-  at::Tensor d_down = none;
-  at::Tensor d_gate_up_bias = none;
-  at::Tensor d_down_bias = none;
+  at::Tensor dx = none_like(dy);
+  at::Tensor d_weights = none_like(dy);
+  at::Tensor d_gate_up = none_like(dy);
+  at::Tensor d_down = none_like(dy);
+  at::Tensor d_gate_up_bias = none_like(dy);
+  at::Tensor d_down_bias = none_like(dy);
   if (rows == 0) {
     if (needed(kX)) dx = at::zeros_like(x);
     if (needed(kWeights)) d_weights = at::zeros_like(weights);

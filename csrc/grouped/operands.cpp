@@ -59,7 +59,7 @@ Operand quantize_weight(const at::Tensor& weight, bool fprop) {
   const bool transposed = is_stored_transposed(weight);
   const at::Tensor stored = transposed ? weight.transpose(1, 2) : weight.contiguous();
   const Form form = fprop == transposed ? kColumns : kRows;
-  const auto made = memory::remember_weight(stored, form, [&] {
+  const auto made = memory::remember_weight(weight, stored, form, [&] {
     const Operand q = form == kRows ? quantize_stored_rows(stored) : quantize_stored_columns(stored);
     return std::pair(q.data, q.scale);
   });

@@ -100,6 +100,7 @@ constexpr int kTableThreads = 1024;
 struct TableParams {
   TileTableArgs args;
   int entries;
+  int columns;  // of a transposed copy
 };
 
 __global__ void __launch_bounds__(kTableThreads) tile_table_kernel(const TableParams p) {
@@ -149,6 +150,14 @@ __global__ void __launch_bounds__(kTableThreads) tile_table_kernel(const TablePa
       entry.extents = min(left, limit) | min(columns, limit) << 8 | (done == 0 ? 1 << 16 : 0);
       entry.column = first_column[low] + done;
       entry.group = low;
+    } else {
+      const auto limit = static_cast<int>(kGroupTileRows);
+      const int column = all_columns + (tile - all_tiles) * limit;
+      if (column < p.columns) {
+        entry.extents = min(p.columns - column, limit) << 8;
+        entry.column = column;
+        entry.group = 0;
+      }
     }
     a.tiles[tile] = entry;
   }
@@ -183,7 +192,8 @@ void make_tile_table(const TileTableArgs& args, Stream stream) {
   require(max_padded_rows(args.rows, args.groups) < (int64_t{1} << 31),
           "groups take fewer than 2^31 rows");
   launch(tile_table_kernel, 1, kTableThreads, stream,
-         TableParams{args, static_cast<int>(max_group_tiles(args.rows, args.groups))});
+         TableParams{args, static_cast<int>(max_group_tiles(args.rows, args.groups)),
+                     static_cast<int>(max_padded_rows(args.rows, args.groups))});
 }
 
 }  // namespace fp8::core

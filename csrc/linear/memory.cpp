@@ -175,18 +175,19 @@ QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest&
 }
 
 std::pair<at::Tensor, at::Tensor> remember_weight(
-    const at::Tensor& weight, int form,
+    const at::Tensor& weight, const at::Tensor& stored, int form,
     const std::function<std::pair<at::Tensor, at::Tensor>()>& make) {
   Weights& weights = Weights::instance();
   if (weights.count.load(std::memory_order_relaxed) == 0) return make();
   const std::lock_guard lock(weights.mutex);
   const auto found = std::find_if(weights.map.begin(), weights.map.end(), [&](const auto& entry) {
     const at::Tensor& known = entry.second.weight;
-    return known.const_data_ptr() == weight.const_data_ptr() && known.numel() == weight.numel() &&
-           known.device() == weight.device() && known.scalar_type() == weight.scalar_type();
+    return known.const_data_ptr() == stored.const_data_ptr() && known.numel() == stored.numel() &&
+           known.device() == stored.device() && known.scalar_type() == stored.scalar_type();
   });
-  const std::optional<Identity> id = identify(weight, {});
-  if (found == weights.map.end() || !id) return make();
+  std::optional<Identity> id = identify(stored, {});
+  if (found == weights.map.end() || !id || weight.is_inference()) return make();
+  id->version = weight.unsafeGetTensorImpl()->version_counter().current_version();
   CachedWeight& cached = found->second;
   std::optional<Identity>& made_of = cached.form_id[form];
   if (made_of && (made_of->stream != id->stream || made_of->capture != id->capture)) return make();

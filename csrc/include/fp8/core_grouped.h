@@ -46,7 +46,8 @@ void scatter_rows(const ScatterRowsArgs& args, Stream stream);
 
 // A table of the 128-row tiles into which groups are cut, and of the places of groups in transposed
 // copies: each group is padded to a multiple of 16 columns and at least 16, because the grouped
-// matmul refuses an empty contraction.
+// matmul refuses an empty contraction. The last tiles have no rows: they fill what is left of the
+// columns with zeros.
 struct GroupTile {
   int32_t row = 0;      // first row of x
   int32_t extents = 0;  // rows in it | columns to write << 8, each at most 128 | first tile << 16
@@ -55,7 +56,7 @@ struct GroupTile {
 };
 inline constexpr int64_t kGroupTileRows = 128;
 inline int64_t max_group_tiles(int64_t rows, int64_t groups) {
-  return rows / kGroupTileRows + groups;
+  return rows / kGroupTileRows + groups + (groups + 1) * 16 / kGroupTileRows + 1;
 }
 // Columns of a transposed copy that hold `rows` rows in `groups` groups, whatever their sizes.
 inline int64_t max_padded_rows(int64_t rows, int64_t groups) {
