@@ -34,6 +34,7 @@ DEFAULT = "grouped_mm"
 _SETTINGS = "fp8_settings"
 _MAX_EXPERTS = 1023
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DEVICES = ("cuda", "cpu", "meta")
 
 _grouped_linear = torch.ops.fp8.grouped_linear.default
 _moe_experts = torch.ops.fp8.moe_experts.default
@@ -59,23 +60,24 @@ def forward(
     Ids from num_experts on are experts of other processes and contribute nothing. Where the module
     cannot run in FP8 (`refused`), its previous implementation does.
     """
-    if refused(self) is not None:
+    up, up_bias, down, down_bias = weights = weights_of(self)
+    if _obstacle(*weights) is not None:
         other: Tensor = _previous(self)(self, hidden_states, top_k_index, top_k_weights)
         return other
-    up, up_bias, down, down_bias = weights_of(self)
     x = hidden_states
     if x.dtype != up.dtype and not torch.is_autocast_enabled(up.device.type):
         x = x.to(up.dtype)  # as transformers does: a norm in fp32, say
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     recipe = recipe_of(self)
+    gate = gate_of(self) if _in_sixteens(down) else None
     y: Tensor
-    if unfused(self) is None and (gate := gate_of(self)) is not None:
+    if gate is not None:
         index = top_k_index.to(torch.int64)
         y = _moe_experts(x, index, top_k_weights, up, down, up_bias, down_bias, *gate, recipe)
     else:
-        function = self._apply_gate if getattr(self, "has_gate", True) else self.act_fn
-        y = mixture(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, function, recipe)  # type: ignore[arg-type]
+        function: Any = self._apply_gate if getattr(self, "has_gate", True) else self.act_fn
+        y = mixture(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, function, recipe)
     return y.to(hidden_states.dtype)
 
 
@@ -164,7 +166,12 @@ def weights_of(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor
 
 def refused(module: nn.Module) -> str | None:
     """Why this experts module cannot run in FP8, or None."""
-    up, up_bias, down, down_bias = weights_of(module)
+    return _obstacle(*weights_of(module))
+
+
+def _obstacle(
+    up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None
+) -> str | None:
     for weight in (up, down):
         if not isinstance(weight, Tensor) or weight.dim() != 3:
             return "its weights are not 3-D tensors"
@@ -173,23 +180,28 @@ def refused(module: nn.Module) -> str | None:
             return f"{name} weights; FP8 takes bfloat16, float16, float32"
         if hasattr(weight, "__tensor_flatten__") and type(weight).__name__ != "DTensor":
             return f"its weights are a tensor subclass: {type(weight).__name__}"
-    biases = [bias for bias in (up_bias, down_bias) if bias is not None]
-    if any(tensor.dtype != up.dtype for tensor in (down, *biases)):
-        return "its weights differ in dtype"
+    for other in (down, up_bias, down_bias):
+        if other is not None and other.dtype != up.dtype:
+            return "its weights differ in dtype"
     if up.size(0) > _MAX_EXPERTS:
         return f"{up.size(0)} experts; FP8 takes up to {_MAX_EXPERTS}"
-    if up.device.type not in ("cpu", "cuda", "meta"):
+    if up.device.type not in _DEVICES:
         return f"on {up.device.type}; FP8 runs on CUDA and CPU"
     return None
 
 
 def unfused(module: nn.Module) -> str | None:
     """Why the passes around its two products are not fused, or None."""
-    if any(extent % 16 for product in products_of(module) for extent in product):
+    if not _in_sixteens(weights_of(module)[2]):
         return "extents that are not multiples of 16"
-    if not getattr(module, "has_gate", True):
-        return "no gate"
-    return None if gate_of(module) is not None else "a gating of its own"
+    if gate_of(module) is not None:
+        return None
+    return "a gating of its own" if getattr(module, "has_gate", True) else "no gate"
+
+
+def _in_sixteens(down: Tensor) -> bool:
+    """Whether both widths, that of the hidden states and that inside an expert, are multiples."""
+    return down.size(1) % 16 == down.size(2) % 16 == 0
 
 
 def products_of(module: nn.Module) -> list[tuple[int, int]]:

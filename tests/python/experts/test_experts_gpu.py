@@ -38,7 +38,7 @@ def no_waiting():
 @pytest.mark.parametrize("fused", [True, False])
 def test_experts_do_not_wait(problem, no_waiting, monkeypatch, fused):
     if not fused:
-        monkeypatch.setattr(fp8.experts, "unfused", lambda module: "for this test")
+        monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
     module, hidden, index, weights = problem
     dy = torch.randn_like(hidden)
     step(module, hidden, index, weights, dy)  # first calls may look at the device
@@ -53,7 +53,7 @@ def test_experts_do_not_wait(problem, no_waiting, monkeypatch, fused):
 def test_experts_in_a_cuda_graph(problem, monkeypatch, fused):
     """Replayed with another input and another routing, sentinels among it: eager's bits."""
     if not fused:
-        monkeypatch.setattr(fp8.experts, "unfused", lambda module: "for this test")
+        monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
     module, hidden, index, weights = problem
     dy = torch.randn_like(hidden)
     side = torch.cuda.Stream()
@@ -82,7 +82,7 @@ def test_experts_fused_are_those_composed(problem, monkeypatch):
     module, hidden, index, weights = problem
     dy = torch.randn_like(hidden)
     fused = step(module, hidden, index, weights, dy)
-    monkeypatch.setattr(fp8.experts, "unfused", lambda module: "for this test")
+    monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
     for i, (a, b) in enumerate(zip(fused, step(module, hidden, index, weights, dy), strict=True)):
         assert float((a - b).norm()) < 0.03 * float(b.norm()), i
 

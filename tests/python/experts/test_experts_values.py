@@ -73,6 +73,11 @@ def test_experts_near_eager(family, recipe):
     check(family, recipe, "cpu", torch.float32)
 
 
+def test_experts_composed_near_eager(family, monkeypatch):
+    monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
+    check(family, "rowwise", "cpu", torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_experts_near_eager_in_16_bits(family, dtype):
     check(family, "rowwise", "cpu", dtype)
@@ -83,3 +88,9 @@ def test_experts_near_eager_in_16_bits(family, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_experts_near_eager_on_a_gpu(family, recipe, dtype):
     check(family, recipe, "cuda", dtype)
+
+
+@pytest.mark.gpu
+def test_experts_composed_near_eager_on_a_gpu(family, monkeypatch):
+    monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
+    check(family, "rowwise", "cuda", torch.bfloat16)
