@@ -40,7 +40,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo loss-curves test test-gpu test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build demo demo-moe loss-curves test test-gpu test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -53,6 +53,9 @@ build: $(CONFIGURED)  ## the libraries, into python/fp8 (then PYTHONPATH=python 
 
 demo: build  ## the main job: train with nn.Linear and with each FP8 recipe, and compare
 	@$(PY) examples/train.py $(ARGS)
+
+demo-moe: build  ## the same with a small Mixtral and Qwen3-MoE from transformers, and FP8 experts
+	@$(PY) examples/train_moe.py $(ARGS)
 
 loss-curves: build  ## 300 steps of the demo: is FP8 within bf16's noise over three seeds?
 	@$(PY) examples/loss_curves.py $(ARGS)

@@ -92,6 +92,36 @@ def block(rows: list[Row]) -> str:
     )
 
 
+def moe(rows: list[Row]) -> str:
+    shapes = "; ".join(
+        dict.fromkeys(
+            f"{row['model']}: {row['experts']} experts, {row['hidden']} → {row['inner']}, top "
+            f"{row['top_k']}"
+            for row in rows
+        )
+    )
+
+    def cell(row: Row) -> str:
+        if row["variant"] == "bf16":
+            step, forward = (row[what]["median"] / 1e3 for what in ("step_us", "forward_us"))
+            return f"{tables.cell(step)} / {tables.cell(forward)} ms / {row['peak_gib']:.1f} GiB"
+        speeds = [tables.ratio(row[f"{what}_speedup"]) for what in ("step", "forward")]
+        peak = [tables.ratio(row["peak_ratio"])] if row["peak_ratio"] is not None else []
+        return " / ".join([*speeds, *peak])
+
+    return (
+        "Experts of one layer of a mixture, against transformers' `grouped_mm` in bf16: forward + "
+        "backward, forward alone (fp8 inside `fp8.cached_weights`), peak memory of the former. "
+        f"{shapes}.\n\n"
+    ) + pivot(
+        "step / forward / memory",
+        rows,
+        lambda row: row["variant"],
+        lambda row: f"{row['model']}, {row['tokens']} tokens",
+        cell,
+    )
+
+
 def linear(rows: list[Row]) -> str:
     """The step's speed against bf16, without the peers' slower forms (which the JSON has)."""
 
@@ -164,6 +194,7 @@ def host(rows: list[Row]) -> str:
 # In the README's order.
 SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "block": block,
+    "moe": moe,
     "linear": linear,
     "accumulate": accumulate,
     "breakdown": breakdown,

@@ -18,6 +18,7 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "matmul": (("m", "k", "n", "variant"), ("speedup",)),
     "host": (("variant", "bias"), ("step_ratio",)),
     "sizes": (("m", "k", "n", "variant"), ("step_speedup",)),
+    "moe": (("model", "tokens", "variant"), ("step_speedup", "forward_speedup", "peak_ratio")),
 }
 SMALLER_IS_BETTER = {"step_ratio", "peak_ratio"}
 TOLERANCE = 0.07

@@ -20,6 +20,7 @@ import bench_breakdown
 import bench_host
 import bench_linear
 import bench_matmul
+import bench_moe
 import bench_quantize
 import bench_sizes
 import readme
@@ -36,6 +37,7 @@ TABLES = {
     "matmul": bench_matmul.table,
     "host": bench_host.table,
     "sizes": bench_sizes.table,
+    "moe": bench_moe.table,
 }
 
 

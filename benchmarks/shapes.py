@@ -142,3 +142,30 @@ def decoder_cases(quick: bool = False) -> list[DecoderCase]:
 # Gradient accumulation: micro-batches between two optimizer steps, and their tokens.
 MICRO_BATCHES = 4
 MICRO_TOKENS = (2048, 4096)
+
+
+class MoeShape(NamedTuple):
+    """The experts of one layer, with the routing given."""
+
+    model: str
+    tokens: int
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int  # of an expert
+
+    @property
+    def rows(self) -> int:
+        """Rows of the grouped matmuls."""
+        return self.tokens * self.top_k
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.tokens} tokens"
+
+
+MIXTRAL = MoeShape("Mixtral-8x7B", 8192, 8, 2, 4096, 14336)
+QWEN3 = MoeShape("Qwen3-30B-A3B", 32768, 128, 8, 2048, 768)
+
+
+def moe_shapes(quick: bool = False) -> list[MoeShape]:
+    return [QWEN3._replace(tokens=4096)] if quick else [MIXTRAL, QWEN3, QWEN3._replace(tokens=4096)]

@@ -130,7 +130,7 @@ inline float round_to_power_of_two(float multiplier) {
 
 // The numerics contract's first division; scale is 1 / multiplier. amax 0 gives 1, an infinite
 // quotient FLT_MAX (2^127 as a power of two), Inf gives 0, NaN stays NaN.
-inline float quant_multiplier(float amax, float format_max, bool power_of_two) {
+inline float quant_multiplier(float amax, float format_max, bool power_of_two = false) {
   if (amax == 0.0F) return 1.0F;
   float quotient = format_max / amax;
   if (std::isinf(quotient)) quotient = std::numeric_limits<float>::max();

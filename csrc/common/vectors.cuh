@@ -143,7 +143,7 @@ struct GroupScale {
 };
 
 __device__ __forceinline__ GroupScale scale_from_amax(uint32_t bits, float format_max,
-                                                      bool power_of_two) {
+                                                      bool power_of_two = false) {
   float multiplier = __fdiv_rn(format_max, __uint_as_float(bits));
   if (bits == 0) multiplier = 1.0F;
   if (multiplier > 3.402823466e+38F) multiplier = 3.402823466e+38F;

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <mutex>
@@ -96,6 +97,9 @@ struct CachedWeight {
   int contexts = 0;
   std::optional<Identity> id;
   QuantizedMatrix quantized;
+  // Of remember_weight: a form each, with the identity it was made of.
+  std::array<std::optional<Identity>, 2> form_id;
+  std::array<std::pair<at::Tensor, at::Tensor>, 2> forms;
 };
 
 struct Weights {
@@ -171,6 +175,30 @@ QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest&
   cached.quantized.launched = false;
   cached.id = id;
   return cached.quantized;
+}
+
+std::pair<at::Tensor, at::Tensor> remember_weight(
+    const at::Tensor& weight, const at::Tensor& stored, int form,
+    const std::function<std::pair<at::Tensor, at::Tensor>()>& make) {
+  Weights& weights = Weights::instance();
+  if (weights.count.load(std::memory_order_relaxed) == 0) return make();
+  const std::lock_guard lock(weights.mutex);
+  const auto found = std::find_if(weights.map.begin(), weights.map.end(), [&](const auto& entry) {
+    const at::Tensor& known = entry.second.weight;
+    return known.const_data_ptr() == stored.const_data_ptr() && known.numel() == stored.numel() &&
+           known.device() == stored.device() && known.scalar_type() == stored.scalar_type();
+  });
+  std::optional<Identity> id = identify(stored, {});
+  if (found == weights.map.end() || !id || weight.is_inference()) return make();
+  id->version = weight.unsafeGetTensorImpl()->version_counter().current_version();
+  CachedWeight& cached = found->second;
+  std::optional<Identity>& made_of = cached.form_id[form];
+  if (made_of && (made_of->stream != id->stream || made_of->capture != id->capture)) return make();
+  if (made_of != id) {
+    cached.forms[form] = make();
+    made_of = id;
+  }
+  return cached.forms[form];
 }
 
 void cache_weights(const std::vector<at::Tensor>& added) {

@@ -16,6 +16,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "quantize/quantize.h"
@@ -38,6 +40,15 @@ QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& reque
 // made once, with the transposed copy as soon as a backward may come (request.keep_amax or
 // request.data_t).
 QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest& request);
+
+// The weight [experts, ..] of grouped matmuls, quantized in one of two forms by `make`, which gives
+// codes and scales. Inside cached_weights each form is made once. `weight` may be a view of what
+// cache_weights was given: it is recognized by its memory. `stored` is its contiguous form, the
+// same memory; made below autograd, it has a version counter of its own, so weight's is the one
+// that counts.
+std::pair<at::Tensor, at::Tensor> remember_weight(
+    const at::Tensor& weight, const at::Tensor& stored, int form,
+    const std::function<std::pair<at::Tensor, at::Tensor>()>& make);
 
 // Lets go of inputs whose tensors are gone; quantize_input begins with it.
 void drop_gone_inputs();

@@ -139,42 +139,32 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
     bias = bias.clone(at::MemoryFormat::Contiguous);
   }
 
-  // With block scales cuBLASLt takes no bias; it takes an output that holds the bias already, and
-  // adds to it in fp32. That is one pass over out, and one rounding.
-  bool bias_first = blockwise && bias.defined();
-
   at::Tensor out = direct ? into : empty_on(a.data, {m, padded_n}, out_dtype);
-  core::MatmulArgs args{.m = m,
-                        .n = padded_n,
-                        .k = a.data.size(1),
-                        .a = a.data.const_data_ptr(),
-                        .a_dtype = to_core(a.data.scalar_type()),
-                        .lda = a.data.stride(0),
-                        .b = b.data.const_data_ptr(),
-                        .b_dtype = to_core(b.data.scalar_type()),
-                        .ldb = b.data.stride(0),
-                        .granularity = options.granularity,
-                        .granularity_b = options.granularity_b,
-                        .scale_a = a.scale.const_data_ptr<float>(),
-                        .scale_b = b.scale.const_data_ptr<float>(),
-                        .bias = fused_bias ? bias.const_data_ptr() : nullptr,
-                        .bias_dtype = to_core(native_bias),
-                        .out = out.mutable_data_ptr(),
-                        .out_dtype = to_core(out_dtype),
-                        .ldo = padded_n,
-                        .accumulate = bias_first || (direct && !options.overwrite),
-                        .fast_accum = options.fast_accum,
-                        .device = a.data.device().index()};
+  const core::MatmulArgs args{.m = m,
+                              .n = padded_n,
+                              .k = a.data.size(1),
+                              .a = a.data.const_data_ptr(),
+                              .a_dtype = to_core(a.data.scalar_type()),
+                              .lda = a.data.stride(0),
+                              .b = b.data.const_data_ptr(),
+                              .b_dtype = to_core(b.data.scalar_type()),
+                              .ldb = b.data.stride(0),
+                              .granularity = options.granularity,
+                              .granularity_b = options.granularity_b,
+                              .scale_a = a.scale.const_data_ptr<float>(),
+                              .scale_b = b.scale.const_data_ptr<float>(),
+                              .bias = fused_bias ? bias.const_data_ptr() : nullptr,
+                              .bias_dtype = to_core(native_bias),
+                              .out = out.mutable_data_ptr(),
+                              .out_dtype = to_core(out_dtype),
+                              .ldo = padded_n,
+                              .accumulate = direct && !options.overwrite,
+                              .fast_accum = options.fast_accum,
+                              .device = a.data.device().index()};
   const cudaStream_t stream = cuda::current_stream(a.data);
   core::MatmulPlan plan = core::plan_matmul(args, stream);
-  if (!plan.supported && bias_first) {
-    bias_first = args.accumulate = false;
-    plan = core::plan_matmul(args, stream);
-  }
   if (!plan.supported) return matmul_dequantized(a, b, options);
   if (autotune::enabled()) autotune::tune(args, plan, out);
-
-  if (bias_first) out.copy_(padded_n == n ? bias : at::constant_pad_nd(bias, {0, padded_n - n}));
 
   at::Tensor workspace;
   if (plan.workspace_bytes > 0) {
@@ -185,7 +175,9 @@ at::Tensor matmul_cuda(const Operand& a, const Operand& b, const MatmulOptions& 
   if (direct) return into;
   if (m != a.rows) out = out.narrow(0, 0, a.rows);
   if (padded_n != n) out = out.narrow(1, 0, n).contiguous();
-  if (bias.defined() && !fused_bias && !bias_first) out.add_(bias);
+  // With block scales cuBLASLt takes no bias. Into an output that holds the bias already it adds
+  // no more exactly, and that is slower than this pass.
+  if (bias.defined() && !fused_bias) out.add_(bias);
   return into.defined() ? store_product(into, out, options.overwrite) : out;
 }
 

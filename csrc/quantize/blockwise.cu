@@ -11,7 +11,7 @@
 // and a second, tiny kernel adds them in a fixed order. Bound by bandwidth: 2 + 1 + 1 bytes an
 // element.
 #include "common/reduce.cuh"
-#include "quantize/codes.cuh"
+#include "common/codes.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
 

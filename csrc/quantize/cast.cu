@@ -8,8 +8,8 @@
 // 4-byte writes and the 16-byte reads, without padding. Strips are taken from the side where the
 // first pass ended: part of x is still in L2 there. The grid may start while the first pass
 // drains: its first loads do not depend on it. Bound by bandwidth: 2 + 1 + 1 bytes an element.
+#include "common/codes.cuh"
 #include "common/reduce.cuh"
-#include "quantize/codes.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "grouped/grouped_ops.h"
 #include "linear/linear.h"
 #include "linear/memory.h"
 #include "matmul/scaled_mm.h"
@@ -57,6 +58,16 @@ TORCH_LIBRARY(fp8, m) {
       "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
       " Tensor? input_scale=None) -> Tensor",
       tags);
+  m.def(
+      "grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias=None,"
+      " str recipe=\"rowwise\") -> Tensor",
+      tags);
+  m.def(
+      "moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor down,"
+      " Tensor? gate_up_bias=None, Tensor? down_bias=None, str activation=\"silu\","
+      " bool interleaved=False, float alpha=1.702, float limit=7.0, str recipe=\"rowwise\")"
+      " -> Tensor",
+      tags);
   // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what
   // fused_linear is differentiated through.
   m.def(
@@ -86,6 +97,31 @@ TORCH_LIBRARY(fp8, m) {
       " Tensor? weight, Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx,"
       " bool needs_dbias, bool overwrite) -> (Tensor dx, Tensor dbias)",
       tags);
+  // What grouped_linear and moe_experts are differentiated through.
+  m.def(
+      "_grouped_forward(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, int recipe,"
+      " bool save_x) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor padded_offsets)",
+      tags);
+  m.def(
+      "_grouped_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? padded_offsets,"
+      " Tensor? weight, Tensor offsets, SymInt in_features, bool transposed, int recipe,"
+      " bool needs_dx, bool needs_dweight, bool needs_dbias)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      tags);
+  m.def(
+      "_moe_forward(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor "
+      "down,"
+      " Tensor? gate_up_bias, Tensor? down_bias, int activation, bool interleaved, float alpha,"
+      " float limit, int recipe)"
+      " -> (Tensor y, Tensor gate_up_out, Tensor offsets, Tensor place, Tensor source)",
+      tags);
+  m.def(
+      "_moe_backward(Tensor dy, Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
+      " Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor gate_up_out, Tensor offsets,"
+      " Tensor place, Tensor source, int activation, bool interleaved, float alpha, float limit,"
+      " int recipe, int needs) -> (Tensor dx, Tensor d_weights, Tensor d_gate_up, Tensor d_down,"
+      " Tensor d_gate_up_bias, Tensor d_down_bias)",
+      tags);
 }
 
 namespace {
@@ -111,6 +147,12 @@ void register_kernels(torch::Library& m) {
   m.impl("_linear_backward", TORCH_FN(fp8::kernel::_linear_backward));
   m.impl("_fused_linear_into", TORCH_FN(fp8::kernel::_fused_linear_into));
   m.impl("_linear_backward_into", TORCH_FN(fp8::kernel::_linear_backward_into));
+  m.impl("grouped_linear", TORCH_FN(fp8::kernel::grouped_linear));
+  m.impl("_grouped_forward", TORCH_FN(fp8::kernel::_grouped_forward));
+  m.impl("_grouped_backward", TORCH_FN(fp8::kernel::_grouped_backward));
+  m.impl("moe_experts", TORCH_FN(fp8::kernel::moe_experts));
+  m.impl("_moe_forward", TORCH_FN(fp8::kernel::_moe_forward));
+  m.impl("_moe_backward", TORCH_FN(fp8::kernel::_moe_backward));
 }
 
 }  // namespace
@@ -140,19 +182,30 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
   m.impl("_fused_linear_into", TORCH_FN(fp8::meta::_fused_linear_into));
   m.impl("_linear_backward_into", TORCH_FN(fp8::meta::_linear_backward_into));
+  m.impl("grouped_linear", TORCH_FN(fp8::meta::grouped_linear));
+  m.impl("_grouped_forward", TORCH_FN(fp8::meta::_grouped_forward));
+  m.impl("_grouped_backward", TORCH_FN(fp8::meta::_grouped_backward));
+  m.impl("moe_experts", TORCH_FN(fp8::meta::moe_experts));
+  m.impl("_moe_forward", TORCH_FN(fp8::meta::_moe_forward));
+  m.impl("_moe_backward", TORCH_FN(fp8::meta::_moe_backward));
 }
 
-// Only fused_linear has a gradient. The others say so when a backward reaches them.
+// Only the linear ops and moe_experts have a gradient. The others say so when a backward reaches
+// them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
   m.impl("_fused_linear_into", TORCH_FN(fp8::autograd::_fused_linear_into));
   m.impl("_linear_backward_into", TORCH_FN(fp8::autograd::_linear_backward_into));
-  for (const char* op : {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
-                         "quantize_rowwise_transpose", "quantize_blockwise_1x128",
-                         "quantize_blockwise_1x128_transpose", "quantize_blockwise_128x128",
-                         "quantize_blockwise_128x128_transpose", "dequantize", "scaled_mm",
-                         "scaled_mm_accumulate_", "_scaled_mm_accumulate", "_linear_forward"}) {
+  m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
+  m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
+  for (const char* op :
+       {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
+        "quantize_rowwise_transpose", "quantize_blockwise_1x128",
+        "quantize_blockwise_1x128_transpose", "quantize_blockwise_128x128",
+        "quantize_blockwise_128x128_transpose", "dequantize", "scaled_mm", "scaled_mm_accumulate_",
+        "_scaled_mm_accumulate", "_linear_forward", "_grouped_forward", "_grouped_backward",
+        "_moe_forward", "_moe_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -4,6 +4,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "grouped/grouped_ops.h"
 #include "linear/linear.h"
 #include "matmul/scaled_mm.h"
 #include "quantize/quantize_ops.h"
@@ -110,6 +111,22 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
   static const auto op = find<decltype(kernel::_fused_linear_into)>("fp8::_fused_linear_into");
   return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt,
                  input_scale);
+}
+
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  static const auto op = find<decltype(kernel::grouped_linear)>("fp8::grouped_linear");
+  return op.call(x, weight, offsets, bias, recipe);
+}
+
+at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
+                       const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                       const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
+                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                       bool interleaved, double alpha, double limit, std::string_view recipe) {
+  static const auto op = find<decltype(kernel::moe_experts)>("fp8::moe_experts");
+  return op.call(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation,
+                 interleaved, alpha, limit, recipe);
 }
 
 void ensure_registered() { find<decltype(kernel::fused_linear)>("fp8::fused_linear"); }

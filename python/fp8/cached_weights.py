@@ -6,12 +6,16 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from . import experts
+from .grouped import GroupedLinear
 from .linear import Linear
 
 
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
     """Inside the context, each `fp8.Linear` of `model` quantizes its weight once, not once a call.
+
+    So do `fp8.GroupedLinear` and the experts modules that run in FP8.
 
     For gradient accumulation (around the micro-batches between two optimizer steps) and for
     inference. The weights must not change inside: an update that PyTorch counts (in-place
@@ -34,7 +38,12 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
         raise TypeError(
             f"fp8.cached_weights: expected an nn.Module, got {type(model).__name__}: {model!r:.80}"
         )
-    weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    weights = []
+    for module in model.modules():
+        if isinstance(module, Linear | GroupedLinear):
+            weights.append(module.weight)
+        elif experts.in_fp8(module) and experts.refused(module) is None:
+            weights += experts.weights_of(module)[::2]
     torch.ops.fp8._cache_weights(weights)
     try:
         yield

@@ -1,18 +1,22 @@
 """`convert`, `revert` and `summary`: FP8 for the nn.Linear modules of a model, in place.
 
-A converted module stays the same object and only its class changes, nn.Linear to fp8.Linear. So
-everything that refers to the module or its parameters keeps working: optimizers, hooks, tied
-parameters, modules used in two places, a model that itself is an nn.Linear. Which modules are
-changed is decided in rules.py.
+And for the experts of Hugging Face's mixtures of experts: see experts.py. A converted module stays
+the same object and only its class changes, nn.Linear to fp8.Linear. So everything that refers to
+the module or its parameters keeps working: optimizers, hooks, tied parameters, modules used in two
+places, a model that itself is an nn.Linear. Which modules are changed is decided in rules.py and
+expert_rules.py.
 """
 
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
+from . import experts, transformers_hook
+from .expert_rules import FoundExperts, find_experts
+from .grouped import GROUPED_RECIPES, check_grouped_recipe
 from .linear import Linear, check_static
 from .recipe import Recipe, check_recipe
 from .rules import Found, dtype_name, find_linears, left_alone
@@ -23,9 +27,14 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def convert(
     model: ModelT,
     recipe: str | Recipe = "tensorwise",
-    filter: Callable[[nn.Linear, str], bool] | None = None,
+    filter: Callable[[Any, str], bool] | None = None,
+    *,
+    experts_recipe: str | None = None,
 ) -> ModelT:
     """Make every suitable nn.Linear of `model` compute in FP8. In place; returns `model`.
+
+    So do the experts modules of Hugging Face's mixture-of-experts models: they take the experts
+    implementation `fp8`, whatever the rest of the model uses. Routers stay as they are.
 
     Parameters, state_dict keys and module objects stay the same. Convert after the weights have
     their dtype and before torch.compile, DDP or FSDP wrap the model. A module that is an fp8.Linear
@@ -35,12 +44,15 @@ def convert(
         model: any module; it may itself be an nn.Linear.
         recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
             `fp8.Recipe`.
-        filter: filter(module, name) -> bool, called once per module with its name in
-            `model.named_modules()`: True converts, False leaves it as it is. It replaces the
-            default rules, which leave alone `lm_head`, the shapes for which `fp8.rules.worthwhile`
-            sees no gain, and models of small layers (`fp8.rules.MIN_MEAN_SIZE`). The safety rules
-            hold in any case: subclasses of nn.Linear, modules whose weight is used without calling
-            them, and weights that are not bfloat16, float16 or float32 are left alone.
+        filter: filter(module, name) -> bool, called once per nn.Linear and experts module with its
+            name in `model.named_modules()`: True converts, False leaves it as it is. It replaces
+            the default rules, which leave alone `lm_head`, routers, the shapes for which
+            `fp8.rules.worthwhile` or `fp8.expert_rules.worthwhile` sees no gain, and models of
+            small layers (`fp8.rules.MIN_MEAN_SIZE`). The safety rules hold in any case: subclasses
+            of nn.Linear, modules whose weight is used without calling them, and weights that are
+            not bfloat16, float16 or float32 are left alone.
+        experts_recipe: of experts, out of `fp8.GROUPED_RECIPES`; None: `recipe` if it is one
+            of them, else "rowwise".
 
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.
@@ -53,22 +65,27 @@ def convert(
     """
     _check_model("convert", model)
     recipe = str(check_recipe(recipe))
+    if experts_recipe is None:
+        experts_recipe = recipe if recipe in GROUPED_RECIPES else GROUPED_RECIPES[0]
+    check_grouped_recipe(experts_recipe)
     if filter is not None and not callable(filter):
         raise TypeError(
             "fp8.convert: filter must be a function (module, name) -> bool, "
             f"got {type(filter).__name__}"
         )
-    linears = find_linears(model)
+    linears, mixtures = find_linears(model), find_experts(model)
     # All choices come before the first change: a filter that raises leaves the model as it was.
     if filter is None:
         reasons = left_alone(linears, recipe)
         found = [linear for linear in linears if linear.module not in reasons]
+        able = [m.module for m in mixtures if m.refused() is None and m.unselected() is None]
     else:
         found = [
             linear
             for linear in linears
             if linear.refused() is None and filter(linear.module, linear.name)
         ]
+        able = [m.module for m in mixtures if m.refused() is None and filter(m.module, m.name)]
     for linear in found:
         if isinstance(linear.module, Linear) and linear.module.input_scale is not None:
             check_static(recipe, f"fp8.convert: {_label(linear)}")
@@ -76,16 +93,22 @@ def convert(
     for module in chosen:
         module.__class__ = Linear
         vars(module)["recipe"] = recipe
-    if not chosen:
-        warnings.warn(_nothing_converted(linears), stacklevel=2)
+    if able:
+        transformers_hook.register()
+    copies: dict[int, Any] = {}
+    for mixture in able:
+        experts.set_fp8(mixture, experts_recipe, copies)
+    if not chosen and not able:
+        warnings.warn(_nothing_converted(linears, mixtures), stacklevel=2)
     return model
 
 
 def revert(model: ModelT) -> ModelT:
     """Make every fp8.Linear of `model` an nn.Linear again. In place; returns `model`.
 
-    Those that convert changed and those that were made as fp8.Linear alike. Static input scales
-    go.
+    Those that convert changed and those that were made as fp8.Linear alike. Experts modules get
+    their previous implementation back, or transformers' default if `fp8` was chosen by
+    set_experts_implementation. Static input scales go.
 
     Warns (UserWarning) about modules that cannot be changed back: those that something else has
     turned into a subclass of fp8.Linear (a parametrization, say) or whose forward was replaced on
@@ -110,15 +133,17 @@ def revert(model: ModelT) -> ModelT:
         vars(module).pop("recipe", None)
         module.input_scale = None
         module.__class__ = nn.Linear  # type: ignore[assignment]
+    for mixture in find_experts(model):
+        experts.unset_fp8(mixture.module)
     return model
 
 
 def summary(model: nn.Module) -> str:
     """A table of every nn.Linear: name, shape, dtype, recipe or why it is left alone; and totals.
 
-    One line each. `not converted` means that no rule speaks against it: convert was not called, or
-    its filter left the module out. A module with several names is listed under the first; the
-    others follow in brackets.
+    One line each, and one for each experts module: number of experts x shapes. `not converted`
+    means that no rule speaks against it: convert was not called, or its filter left the module out.
+    A module with several names is listed under the first; the others follow in brackets.
 
     Raises TypeError for a model that is no nn.Module.
 
@@ -130,23 +155,28 @@ def summary(model: nn.Module) -> str:
         2 linear: 1 in FP8 (1 tensorwise), 1 left alone; 98.2% of their weight elements in FP8
     """
     _check_model("summary", model)
-    linears = find_linears(model)
+    linears, mixtures = find_linears(model), find_experts(model)
     recipes = Counter(
         linear.module.recipe for linear in linears if isinstance(linear.module, Linear)
     )
     # The shape rule wants a recipe: the one in use here, or else convert's default.
     reasons = left_alone(linears, next(iter(recipes), "tensorwise"))
-    rows = [("name", "in -> out", "dtype", "recipe")]
+    lines: dict[nn.Module, tuple[str, str, str, str]] = {}
     for linear in linears:
         shape = f"{linear.module.in_features} -> {linear.module.out_features}"
         dtype = dtype_name(getattr(linear.module, "weight", None))
-        rows.append((_label(linear), shape, dtype, _status(linear, reasons)))
+        lines[linear.module] = (_label(linear), shape, dtype, _status(linear, reasons))
+    for found in mixtures:
+        dtype = dtype_name(experts.weights_of(found.module)[0])
+        lines[found.module] = (_label(found), found.shape(), dtype, _experts_status(found))
+    rows = [("name", "in -> out", "dtype", "recipe")]
+    rows += [lines[module] for module in model.modules() if module in lines]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
+    table = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
         for row in rows
     ]
-    return "\n".join([*lines, _totals(linears, recipes)])
+    return "\n".join([*table, _totals(linears, recipes), *_experts_totals(mixtures)])
 
 
 def _check_model(function: str, model: object) -> None:
@@ -154,12 +184,13 @@ def _check_model(function: str, model: object) -> None:
         raise TypeError(f"fp8.{function}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _nothing_converted(linears: list[Found]) -> str:
-    if not linears:
+def _nothing_converted(linears: list[Found], mixtures: list[FoundExperts]) -> str:
+    if not linears and not mixtures:
         return "fp8.convert converted nothing: the model has no nn.Linear"
+    also = f" and {len(mixtures)} experts modules" if mixtures else ""
     return (
-        f"fp8.convert converted nothing: all {len(linears)} nn.Linear modules were left alone; "
-        "print(fp8.summary(model)) shows why"
+        f"fp8.convert converted nothing: all {len(linears)} nn.Linear modules{also} were left "
+        "alone; print(fp8.summary(model)) shows why"
     )
 
 
@@ -171,9 +202,20 @@ def _status(linear: Found, reasons: Mapping[nn.Linear, str]) -> str:
     return f"- ({reasons.get(linear.module, 'not converted')})"
 
 
-def _label(linear: Found) -> str:
-    name = linear.name or "(model)"
-    return f"{name} [{', '.join(linear.aliases)}]" if linear.aliases else name
+def _experts_status(found: FoundExperts) -> str:
+    refused = found.refused()
+    if not experts.in_fp8(found.module):
+        return f"- ({refused or found.unselected() or 'not converted'})"
+    recipe = experts.recipe_of(found.module)
+    if refused:  # after the conversion, or chosen by set_experts_implementation
+        return f"{recipe} ({refused}: runs {experts.fallback_name(found.module)})"
+    unfused = experts.unfused(found.module)
+    return f"{recipe} (passes not fused: {unfused})" if unfused else recipe
+
+
+def _label(found: Found | FoundExperts) -> str:
+    name = found.name or "(model)"
+    return f"{name} [{', '.join(found.aliases)}]" if found.aliases else name
 
 
 def _totals(linears: list[Found], recipes: Counter[str]) -> str:
@@ -189,3 +231,16 @@ def _totals(linears: list[Found], recipes: Counter[str]) -> str:
         f"{len(linears)} linear: {recipes.total()} in FP8 ({kinds}), "
         f"{len(linears) - recipes.total()} left alone; {share:.1f}% of their weight elements in FP8"
     )
+
+
+def _experts_totals(mixtures: list[FoundExperts]) -> list[str]:
+    if not mixtures:
+        return []
+    running = [m for m in mixtures if experts.in_fp8(m.module) and m.refused() is None]
+    recipes = Counter(experts.recipe_of(m.module) for m in running)
+    share = 100 * sum(m.numel() for m in running) / max(sum(m.numel() for m in mixtures), 1)
+    kinds = ", ".join(f"{count} {recipe}" for recipe, count in recipes.items()) or "none"
+    return [
+        f"{len(mixtures)} experts: {len(running)} in FP8 ({kinds}), "
+        f"{len(mixtures) - len(running)} left alone; {share:.1f}% of their weight elements in FP8"
+    ]

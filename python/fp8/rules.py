@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from .experts import is_experts
 from .linear import Linear
 from .recipe import Recipe, check_recipe
 
@@ -84,6 +85,7 @@ class Found:
     name: str  # as model.named_modules() has it; "" for the model itself
     aliases: list[str] = field(default_factory=list)  # further names of the same module
     reader: str | None = None  # who uses its weight without calling it
+    routed: str | None = None  # the experts for which it chooses
 
     def refused(self) -> str | None:
         """The safety rules: why convert must leave this module alone; None if it may change it."""
@@ -108,6 +110,8 @@ class Found:
         for name in (self.name, *self.aliases):
             if name.rpartition(".")[2] in HEAD_NAMES:
                 return "output head, kept in high precision by default"
+        if self.routed is not None:
+            return f"router of {self.routed}, kept in high precision by default"
         return worthwhile(self.module.in_features, self.module.out_features, recipe)
 
 
@@ -146,7 +150,31 @@ def find_linears(model: nn.Module) -> list[Found]:
             for kind, children, why in READ_PAST_FORWARD:
                 if isinstance(parent, kind) and child_name in children:
                     found[child].reader = f"{child_name} of a {kind.__name__}: {why}"
+        for child_name, child in parent._modules.items():
+            count = _number_of_experts(child_name, child)
+            if count > 1:
+                for router in _routers(parent, count):
+                    found[router].routed = f"{prefix}.{child_name}" if prefix else child_name
     return list(found.values())
+
+
+def _number_of_experts(name: str, module: nn.Module | None) -> int:
+    """Of a module that holds the experts of a mixture; 0 for any other."""
+    if isinstance(module, nn.ModuleList):
+        return len(module) if name == "experts" else 0
+    return vars(module)["num_experts"] if module is not None and is_experts(module) else 0
+
+
+def _routers(block: nn.Module, count: int) -> list[nn.Linear]:
+    """Linears of a block with `count` experts that score them, or gate the shared one: children of
+    the block, or of its child of that name, with an output for each expert, or a single one."""
+    modules = [
+        module
+        for name, child in block._modules.items()
+        if child is not None
+        for module in (child.modules() if name == "gate" or "router" in name else [child])
+    ]
+    return [m for m in modules if isinstance(m, nn.Linear) and m.out_features in (1, count)]
 
 
 def dtype_name(weight: object) -> str:

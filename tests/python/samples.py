@@ -13,6 +13,7 @@ from torch import Tensor
 
 OPS = torch.ops.fp8
 RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
+GROUPED_RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise_fast_gw_hp")
 
 
 # The public contract: names and order of arguments, and what is returned.
@@ -29,6 +30,12 @@ SCHEMAS = {
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
     "fused_linear": ("x weight bias recipe input_scale", 1),
+    "grouped_linear": ("x weight offsets bias recipe", 1),
+    "moe_experts": (
+        "x top_k_index top_k_weights gate_up down gate_up_bias down_bias activation interleaved"
+        " alpha limit recipe",
+        1,
+    ),
 }
 
 
@@ -243,6 +250,128 @@ def _linear_backward_into(device: str) -> list[Sample]:
     return found
 
 
+def _grouped_problem(
+    device: str, counts: tuple[int, ...], k: int, n: int, transposed: bool, spare: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, offsets, bias. `spare` rows lie past the last offset."""
+    rows, groups = sum(counts) + spare, len(counts)
+    options = {"device": device, "dtype": torch.bfloat16}
+    x = torch.randn(rows, k, **options)
+    weight = torch.randn(groups, *((k, n) if transposed else (n, k)), **options)
+    offsets = torch.tensor(counts, device=device).cumsum(0).int()
+    bias = torch.randn(groups, n, **options)
+    return x, weight.transpose(1, 2) if transposed else weight, offsets, bias
+
+
+_GROUPED = (
+    # counts, k, n, stored transposed, rows past the last offset
+    ((17, 0, 30, 1), 64, 48, False, 0),
+    ((40, 8), 32, 64, True, 5),
+    ((3, 9), 20, 7, False, 0),
+    ((0, 0), 16, 16, False, 0),
+)
+
+
+def _grouped_linear(device: str) -> list[Sample]:
+    found = []
+    for recipe in GROUPED_RECIPES:
+        for counts, k, n, transposed, spare in _GROUPED:
+            x, weight, offsets, bias = _grouped_problem(device, counts, k, n, transposed, spare)
+            leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+            what = f"{recipe} {counts} {k}->{n}"
+            found.append(Sample(f"{what} bias", (leaves[0], leaves[1], offsets, leaves[2], recipe)))
+            found.append(Sample(f"{what} frozen", (leaves[0], weight, offsets, None, recipe)))
+    found.append(Sample("defaults, no grad", _grouped_problem(device, (5, 6), 32, 16, False)[:3]))
+    return found
+
+
+def _grouped_forward(device: str) -> list[Sample]:
+    return [
+        Sample(f"{counts} {recipe} {saves}", (*problem, recipe, saves))
+        for counts, k, n, transposed, _ in _GROUPED
+        for recipe in (0, 1)
+        for saves in (True, False)
+        # Rows past the last offset have no place in x_t: nothing says what lies there.
+        for problem in [_grouped_problem(device, counts, k, n, transposed)]
+    ]
+
+
+def _grouped_backward(device: str) -> list[Sample]:
+    found = []
+    for counts, k, n, transposed, spare in _GROUPED:
+        x, weight, offsets, _ = _grouped_problem(device, counts, k, n, transposed, spare)
+        dy = torch.randn(x.shape[0], n, device=device, dtype=torch.bfloat16)
+        for recipe in (0, 1):
+            _, x_t, scale, padded = OPS._grouped_forward(x, weight, offsets, None, recipe, True)
+            saved = (x, None, None) if recipe == 1 else (x_t, scale, padded)
+            args = (dy, *saved, weight, offsets, k, transposed, recipe)
+            for needs in ((True, True, True), (True, False, False), (False, True, True)):
+                found.append(Sample(f"{counts} {recipe} needs {needs}", (*args, *needs)))
+    return found
+
+
+def _moe_problem(device: str, tokens: int, transposed: bool, bias: bool, spare: int = 0) -> list:
+    """x, top_k_index, top_k_weights, gate_up, down and the biases: 5 experts, H 32, I 16, k 2."""
+    options = {"device": device, "dtype": torch.bfloat16}
+
+    def weight(rows: int, cols: int) -> Tensor:
+        stored = (cols, rows) if transposed else (rows, cols)
+        drawn = torch.randn(5, *stored, **options) / cols**0.5
+        return drawn.transpose(1, 2) if transposed else drawn
+
+    weights, index = torch.randn(tokens, 5 + spare, device=device).softmax(-1).topk(2)
+    biases = [torch.randn(5, n, **options) if bias else None for n in (32, 32)]
+    x = torch.randn(tokens, 32, **options)
+    return [x, index, weights.bfloat16(), weight(32, 32), weight(32, 16), *biases]
+
+
+_MOE_OPTIONS = (
+    # tokens, stored transposed, biases, activation, interleaved
+    (24, False, False, 0, False),
+    (3, True, True, 3, True),
+    (40, False, True, 1, False),
+    (0, False, True, 2, False),
+)
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu")
+
+
+def _moe_experts(device: str) -> list[Sample]:
+    found = []
+    for tokens, transposed, bias, activation, interleaved in _MOE_OPTIONS:
+        for recipe in GROUPED_RECIPES:
+            problem = _moe_problem(device, tokens, transposed, bias, spare=1)
+            leaves = [
+                t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+                for t in problem
+            ]
+            options = (_ACTIVATIONS[activation], interleaved, 1.702, 7.0, recipe)
+            found.append(Sample(f"{tokens} tokens {options}", (*leaves, *options)))
+    found.append(Sample("defaults, no grad", tuple(_moe_problem(device, 9, False, False)[:5])))
+    return found
+
+
+def _moe_forward(device: str) -> list[Sample]:
+    return [
+        Sample(f"{options}", (*_moe_problem(device, *options[:3]), *options[3:], 1.702, 7.0, 0))
+        for options in _MOE_OPTIONS
+    ]
+
+
+def _moe_backward(device: str) -> list[Sample]:
+    found = []
+    for sample in _moe_forward(device):
+        *problem, activation, interleaved, alpha, limit, _ = sample.args
+        problem[2] = problem[2].float()
+        made = OPS._moe_forward(*problem, activation, interleaved, alpha, limit, 0)
+        dy = torch.randn_like(problem[0])
+        every = 63 if problem[5] is not None else 15
+        for recipe in (0, 1):
+            for needs in (every, 1, 12):
+                args = (dy, *problem, *made[1:], activation, interleaved, alpha, limit)
+                found.append(Sample(f"{sample.name} needs {needs}", (*args, recipe, needs)))
+    return found
+
+
 TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "quantize_tensorwise": _quantize(static_scale=True),
     "quantize_rowwise": _quantize(static_scale=False),
@@ -261,4 +390,10 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "_linear_backward": _linear_backward,
     "_fused_linear_into": _fused_linear_into,
     "_linear_backward_into": _linear_backward_into,
+    "grouped_linear": _grouped_linear,
+    "_grouped_forward": _grouped_forward,
+    "_grouped_backward": _grouped_backward,
+    "moe_experts": _moe_experts,
+    "_moe_forward": _moe_forward,
+    "_moe_backward": _moe_backward,
 }

@@ -19,14 +19,16 @@ import bench_block  # noqa: E402
 import bench_breakdown  # noqa: E402
 import bench_host  # noqa: E402
 import bench_linear  # noqa: E402
+import bench_moe  # noqa: E402
 import bench_sizes  # noqa: E402
 import kernel_times  # noqa: E402
+import moe_layer  # noqa: E402
 import peers  # noqa: E402
 import readme  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
 import timing  # noqa: E402
-from shapes import RECIPES, BlockShape, DecoderCase, LinearShape  # noqa: E402
+from shapes import RECIPES, BlockShape, DecoderCase, LinearShape, MoeShape  # noqa: E402
 
 TINY = BlockShape(hidden=64, ffn=96, heads=4, kv_heads=2, layers=1, sequences=2, tokens=8)
 LAYER = LinearShape(32, 64, 96)
@@ -220,6 +222,83 @@ def test_sizes(run, monkeypatch):
     monkeypatch.setattr(bench_sizes, "TOKENS", (8,))
     rows = run("sizes", bench_sizes, "--quick")["rows"]
     assert [row["k"] for row in rows] == [16] * 5 + [32] * 5
+
+
+def scaled_grouped_mm_anywhere(a, b, scale_a, scale_b, ends, out_dtype, use_fast_accum):
+    """a [R, K] and b [E, K, N], or a [N, R] and b [R, K] with scales of each group's rows."""
+    count, outs, begin = ends.numel(), [], 0
+    for group, end in enumerate(ends.tolist()):
+        if b.dim() == 3:
+            left, scales = a[begin:end], (scale_a[begin:end], scale_b[group])
+            right = b[group]
+        else:
+            left, right = a[:, begin:end], b[begin:end]
+            scales = (scale_a.view(count, -1)[group], scale_b.view(count, -1)[group])
+        outs.append((left.float() @ right.float()) * scales[0][:, None] * scales[1])
+        begin = end
+    return (torch.cat(outs) if b.dim() == 3 else torch.stack(outs)).to(out_dtype)
+
+
+TINY_EXPERTS = MoeShape("Tiny", 320, 4, 2, 64, 48)
+
+
+@pytest.fixture
+def tiny_experts(monkeypatch):
+    pytest.importorskip("transformers", minversion="5.0")
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", scaled_grouped_mm_anywhere)
+    monkeypatch.setattr(bench_moe, "moe_shapes", lambda quick: [TINY_EXPERTS])
+
+
+def test_moe(run, tiny_experts):
+    written = run("moe", bench_moe, "--repeats", "1")
+    rows = {row["variant"]: row for row in written["rows"]}
+    ours = [f"fp8 {recipe}" for recipe in bench_moe.RECIPES]
+    assert list(rows) == ["bf16", *ours, "fp8 rowwise, composed", *bench_moe.CEILINGS]
+    assert "torchao" in written["skipped"]
+    for name in ours:
+        for figure in ("sqnr_db", "sqnr_dx_db", "sqnr_dw_db"):  # as derived for experts' tests
+            assert 18 < rows[name][figure] < 40 < rows["bf16"][figure]
+        assert rows[name]["host_ratio"] > 0
+    assert rows["GEMMs alone, fp8"]["peak_ratio"] is None
+
+
+def test_moe_without_transformers(run, tiny_experts, monkeypatch):
+    def missing(shape):
+        raise ModuleNotFoundError("No module named 'transformers'")
+
+    monkeypatch.setattr(moe_layer, "make_experts", missing)
+    monkeypatch.setattr(sys, "argv", ["moe"])
+    assert runs.main("moe", "", bench_moe.measure, bench_moe.table, bench_moe.arguments) == 1
+
+
+@pytest.mark.parametrize("kind", ["bf16", "split"])
+def test_moe_gemms_alone_are_the_products_of_a_step(cpu_as_gpu, tiny_experts, monkeypatch, kind):
+    """Six products of the shapes of a step's, FP8's near bf16's."""
+    calls = {"bf16": [], "split": []}
+    plain, scaled = torch._grouped_mm, scaled_grouped_mm_anywhere
+    monkeypatch.setattr(torch, "_grouped_mm", lambda *a: calls["bf16"].append(plain(*a)))
+    monkeypatch.setattr(
+        torch, "_scaled_grouped_mm", lambda *a, **k: calls["split"].append(scaled(*a, **k))
+    )
+    module = moe_layer.make_experts(TINY_EXPERTS)
+    torch.manual_seed(5)
+    operands = moe_layer.gemms_alone(TINY_EXPERTS, module, "bf16")
+    torch.manual_seed(5)
+    forward, step = (
+        operands if kind == "bf16" else moe_layer.gemms_alone(TINY_EXPERTS, module, kind)
+    )
+    forward()
+    assert [tuple(y.shape) for y in calls[kind]] == [(640, 96), (640, 64)]
+    calls[kind].clear()
+    step()
+    e, h, i = 4, 64, 48
+    wanted = [(640, 2 * i), (640, h), (640, h), (e, 2 * i, h), (640, i), (e, h, i)]
+    assert [tuple(y.shape) for y in calls[kind]] == wanted
+    if kind == "split":
+        operands[1]()
+        for ours, theirs in zip(calls["split"], calls["bf16"], strict=True):
+            error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+            assert error < 0.06  # two operands of 2.7% each
 
 
 def test_profile_reads_the_profilers_trace(monkeypatch):

@@ -19,6 +19,7 @@ import readme  # noqa: E402
 import regressions  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
+import shapes  # noqa: E402
 import timing  # noqa: E402
 
 
@@ -173,6 +174,38 @@ def test_readme_of_two_gpus(tmp_path):
     text = readme.sections(RUNS | {"block_h200": other}, tmp_path)
     assert text.index("### NVIDIA H100") < text.index("### NVIDIA H200")
     assert text.count("Llama 3 decoder layers") == 2
+
+
+def moe_row(variant: str, step: float, peak: float | None) -> runs.Row:
+    return {
+        **shapes.MIXTRAL._asdict(),
+        "variant": variant,
+        "forward_us": timing.summarize([step / 4]).as_dict(),
+        "step_us": timing.summarize([step]).as_dict(),
+        "forward_speedup": 30000 / step,
+        "step_speedup": 30000 / step,
+        "host_us": None,
+        "host_ratio": None,
+        "peak_gib": peak,
+        "peak_ratio": peak and peak / 10,
+        **dict.fromkeys(("sqnr_db", "sqnr_dx_db", "sqnr_dw_db")),
+    }
+
+
+def test_readme_of_experts(tmp_path):
+    rows = [
+        moe_row("bf16", 30000, 10.0),
+        moe_row("fp8 rowwise", 20000, 9.0),
+        moe_row("GEMMs alone, fp8", 15000, None),
+    ]
+    run = {"benchmark": "moe", "header": FACTS, "rows": rows}
+    text = readme.sections({"moe_h100": run}, tmp_path)
+    assert "Mixtral-8x7B: 8 experts, 4096 → 14336, top 2." in text
+    assert "| bf16 | 30 / 7.5 ms / 10.0 GiB |" in text
+    assert "| fp8 rowwise | 1.50x / 1.50x / 0.90x |" in text
+    assert "| GEMMs alone, fp8 | 2.00x / 2.00x |" in text
+    slower = run | {"rows": [moe_row("fp8 rowwise", 25000, 9.0)]}
+    assert len(regressions.regressions(slower, run)) == 2
 
 
 def test_readme_replaces_between_markers():

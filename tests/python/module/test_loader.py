@@ -188,7 +188,9 @@ print(seconds)
 def test_public_names():
     assert set(fp8.__all__) == {
         *(
+            "GROUPED_RECIPES",
             "RECIPES",
+            "GroupedLinear",
             "Linear",
             "Recipe",
             "__version__",

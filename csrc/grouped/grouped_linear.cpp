@@ -1,0 +1,263 @@
+// grouped_linear: every group of rows through the weight of its expert, forward and backward.
+//
+//   fprop  y  = x W^T + b   x rows and W's rows quantized           fast accumulation
+//   dgrad  dx = dy W        dy rows and W's columns quantized       as the recipe says
+//   wgrad  dW = dy^T x      columns of dy and x, group by group     as the recipe says; or in bf16
+//
+// Rows keep their places: a group of rows may begin anywhere. Only wgrad contracts over rows, and
+// for it the transposed copies pad each group to a multiple of 16 columns. N and K that are no
+// multiples of 16 are padded by copies of the operands, which no usual model needs.
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "common/tensors.h"
+#include "grouped/grouped_mm.h"
+#include "grouped/grouped_ops.h"
+#include "grouped/recipe.h"
+
+namespace fp8 {
+namespace {
+
+at::Tensor none_like(const at::Tensor& x) {
+  return x.is_meta() ? at::empty({0}, x.options()) : empty_on(x, {0}, x.scalar_type());
+}
+
+// Zeros behind the last two dimensions' (or the last one's) elements, up to multiples of 16.
+at::Tensor padded(const at::Tensor& t, int64_t dims) {
+  std::vector<int64_t> pad;
+  bool whole = true;
+  for (int64_t d = 1; d <= dims; ++d) {
+    pad.push_back(0);
+    pad.push_back(pad16(t.size(-d)) - t.size(-d));
+    whole = whole && pad.back() == 0;
+  }
+  return whole ? t : at::constant_pad_nd(t, pad);
+}
+
+// x as rows that a kernel can read: contiguous columns, in sixteens.
+at::Tensor rows_of(const at::Tensor& x) { return padded(as_matrix(x), 1); }
+
+void finish(const at::Tensor& y, const at::Tensor& offsets, const at::Tensor& bias) {
+  const core::FinishRowsArgs args{.x = y.mutable_data_ptr(),
+                                  .dtype = to_core(y.scalar_type()),
+                                  .rows = y.size(0),
+                                  .cols = y.size(1),
+                                  .ld = leading_dim(y),
+                                  .groups = offsets.size(0),
+                                  .offsets = offsets.const_data_ptr<int32_t>(),
+                                  .bias = bias.defined() ? bias.const_data_ptr() : nullptr};
+  FP8_RUN_PASS(finish_rows, y, args);
+}
+
+// The first `cols` columns, contiguous.
+at::Tensor first_columns(const at::Tensor& y, int64_t cols) {
+  return y.size(1) == cols ? y : y.narrow(1, 0, cols).contiguous();
+}
+
+at::Tensor group_sums_of(const at::Tensor& dy, const at::Tensor& offsets) {
+  const at::Tensor out = empty_on(dy, {offsets.size(0), dy.size(1)}, dy.scalar_type());
+  const core::GroupSumsArgs args{.x = dy.const_data_ptr(),
+                                 .dtype = to_core(dy.scalar_type()),
+                                 .cols = dy.size(1),
+                                 .ld = leading_dim(dy),
+                                 .groups = offsets.size(0),
+                                 .offsets = offsets.const_data_ptr<int32_t>(),
+                                 .out = out.mutable_data_ptr()};
+  FP8_RUN_PASS(group_sums, dy, args);
+  return out;
+}
+
+}  // namespace
+
+void check_grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+                          const std::optional<at::Tensor>& bias) {
+  FP8_CHECK_HIGH_PRECISION("grouped_linear", "x", x);
+  FP8_CHECK_TYPE(weight.scalar_type() == x.scalar_type(),
+                 "fp8::grouped_linear: expected weight in x's dtype ", x.scalar_type(), ", got ",
+                 weight.scalar_type());
+  FP8_CHECK_TYPE(offsets.scalar_type() == at::kInt,
+                 "fp8::grouped_linear: expected offsets in int32, got ", offsets.scalar_type());
+  FP8_CHECK_VALUE(x.dim() == 2, "fp8::grouped_linear: expected x [T, K], got shape ",
+                  x.sym_sizes());
+  FP8_CHECK_VALUE(weight.dim() == 3, "fp8::grouped_linear: expected weight [E, N, K], got shape ",
+                  weight.sym_sizes());
+  FP8_CHECK_VALUE(x.sym_size(1) == weight.sym_size(2),
+                  "fp8::grouped_linear: x and weight must share K, got x=", x.sym_sizes(),
+                  ", weight=", weight.sym_sizes(), " (weight is [E, N, K])");
+  FP8_CHECK_VALUE(offsets.dim() == 1 && offsets.sym_size(0) == weight.sym_size(0),
+                  "fp8::grouped_linear: expected offsets of shape [E] = [", weight.sym_size(0),
+                  "], got ", offsets.sym_sizes());
+  FP8_CHECK_VALUE(weight.sym_size(0) <= core::kMaxGroups, "fp8::grouped_linear: expected at most ",
+                  core::kMaxGroups, " groups, got ", weight.sym_size(0));
+  FP8_CHECK_SAME_DEVICE("grouped_linear", "weight", weight, "x", x);
+  FP8_CHECK_SAME_DEVICE("grouped_linear", "offsets", offsets, "x", x);
+  if (!bias) return;
+  FP8_CHECK_TYPE(bias->scalar_type() == x.scalar_type(),
+                 "fp8::grouped_linear: expected bias in x's dtype ", x.scalar_type(), ", got ",
+                 bias->scalar_type());
+  FP8_CHECK_VALUE(bias->dim() == 2 && bias->sym_size(0) == weight.sym_size(0) &&
+                      bias->sym_size(1) == weight.sym_size(1),
+                  "fp8::grouped_linear: expected bias of shape [E, N] = [", weight.sym_size(0),
+                  ", ", weight.sym_size(1), "], got ", bias->sym_sizes());
+  FP8_CHECK_SAME_DEVICE("grouped_linear", "bias", *bias, "x", x);
+}
+
+namespace kernel {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& given_offsets,
+    const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x) {
+  check_grouped_linear(x, weight, given_offsets, bias);
+  const GroupedRecipe& recipe = grouped_recipe_at(recipe_id);
+  const c10::DeviceGuard guard(x.device());
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor offsets = given_offsets.contiguous();
+  const int64_t features = weight.size(1);
+  const bool empty = x.numel() == 0 || weight.numel() == 0;
+
+  at::Tensor y;
+  const at::Tensor rows = empty ? at::Tensor() : rows_of(x);
+  if (empty) {
+    y = at::zeros({x.size(0), features}, x.options());
+  } else {
+    const grouped::Operand qx = grouped::quantize_rows(rows);
+    const grouped::Operand qw = grouped::weight_for_fprop(padded(weight, 2));
+    y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), /*fast_accum=*/true),
+                      features);
+  }
+  if (y.numel() > 0 && offsets.size(0) > 0 && (bias || !empty)) {
+    finish(y, offsets, bias ? bias->contiguous() : at::Tensor());
+  }
+  if (!save_x || !recipe.fp8_wgrad) return {y, none_like(x), none_like(x), none_like(x)};
+  const int64_t groups = offsets.size(0);
+  if (empty) {
+    const int64_t k = pad16(x.size(1));
+    return {y,
+            at::zeros({k, core::max_padded_rows(x.size(0), groups)},
+                      x.options().dtype(at::kFloat8_e4m3fn)),
+            at::ones({groups, k}, x.options().dtype(at::kFloat)),
+            at::zeros({groups}, offsets.options())};
+  }
+  const grouped::Tiles tiles = grouped::make_tiles(offsets, x.size(0));
+  const grouped::Operand qx_t = grouped::quantize_columns(rows, tiles);
+  return {y, qx_t.data, qx_t.scale, tiles.padded_offsets};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
+    const at::Tensor& given_dy, const std::optional<at::Tensor>& x,
+    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& padded_offsets,
+    const std::optional<at::Tensor>& weight, const at::Tensor& given_offsets,
+    c10::SymInt in_features, bool transposed, int64_t recipe_id, bool needs_dx, bool needs_dweight,
+    bool needs_dbias) {
+  const GroupedRecipe& recipe = grouped_recipe_at(recipe_id);
+  const c10::DeviceGuard guard(given_dy.device());
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor offsets = given_offsets.contiguous();
+  const at::Tensor dy = as_matrix(given_dy);
+  const at::ScalarType dtype = dy.scalar_type();
+  const int64_t rows = dy.size(0);
+  const int64_t features = dy.size(1);
+  const int64_t groups = offsets.size(0);
+  const int64_t k = in_features.expect_int();
+  const bool empty = rows == 0 || features == 0 || k == 0 || groups == 0;
+
+  at::Tensor dx;
+  at::Tensor dweight;
+  at::Tensor dbias;
+  if (needs_dbias) {
+    dbias = dy.numel() == 0 || groups == 0 ? at::zeros({groups, features}, dy.options())
+                                           : group_sums_of(dy, offsets);
+  }
+  if (empty) {
+    if (needs_dx) dx = at::zeros({rows, k}, dy.options());
+    if (needs_dweight) dweight = at::zeros({groups, features, k}, dy.options());
+  }
+  const at::Tensor dy_rows = empty ? dy : rows_of(dy);
+  if (needs_dx && !empty) {
+    const grouped::Operand qdy = grouped::quantize_rows(dy_rows);
+    const grouped::Operand qw = grouped::weight_for_dgrad(padded(*weight, 2));
+    dx = first_columns(grouped::multiply_rows(qdy, qw, offsets, dtype, recipe.fast_dgrad), k);
+    finish(dx, offsets, {});
+  }
+  if (needs_dweight && !empty) {
+    if (recipe.fp8_wgrad) {
+      const grouped::Tiles tiles = grouped::make_tiles(offsets, rows);
+      const grouped::Operand qdy_t = grouped::quantize_columns(dy_rows, tiles);
+      const grouped::Operand qx_t{*x, *x_t_scale};
+      dweight =
+          transposed
+              ? grouped::multiply_columns(qx_t, qdy_t, *padded_offsets, dtype, recipe.fast_wgrad)
+              : grouped::multiply_columns(qdy_t, qx_t, *padded_offsets, dtype, recipe.fast_wgrad);
+    } else {
+      const at::Tensor x_rows = rows_of(*x);
+      dweight = transposed ? grouped::multiply_high_precision(x_rows, dy_rows, offsets)
+                           : grouped::multiply_high_precision(dy_rows, x_rows, offsets);
+    }
+    const int64_t stored_rows = transposed ? k : features;
+    const int64_t stored_cols = transposed ? features : k;
+    if (dweight.size(1) != stored_rows || dweight.size(2) != stored_cols) {
+      dweight = dweight.narrow(1, 0, stored_rows).narrow(2, 0, stored_cols).contiguous();
+    }
+    if (transposed) dweight = dweight.transpose(1, 2);
+  } else if (needs_dweight && transposed) {
+    dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2);
+  }
+  const auto or_none = [&](const at::Tensor& t) { return t.defined() ? t : none_like(dy); };
+  return {or_none(dx), or_none(dweight), or_none(dbias)};
+}
+
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  return std::get<0>(_grouped_forward(x, weight, offsets, bias,
+                                      grouped_recipe_index("grouped_linear", recipe), false));
+}
+
+}  // namespace kernel
+
+namespace meta {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+    const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x) {
+  check_grouped_linear(x, weight, offsets, bias);
+  at::Tensor y = at::empty_symint({x.sym_size(0), weight.sym_size(1)}, x.options());
+  if (!save_x || !grouped_recipe_at(recipe_id).fp8_wgrad) {
+    return {y, none_like(x), none_like(x), none_like(x)};
+  }
+  const c10::SymInt groups = offsets.sym_size(0);
+  const c10::SymInt k = pad16(x.sym_size(1));
+  return {y,
+          at::empty_symint({k, pad16(x.sym_size(0)) + groups * 16},
+                           x.options().dtype(at::kFloat8_e4m3fn)),
+          at::empty_symint({groups, k}, x.options().dtype(at::kFloat)),
+          at::empty_symint({groups}, offsets.options())};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
+    const at::Tensor& dy, const std::optional<at::Tensor>& /*x*/,
+    const std::optional<at::Tensor>& /*x_t_scale*/,
+    const std::optional<at::Tensor>& /*padded_offsets*/,
+    const std::optional<at::Tensor>& /*weight*/, const at::Tensor& offsets, c10::SymInt in_features,
+    bool transposed, int64_t /*recipe*/, bool needs_dx, bool needs_dweight, bool needs_dbias) {
+  const c10::SymInt groups = offsets.sym_size(0);
+  const c10::SymInt features = dy.sym_size(1);
+  at::Tensor dweight = none_like(dy);
+  if (needs_dweight) {
+    dweight = transposed
+                  ? at::empty_symint({groups, in_features, features}, dy.options()).transpose(1, 2)
+                  : at::empty_symint({groups, features, in_features}, dy.options());
+  }
+  return {needs_dx ? at::empty_symint({dy.sym_size(0), in_features}, dy.options()) : none_like(dy),
+          dweight,
+          needs_dbias ? at::empty_symint({groups, features}, dy.options()) : none_like(dy)};
+}
+
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  return std::get<0>(_grouped_forward(x, weight, offsets, bias,
+                                      grouped_recipe_index("grouped_linear", recipe), false));
+}
+
+}  // namespace meta
+
+}  // namespace fp8

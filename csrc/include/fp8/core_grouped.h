@@ -1,0 +1,186 @@
+// fp8/core_grouped.h: the passes around grouped matmuls (mixture of experts), without LibTorch. The
+// promises of fp8/core.h hold: no device memory is allocated, nothing synchronizes, no torch
+// header.
+//
+// Words: rows of one expert lie together, a group; `offsets` [groups] int32 on the device has the
+// row that ends each group, so rows past the last offset belong to nobody. A slot is one (token,
+// choice) pair, numbered token * top_k + choice; `place` says in which row a slot lies, `source`
+// which slot lies in a row. Every pass looks at `offsets` on the device: the host never knows them.
+#pragma once
+
+#include "fp8/core.h"
+
+namespace fp8::core {
+
+// CUTLASS' grouped matmul takes fewer than 1024 groups; every pass here counts on it.
+inline constexpr int64_t kMaxGroups = 1023;
+
+// Sorts slots by expert, stably: a counting sort in three launches. Ids outside [0, groups) go past
+// the last offset (sentinels of expert parallelism).
+struct RouteArgs {
+  const int64_t* experts = nullptr;  // [slots]
+  int64_t slots = 0;
+  int64_t groups = 0;
+  int32_t* offsets = nullptr;    // [groups]
+  int32_t* place = nullptr;      // [slots], a permutation
+  int32_t* source = nullptr;     // [slots], its inverse
+  int32_t* workspace = nullptr;  // route_workspace_words(args), any content
+};
+int64_t route_workspace_words(const RouteArgs& args);
+void route(const RouteArgs& args, Stream stream);
+
+// Reads each row of x once and writes it `copies` times, to the rows that `place` says (to its own
+// row without): quantized with a scale per row, or as it is, or both.
+struct ScatterRowsArgs {
+  const void* x = nullptr;  // [rows, cols]
+  Dtype x_dtype = Dtype::kBFloat16;
+  int64_t rows = 0;
+  int64_t cols = 0;  // multiple of 16 where data is made
+  int64_t ld = 0;
+  int64_t copies = 1;
+  const int32_t* place = nullptr;  // [rows * copies], or nullptr with one copy
+  void* data = nullptr;            // [.., cols] e4m3, optional
+  float* scale = nullptr;          // [..], with data
+  void* plain = nullptr;           // [.., cols] in x's dtype, optional
+};
+void scatter_rows(const ScatterRowsArgs& args, Stream stream);
+
+// A table of the 128-row tiles into which groups are cut, and of the places of groups in transposed
+// copies: each group is padded to a multiple of 16 columns and at least 16, because the grouped
+// matmul refuses an empty contraction. The last tiles have no rows: they fill what is left of the
+// columns with zeros.
+struct GroupTile {
+  int32_t row = 0;      // first row of x
+  int32_t extents = 0;  // rows in it | columns to write << 8, each at most 128 | first tile << 16
+  int32_t column = 0;   // first column of the transposed copy
+  int32_t group = -1;   // -1: no such tile
+};
+inline constexpr int64_t kGroupTileRows = 128;
+inline int64_t max_group_tiles(int64_t rows, int64_t groups) {
+  return rows / kGroupTileRows + groups + (groups + 1) * 16 / kGroupTileRows + 1;
+}
+// Columns of a transposed copy that hold `rows` rows in `groups` groups, whatever their sizes.
+inline int64_t max_padded_rows(int64_t rows, int64_t groups) {
+  return (rows + 15) / 16 * 16 + 16 * groups;
+}
+struct TileTableArgs {
+  const int32_t* offsets = nullptr;  // [groups]
+  int64_t groups = 0;
+  int64_t rows = 0;
+  GroupTile* tiles = nullptr;         // [max_group_tiles(rows, groups)], 16-byte aligned
+  int32_t* padded_offsets = nullptr;  // [groups]
+};
+void make_tile_table(const TileTableArgs& args, Stream stream);
+
+// Transposed copies with one scale per group and column: e4m3 codes of x's columns, zeros in the
+// padding. Two launches; x is read twice.
+//   ragged (tiles given): data_t [cols, ld_t], groups beside each other as the tile table says.
+//   uniform: groups of group_rows rows each; data_t [groups, cols, ld_t] with ld_t >= group_rows.
+struct GroupColumnsArgs {
+  const void* x = nullptr;  // [.., cols]
+  Dtype x_dtype = Dtype::kBFloat16;
+  int64_t cols = 0;
+  int64_t ld = 0;
+  int64_t groups = 0;
+  int64_t group_rows = 0;            // uniform
+  const GroupTile* tiles = nullptr;  // ragged: [tile_count]
+  int64_t tile_count = 0;
+  const int32_t* source =
+      nullptr;  // ragged, optional: row r of the groups is row source[r] / copies
+  int64_t copies = 1;
+  void* data_t = nullptr;    // 16-byte aligned
+  int64_t ld_t = 0;          // multiple of 16
+  float* scale_t = nullptr;  // [groups, cols]
+  uint32_t* amax = nullptr;  // workspace [groups, cols]
+};
+void quantize_group_columns(const GroupColumnsArgs& args, Stream stream);
+
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kClampedSilu };
+
+// h = act(gate) * up of each row that belongs to a group, rounded to x's dtype. kClampedSilu is
+// gpt-oss': gate = min(gate, limit), up = clamp(up, -limit, limit),
+// h = gate * sigmoid(alpha * gate) * (up + 1).
+struct GateArgs {
+  const void* gate_up = nullptr;  // [rows, 2 * features]: gates, then ups; or interleaved in pairs
+  Dtype dtype = Dtype::kBFloat16;
+  int64_t rows = 0;
+  int64_t features = 0;  // multiple of 16
+  int64_t groups = 0;
+  const int32_t* offsets = nullptr;  // [groups]
+  const void* bias = nullptr;        // [groups, 2 * features] in dtype, laid out as a row; optional
+  Activation activation = Activation::kSilu;
+  bool interleaved = false;
+  float alpha = 1.702F;
+  float limit = 7.0F;
+};
+struct GateForwardArgs {
+  GateArgs gate;
+  void* data = nullptr;    // [rows, features] e4m3
+  float* scale = nullptr;  // [rows]
+};
+void gate_forward(const GateForwardArgs& args, Stream stream);
+
+// From dh, the gradient of h before its routing weight: the gradient of gate_up, d = w * dh * ..,
+// quantized rowwise and as it is; w * h, the right operand of down's weight gradient; and the
+// gradient of the routing weight, sum(dh * h) (+ dy . bias of down, which the caller adds).
+struct GateBackwardArgs {
+  GateArgs gate;
+  const void* dh = nullptr;         // [rows, features] in dtype
+  const float* weights = nullptr;   // [slots]
+  const int32_t* source = nullptr;  // [rows]
+  void* data = nullptr;             // [rows, 2 * features] e4m3, optional
+  float* scale = nullptr;           // [rows], with data
+  void* d_gate_up = nullptr;        // [rows, 2 * features] in dtype, optional
+  void* weighted_h = nullptr;       // [rows, features] in dtype, optional
+  float* d_weights = nullptr;       // [slots], optional; slots of no group are left alone
+};
+void gate_backward(const GateBackwardArgs& args, Stream stream);
+
+// out[t] = sum over a token's choices of weights[slot] * (x[place[slot]] + bias[expert]), in fp32,
+// in the order of the choices, rounded once. Slots of no group are left out.
+struct CombineArgs {
+  const void* x = nullptr;  // [rows, cols]
+  Dtype dtype = Dtype::kBFloat16;
+  int64_t tokens = 0;
+  int64_t top_k = 0;
+  int64_t cols = 0;  // multiple of 8
+  int64_t groups = 0;
+  const int32_t* offsets = nullptr;
+  const int32_t* place = nullptr;    // [tokens * top_k]
+  const float* weights = nullptr;    // [tokens * top_k], or nullptr for ones
+  const int64_t* experts = nullptr;  // [tokens * top_k], with bias
+  const void* bias = nullptr;        // [groups, cols] in dtype, optional
+  void* out = nullptr;               // [tokens, cols]
+};
+void combine(const CombineArgs& args, Stream stream);
+
+// In place: rows past the last offset become zeros, the others get their group's bias, if there is
+// one.
+struct FinishRowsArgs {
+  void* x = nullptr;  // [rows, cols]
+  Dtype dtype = Dtype::kBFloat16;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t ld = 0;
+  int64_t groups = 0;
+  const int32_t* offsets = nullptr;
+  const void* bias = nullptr;  // [groups, cols] contiguous in dtype, optional
+};
+void finish_rows(const FinishRowsArgs& args, Stream stream);
+
+// out[g] = sum over a group's rows of (weight of the row) * x[row], in fp32 and in a fixed order.
+struct GroupSumsArgs {
+  const void* x = nullptr;  // [.., cols]
+  Dtype dtype = Dtype::kBFloat16;
+  int64_t cols = 0;
+  int64_t ld = 0;
+  int64_t groups = 0;
+  const int32_t* offsets = nullptr;
+  const int32_t* source = nullptr;  // optional: row r is x's row source[r] / copies
+  int64_t copies = 1;
+  const float* weights = nullptr;  // [slots], with source; optional
+  void* out = nullptr;             // [groups, cols] in dtype
+};
+void group_sums(const GroupSumsArgs& args, Stream stream);
+
+}  // namespace fp8::core

@@ -1,0 +1,404 @@
+"""fp8.convert, revert and summary of Hugging Face's mixtures of experts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny_models import FAMILIES, experts_of, make, only_experts, relative, tokens, transformers
+from torch import nn
+
+import fp8
+from fp8 import expert_rules, experts, rules
+
+
+def every(module, name):
+    return True
+
+
+def row(model, name):
+    """What fp8.summary says about one module: the cells behind its name."""
+    lines = [line.split("  ") for line in fp8.summary(model).splitlines()]
+    cells = next(line for line in lines if line[0].strip() == name)
+    return [cell.strip() for cell in cells[1:] if cell.strip()]
+
+
+def totals(model):
+    return fp8.summary(model).splitlines()[-1]
+
+
+def implementations(model):
+    return {m.config._experts_implementation for m in experts_of(model).values()}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def test_convert_and_revert_round_trip(family):
+    model = make(family)
+    fresh = {name: dict(vars(m)) for name, m in model.named_modules()}
+    expected = model(tokens()).logits
+    assert fp8.convert(model, filter=only_experts) is model
+    assert implementations(model) == {"fp8"}
+    assert not torch.equal(model(tokens()).logits, expected)
+    assert fp8.revert(model) is model
+    assert {name: dict(vars(m)) for name, m in model.named_modules()} == fresh
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+def test_convert_gives_back_the_implementation_that_was_chosen():
+    model = make("mixtral")
+    model.set_experts_implementation("eager")
+    fp8.convert(model, filter=only_experts)
+    assert implementations(fp8.revert(model)) == {"eager"}
+
+
+def test_convert_changes_no_other_model_of_the_same_config():
+    """A config is shared by whoever was made of it: the baseline must stay what it is."""
+    config = make("mixtral").config
+    kind = transformers.MixtralForCausalLM
+    model, baseline = kind(config), kind(config)
+    assert model.config is baseline.config
+    fp8.convert(model, filter=only_experts)
+    assert implementations(model) == {"fp8"}
+    assert implementations(baseline) == {config._experts_implementation} == {"grouped_mm"}
+
+
+def test_convert_module_by_module():
+    """What the filter leaves out keeps its implementation, and follows the model's."""
+    model = make("mixtral")
+    fp8.convert(model, filter=lambda module, name: name == "model.layers.1.mlp.experts")
+    first, second = experts_of(model).values()
+    assert (experts.in_fp8(first), experts.in_fp8(second)) == (False, True)
+    model.set_experts_implementation("eager")
+    assert first.config._experts_implementation == "eager"
+    assert second.config._experts_implementation == "fp8"
+    assert totals(model).startswith("2 experts: 1 in FP8 (1 rowwise), 1 left alone; 50.0%")
+    assert implementations(fp8.revert(model)) == {"eager"}
+
+
+def test_convert_asks_the_filter_about_linears_and_experts_once():
+    model = make("deepseek_v3")
+    seen = []
+    fp8.convert(model, filter=lambda module, name: seen.append((name, module)) or False)
+    expected = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    expected |= experts_of(model)
+    assert len(seen) == len(expected)
+    assert dict(seen) == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "experts_recipe", "expected"),
+    [
+        ("tensorwise", None, "rowwise"),
+        ("rowwise", None, "rowwise"),
+        ("rowwise_gw_hp", None, "rowwise_gw_hp"),
+        ("tensorwise", "rowwise_fast", "rowwise_fast"),
+    ],
+)
+def test_convert_recipes_of_experts(recipe, experts_recipe, expected):
+    model = fp8.convert(make("mixtral"), recipe, filter=every, experts_recipe=experts_recipe)
+    assert {experts.recipe_of(m) for m in experts_of(model).values()} == {expected}
+    linears = [m for m in model.modules() if isinstance(m, fp8.Linear)]
+    assert {m.recipe for m in linears} == {recipe}
+
+
+def test_convert_again_changes_the_recipe():
+    model = fp8.convert(make("mixtral"), filter=only_experts)
+    before = {name: m.config for name, m in experts_of(model).items()}
+    fp8.convert(model, filter=only_experts, experts_recipe="rowwise_gw_hp")
+    assert totals(model).startswith("2 experts: 2 in FP8 (2 rowwise_gw_hp)")
+    assert {id(m.config) for m in experts_of(fp8.revert(model)).values()} == {id(model.config)}
+    assert model.config not in before.values() or model.config is not next(iter(before.values()))
+
+
+def test_convert_refuses_an_unknown_experts_recipe():
+    model = make("mixtral")
+    with pytest.raises(ValueError, match=r"expected a grouped recipe.*'rowwise'.*got 'tensorwise'"):
+        fp8.convert(model, filter=every, experts_recipe="tensorwise")
+    assert implementations(model) == {"grouped_mm"}
+    assert not any(isinstance(m, fp8.Linear) for m in model.modules())
+
+
+def test_set_experts_implementation_without_convert():
+    model = make("qwen3_moe")
+    model.set_experts_implementation("fp8")
+    assert totals(model).startswith("2 experts: 2 in FP8 (2 rowwise)")
+    expected = make("qwen3_moe")(tokens()).logits
+    assert relative(model(tokens()).logits, expected) > 0
+    assert implementations(fp8.revert(model)) == {"grouped_mm"}
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("by_convert", [True, False])
+def test_experts_that_cannot_run_in_fp8_run_as_before(by_convert, monkeypatch):
+    model = make("mixtral")
+    if by_convert:
+        model.set_experts_implementation("eager")
+        fp8.convert(model, filter=only_experts)
+    else:
+        model.set_experts_implementation("fp8")
+    monkeypatch.setattr(experts, "_DTYPES", (torch.bfloat16, torch.float16))
+    plain = make("mixtral")
+    plain.set_experts_implementation("eager" if by_convert else "grouped_mm")
+    assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
+    before = "eager" if by_convert else "grouped_mm"
+    why = f"float32 weights; FP8 takes bfloat16, float16, float32: runs {before}"
+    assert row(model, "model.layers.0.mlp.experts")[-1] == f"rowwise ({why})"
+    assert totals(model).startswith("2 experts: 0 in FP8 (none), 2 left alone")
+    with fp8.cached_weights(model):
+        model(tokens())
+
+
+def test_convert_leaves_alone_what_it_cannot_take():
+    model = make("mixtral").double()
+    with pytest.warns(UserWarning, match="and 2 experts modules were left alone"):
+        fp8.convert(model, filter=every)
+    assert row(model, "model.layers.0.mlp.experts")[-1].startswith("- (float64 weights; FP8 takes")
+
+
+def test_convert_refuses_too_many_experts():
+    config = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=16, num_local_experts=1024, num_hidden_layers=1
+    )
+    with torch.device("meta"):
+        module = transformers.models.mixtral.modeling_mixtral.MixtralExperts(config)
+    assert experts.refused(module) == "1024 experts; FP8 takes up to 1023"
+
+
+def test_summary_has_a_line_for_each_experts_module():
+    model = fp8.convert(make("gpt_oss", dtype=torch.bfloat16), filter=only_experts)
+    shape = "4 x (64 -> 96, 48 -> 64)"  # stored transposed
+    assert row(model, "model.layers.1.mlp.experts") == [shape, "bfloat16", "rowwise"]
+    names = [line.split()[0] for line in fp8.summary(model).splitlines()[1:-2]]
+    wanted = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) or experts.is_experts(m)
+    }
+    assert names == [name for name, _ in model.named_modules() if name in wanted]
+    assert totals(model) == (
+        "2 experts: 2 in FP8 (2 rowwise), 0 left alone; 100.0% of their weight elements in FP8"
+    )
+
+
+def test_summary_says_where_passes_are_not_fused():
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=40, num_local_experts=4, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
+    )  # fmt: skip
+    model = fp8.convert(transformers.MixtralForCausalLM(config), filter=only_experts)
+    name = "model.layers.0.mlp.experts"
+    why = "passes not fused: extents that are not multiples of 16"
+    assert row(model, name)[-1] == f"rowwise ({why})"
+    model(torch.arange(12)[None]).logits.sum().backward()
+    module = experts_of(model)[name]
+    module._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0].tanh()
+    experts.forget_gate(module)
+    assert experts.gate_of(module) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "gate"),
+    [
+        ("mixtral", ("silu", False, 1.702, 7.0)),
+        ("deepseek_v3", ("silu", False, 1.702, 7.0)),
+        ("gpt_oss", ("clamped_silu", True, 1.702, 7.0)),
+    ],
+)
+def test_gating_is_recognized(family, gate):
+    assert experts.gate_of(next(iter(experts_of(make(family)).values()))) == gate
+
+
+def test_gating_follows_the_modules_numbers():
+    module = next(iter(experts_of(make("gpt_oss")).values()))
+    module.limit, module.alpha = 5.0, 1.5
+    assert experts.gate_of(module) == ("clamped_silu", True, 1.5, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", None), ("quick_gelu", None)],
+)
+def test_gating_of_other_activations(activation, expected):
+    model = make("mixtral")
+    module = next(iter(experts_of(model).values()))
+    module.act_fn = transformers.activations.ACT2FN[activation]
+    gate = experts.gate_of(module)
+    assert (gate and gate.activation) == expected
+
+
+def large(family: str, **sizes) -> nn.Module:
+    config = transformers.AutoConfig.for_model(family, num_hidden_layers=1, **sizes)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def test_default_rules_of_mixtral():
+    """Its own size. Attention and experts are converted, the head and the norms are not."""
+    model = large("mixtral", hidden_size=4096, intermediate_size=14336, num_local_experts=8)
+    fp8.convert(model)
+    shape = "8 x (4096 -> 28672, 14336 -> 4096)"
+    assert row(model, "model.layers.0.mlp.experts") == [shape, "bfloat16", "rowwise"]
+    assert row(model, "model.layers.0.self_attn.q_proj")[-1] == "tensorwise"
+    assert row(model, "lm_head")[-1].startswith("- (output head")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "gains"),
+    [(4096, 14336, True), (2048, 768, True), (7168, 2048, True), (1024, 512, False)],
+)
+def test_default_rules_of_experts_sizes(hidden, inner, gains):
+    model = large(
+        "qwen3_moe", hidden_size=hidden, moe_intermediate_size=inner, num_experts=16, head_dim=128
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nothing was converted
+        fp8.convert(model)
+    name = "model.layers.0.mlp.experts"
+    assert experts.in_fp8(experts_of(model)[name]) == gains
+    if not gains:
+        why = f"K*N/(K+N) = 438, FP8 gains from {expert_rules.MIN_EXPERTS_WORK}"
+        assert row(model, name)[-1] == f"- (small experts: {why})"
+
+
+def test_worthwhile_begins_at_its_constant():
+    side = 2 * expert_rules.MIN_EXPERTS_WORK
+    assert expert_rules.worthwhile([(side, side)] * 2) is None
+    assert expert_rules.worthwhile([(side, side), (side, side - 2)]) is not None
+    assert expert_rules.worthwhile([]) is not None
+
+
+# --- routers ---
+
+
+class Block(nn.Module):
+    """A block as models write it: a router that is an nn.Linear, a gate of the shared expert."""
+
+    def __init__(self, held: nn.Module, hidden: int, count: int):
+        super().__init__()
+        self.experts = held
+        self.router = nn.Linear(hidden, count, bias=False)
+        self.shared_expert_gate = nn.Linear(hidden, 1)
+        self.shared = nn.Linear(hidden, hidden)
+        self.gate = nn.Sequential(nn.Linear(hidden, hidden), nn.Linear(hidden, count))
+        self.attention = nn.Sequential(nn.Linear(hidden, count))  # as many outputs, no router
+
+
+def routers(model):
+    return {f.name: f.routed for f in rules.find_linears(model) if f.routed is not None}
+
+
+def expected_routers(prefix):
+    return {
+        f"{prefix}router": f"{prefix}experts",
+        f"{prefix}shared_expert_gate": f"{prefix}experts",
+        f"{prefix}gate.1": f"{prefix}experts",
+    }
+
+
+def test_routers_are_found_beside_experts_modules():
+    held = next(iter(experts_of(make("mixtral")).values()))
+    assert routers(nn.ModuleDict({"mlp": Block(held, 64, 4)})) == expected_routers("mlp.")
+
+
+def test_routers_are_found_beside_a_list_of_experts():
+    """The older form, in and outside transformers: a ModuleList of MLPs."""
+    held = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+    assert routers(Block(held, 64, 4)) == expected_routers("")
+
+
+def test_routers_stay_in_high_precision_by_rule_and_a_filter_may_take_them():
+    """Sizes at which no other rule speaks against them."""
+    with torch.device("meta"):
+        held = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(2048))
+        model = Block(held, 4096, 2048)
+    fp8.convert(model)
+    assert type(model.shared) is fp8.Linear
+    assert type(model.router) is nn.Linear
+    assert row(model, "router")[-1] == "- (router of experts, kept in high precision by default)"
+    fp8.convert(model, filter=lambda module, name: name == "router")
+    assert type(model.router) is fp8.Linear
+
+
+def test_routers_of_transformers_models_are_never_converted(family):
+    """By any filter even: they are modules of their own with a weight, or linears that the default
+    rules name."""
+    model = make(family)
+    named = routers(model)
+    fp8.convert(model, filter=lambda module, name: name not in named)
+    for name, module in model.named_modules():
+        if "router" in name or name.endswith(".gate"):
+            assert not isinstance(module, fp8.Linear), name
+    expected = make(family)
+    assert torch.equal(model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "names"),
+    [
+        ("jamba", {"num_experts": 8}, {"model.layers.1.feed_forward.router"}),
+        (
+            "qwen2_moe",
+            {"num_experts": 8},
+            {f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)},
+        ),
+        (
+            "gemma4_text",
+            {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2},
+            {f"model.layers.{i}.router.proj" for i in (0, 1)},
+        ),
+    ],
+)
+def test_routers_that_are_linears_in_transformers(family, own, names):
+    sizes = {"num_hidden_layers": 2, "moe_intermediate_size": 32, "use_mamba_kernels": False}
+    config = transformers.AutoConfig.for_model(family, **sizes, **own)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert set(routers(model)) == names
+    for name in names:
+        assert row(model, name)[-1].startswith("- (router of model.layers.")
+
+
+# --- cached weights ---
+
+
+def test_cached_weights_of_experts(family):
+    """The same values, made of the same codes; an update that PyTorch counts is seen."""
+    model = fp8.convert(make(family), filter=only_experts)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        with fp8.cached_weights(model):
+            assert torch.equal(model(tokens()).logits, expected)
+            assert torch.equal(model(tokens()).logits, expected)
+            for module in experts_of(model).values():
+                module.down_proj.mul_(1.5)
+            changed = model(tokens()).logits
+        assert torch.equal(model(tokens()).logits, changed)
+    assert not torch.equal(changed, expected)
+
+
+def test_cached_weights_are_quantized_once():
+    """What PyTorch does not count is not seen inside, which shows that the codes are kept."""
+    model = fp8.convert(make("gpt_oss"), filter=only_experts)
+    module = next(iter(experts_of(model).values()))
+    index, weights = torch.arange(16).view(8, 2) % 4, torch.rand(8, 2)
+    hidden = torch.randn(8, 64)
+    with torch.no_grad(), fp8.cached_weights(model):
+        first = module(hidden, index, weights)
+        module.gate_up_proj.data.mul_(2.0)
+        module.down_proj.data.mul_(2.0)
+        assert torch.equal(module(hidden, index, weights), first)
+    with torch.no_grad():
+        assert not torch.equal(module(hidden, index, weights), first)
+
+
+def test_a_copy_is_converted_apart():
+    model = fp8.convert(make("mixtral"), filter=only_experts)
+    other = fp8.revert(copy.deepcopy(model))
+    assert implementations(model) == {"fp8"}
+    assert implementations(other) == {"grouped_mm"}
