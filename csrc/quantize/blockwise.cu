@@ -25,7 +25,7 @@ static_assert(kGroups == 16, "a row group's lanes are half a warp, which the shu
 
 // Blocks to a multiprocessor: as many as hold their tiles in registers without spilling.
 template <typename T>
-constexpr int kMinBlocks = sizeof(T) == 4 ? 2 : 3;
+constexpr int kMinBlocks = sizeof(T) == 4 ? 2 : 4;
 
 // From the eight rows' maxima in a lane to the maximum of one row over the 16 lanes of its half
 // warp: that of row lane % 8. Each step halves the rows that a lane looks after, so that eight

@@ -11,7 +11,7 @@
 
 namespace fp8::core {
 
-// overlaps_previous, in all three: a programmatic dependent launch (dispatch.cuh).
+// overlaps_previous, in all of them: a programmatic dependent launch (dispatch.cuh).
 
 // The cast pass begins where the first pass ended: part of x is still in L2 there. Tensorwise with
 // a transposed copy it goes from the last rows up, else from the first rows down: 1 to 4% faster
