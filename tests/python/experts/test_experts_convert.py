@@ -81,6 +81,7 @@ def test_convert_module_by_module():
     assert implementations(fp8.revert(model)) == {"eager"}
 
 
+@pytest.mark.filterwarnings("ignore:fp8.convert converted nothing")
 def test_convert_asks_the_filter_about_linears_and_experts_once():
     model = make("deepseek_v3")
     seen = []
