@@ -40,7 +40,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo test test-gpu test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build demo demo-moe test test-gpu test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -53,6 +53,9 @@ build: $(CONFIGURED)  ## the libraries, into python/fp8 (then PYTHONPATH=python 
 
 demo: build  ## the main job: train with nn.Linear and with each FP8 recipe, and compare
 	@$(PY) examples/train.py $(ARGS)
+
+demo-moe: build  ## mixtures of experts: transformers' Mixtral and Qwen3-MoE, small, in FP8 too
+	@$(PY) examples/train_moe.py $(ARGS)
 
 test: _catch2  ## every test that this machine can run
 	@$(MAKE) --no-print-directory _tests_built
