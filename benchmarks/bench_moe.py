@@ -86,9 +86,7 @@ def measure_shape(shape: moe.MoeShape, even: bool, options, skipped: Row) -> lis
     memory.drop_gradients(module)
     with torch.no_grad():
         exact = moe.exact(module, p, CHECKED_TOKENS)
-        noise = {
-            v: timing.sqnr(forward(module, v, p)[:CHECKED_TOKENS], exact) for v in variants
-        }
+        noise = {v: timing.sqnr(forward(module, v, p)[:CHECKED_TOKENS], exact) for v in variants}
         ours = next(v for v in variants if v.startswith("fp8"))
         with moe.running(module, ours), fp8.cached_weights(module):
             calls = {v: partial(forward, module, v, p) for v in variants}
@@ -163,7 +161,15 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
 def table(rows: list[Row]) -> str:
     columns = [
         *("model", "tokens", "routing", "variant", "fwd+bwd us", "x bf16"),
-        *("fwd, cached us", "x bf16", "peak GiB", "x bf16", "host us", "host fwd+bwd us", "SQNR dB"),
+        *(
+            "fwd, cached us",
+            "x bf16",
+            "peak GiB",
+            "x bf16",
+            "host us",
+            "host fwd+bwd us",
+            "SQNR dB",
+        ),
     ]
 
     def median(row: Row, what: str):

@@ -169,9 +169,9 @@ def moe(rows: list[Row]) -> str:
         return " / ".join(tables.ratio(figure) for figure in figures)
 
     return (
-        "The experts of a mixture, routing given, against transformers' `grouped_mm` in bf16, whose "
-        "milliseconds (forward + backward) and peak memory are given. FP8: speed of forward + "
-        "backward / of the forward with cached weights / peak memory.\n\n"
+        "The experts of a mixture, routing given, against transformers' `grouped_mm` in bf16, "
+        "whose milliseconds (forward + backward) and peak memory are given. FP8: speed of forward "
+        "+ backward / of the forward with cached weights / peak memory.\n\n"
     ) + pivot(
         "speed / cached / memory",
         [row for row in rows if row["step_us"] and row["routing"] == "random"],

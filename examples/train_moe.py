@@ -2,8 +2,8 @@
 high precision and in FP8, and compare.
 
 The models are transformers' own classes, trained eagerly from the same weights on the same batches;
-fp8.convert sees to experts and linears alike. Nothing is downloaded. Run it with `make demo-moe`, or
-`PYTHONPATH=python python examples/train_moe.py --help`.
+fp8.convert sees to experts and linears alike. Nothing is downloaded. Run it with `make demo-moe`,
+or `PYTHONPATH=python python examples/train_moe.py --help`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ JOBS = {
     "cpu": Job(
         _mixtral(128, 2, 4, 192),
         _qwen3(128, 2, 4, 64, 16),
-        *(8, 96, 60, 2e-3, torch.float32),
+        *(8, 96, 80, 1e-3, torch.float32),
         small=True,
     ),
     "gpu": Job(

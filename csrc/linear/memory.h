@@ -40,8 +40,8 @@ QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& reque
 QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest& request);
 
 // The weight [experts, ..] of grouped matmuls, quantized in one of two forms by `make`, which gives
-// codes and scales. Inside cached_weights each form is made once. `weight` is contiguous and may be a
-// view of what cache_weights was given: it is recognized by its memory.
+// codes and scales. Inside cached_weights each form is made once. `weight` is contiguous and may be
+// a view of what cache_weights was given: it is recognized by its memory.
 std::pair<at::Tensor, at::Tensor> remember_weight(
     const at::Tensor& weight, int form,
     const std::function<std::pair<at::Tensor, at::Tensor>()>& make);

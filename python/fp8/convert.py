@@ -80,8 +80,8 @@ def convert(
 
 
 def revert(model: ModelT) -> ModelT:
-    """Make every fp8.Linear of `model` an nn.Linear again, and its experts what they were. In place;
-    returns `model`.
+    """Make every fp8.Linear of `model` an nn.Linear again, and its experts what they were. In
+    place; returns `model`.
 
     Those that convert changed and those that were made as fp8.Linear alike.
 
@@ -114,8 +114,8 @@ def revert(model: ModelT) -> ModelT:
 def summary(model: nn.Module) -> str:
     """A table of every nn.Linear: name, shape, dtype, recipe or why it is left alone; and totals.
 
-    One line each, experts modules last. `not converted` means that no rule speaks against it: convert was not called, or
-    its filter left the module out. A module with several names is listed under the first; the
+    One line each, experts modules last. `not converted` means that no rule speaks against it:
+    convert was not called, or its filter left the module out. A module with several names is listed under the first; the
     others follow in brackets.
 
     Raises TypeError for a model that is no nn.Module.

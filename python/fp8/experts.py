@@ -107,8 +107,8 @@ def composed(module: nn.Module) -> str | None:
 
 
 def gate_of(module: nn.Module) -> Gate | None:
-    """The operator's gate that computes what the module's `_apply_gate` does; None if there is none.
-    Found once a module."""
+    """The operator's gate that computes what the module's `_apply_gate` does; None if there is
+    none. Found once a module."""
     if _GATE not in vars(module):
         vars(module)[_GATE] = _find_gate(module)
     gate: Gate | None = vars(module)[_GATE]
@@ -134,7 +134,9 @@ def _find_gate(module: nn.Module) -> Gate | None:
             "silu": nn.functional.silu(gate) * up,
             "gelu": nn.functional.gelu(gate) * up,
             "gelu_tanh": nn.functional.gelu(gate, approximate="tanh") * up,
-            "clamped_silu": clamped * torch.sigmoid(alpha * clamped) * (up.clamp(-limit, limit) + 1),
+            "clamped_silu": clamped
+            * torch.sigmoid(alpha * clamped)
+            * (up.clamp(-limit, limit) + 1),
         }
         for activation, values in candidates.items():
             if torch.allclose(wanted, values, rtol=1e-5, atol=1e-6):
@@ -151,6 +153,8 @@ def _number(module: nn.Module, names: Sequence[str], default: float) -> float:
 
 
 # --- the function that transformers calls ---
+
+_Biases = tuple[Tensor | None, Tensor | None]
 
 
 def experts_forward(
@@ -172,19 +176,16 @@ def experts_forward(
     weights = weights_of(module)
     assert weights is not None  # refused() has looked
     first, second = weights
-    biases = (None, None)
+    biases: _Biases = (None, None)
     if module.has_bias:
         name = "gate_up_proj_bias" if module.has_gate else "up_proj_bias"
-        biases = (getattr(module, name), module.down_proj_bias)
+        biases = (getattr(module, name), module.down_proj_bias)  # type: ignore[assignment]
     if module.is_transposed:
         first, second = first.transpose(1, 2), second.transpose(1, 2)
     x = hidden_states if hidden_states.dtype == first.dtype else hidden_states.to(first.dtype)
     run = _composed_forward if composed(module) else _fused_forward
     y = run(module, x, top_k_index.long(), top_k_weights, first, second, biases, recipe)
     return y.to(hidden_states.dtype)
-
-
-_Biases = tuple[Tensor | None, Tensor | None]
 
 
 def _fused_forward(
@@ -237,7 +238,8 @@ def _composed_forward(
     # Back to the order of tokens by a gather: deterministic, as the sum over choices is.
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=x.device)
-    return weighted[place].view(tokens, choices, -1).sum(1)
+    y: Tensor = weighted[place].view(tokens, choices, -1).sum(1)
+    return y
 
 
 def _as_before(module: nn.Module) -> Callable[..., Tensor]:

@@ -31,7 +31,7 @@ def check_grouped_recipe(name: str) -> str:
 
 
 class GroupedLinear(nn.Module):
-    """One linear layer per group of rows, all in one FP8 product: y[r] = x[r] · weight[g]ᵀ + bias[g].
+    """One linear layer per group of rows, in one FP8 product: y[r] = x[r] · weight[g]ᵀ + bias[g].
 
     weight: [groups, out_features, in_features] and bias: [groups, out_features], initialized as
     nn.Linear's. Rows lie sorted by group; `offsets` says where each group ends, on the device, and

@@ -1,5 +1,5 @@
-"""Transformers' mixtures of experts: registration, convert, revert, summary, and each family against
-its own eager forward. Skipped where transformers is not installed."""
+"""Transformers' mixtures of experts: registration, convert, revert, summary, and each family
+against its own eager forward. Skipped where transformers is not installed."""
 
 from __future__ import annotations
 
@@ -87,8 +87,11 @@ def step(model, ids):
     model.zero_grad()
     out = model(input_ids=ids, labels=ids)
     out.loss.backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters()
-              if p.grad is not None and (".experts." in n or "embed_tokens" in n)}
+    wanted = {
+        n: p.grad.clone()
+        for n, p in model.named_parameters()
+        if p.grad is not None and (".experts." in n or "embed_tokens" in n)
+    }
     return out.logits.detach(), wanted
 
 
@@ -244,7 +247,7 @@ def test_experts_with_a_custom_gate_are_composed(device, family):
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_experts_composed_equals_fused(family, device):
-    """The same quantizations around a gate outside: apart by the rounding of intermediate results."""
+    """The same quantizations around a gate outside: apart by the rounding of results between."""
     model = make(family, device)
     fp8.convert(model, filter=experts_only)
     experts = next(m for m in model.modules() if hasattr(m, "is_concatenated"))
@@ -260,8 +263,12 @@ def test_experts_composed_equals_fused(family, device):
 
 
 def test_experts_gates_are_told_apart():
-    known = {name: fp8.experts.gate_of(next(
-        m for m in make(name).modules() if hasattr(m, "is_concatenated"))) for name in FAMILIES}
+    known = {
+        name: fp8.experts.gate_of(
+            next(m for m in make(name).modules() if hasattr(m, "is_concatenated"))
+        )
+        for name in FAMILIES
+    }
     assert known["Mixtral"] == ("silu", False, 1.702, 7.0)
     assert known["GptOss"] == ("clamped_silu", True, 1.702, 7.0)
     for name, activation in (("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", None)):
