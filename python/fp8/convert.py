@@ -115,8 +115,8 @@ def summary(model: nn.Module) -> str:
     """A table of every nn.Linear: name, shape, dtype, recipe or why it is left alone; and totals.
 
     One line each, experts modules last. `not converted` means that no rule speaks against it:
-    convert was not called, or its filter left the module out. A module with several names is listed under the first; the
-    others follow in brackets.
+    convert was not called, or its filter left the module out. A module with several names is listed
+    under the first; the others follow in brackets.
 
     Raises TypeError for a model that is no nn.Module.
 
