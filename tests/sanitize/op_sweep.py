@@ -23,12 +23,12 @@ SHAPES = [(1, 1, 1), (3, 17, 5), (16, 64, 32), (129, 80, 65), (130, 1040, 24), (
 def grouped() -> int:
     """The samples, with their backward; more experts than threads of a block; long rows."""
     calls = 0
-    names = ("grouped_linear", "moe_experts")
-    for name, sample in [(name, sample) for name in names for sample in samples(name, "cuda")]:
-        y = getattr(torch.ops.fp8, name)(*sample.args, **sample.kwargs)
-        if y.requires_grad:
-            y.backward(torch.randn_like(y))
-        calls += 1
+    for name in ("grouped_linear", "moe_experts"):
+        for sample in samples(name, "cuda"):
+            y = getattr(torch.ops.fp8, name)(*sample.args, **sample.kwargs)
+            if y.requires_grad:
+                y.backward(torch.randn_like(y))
+            calls += 1
     for tokens, hidden, features, experts in ((50, 32, 4128, 3), (700, 16, 16, 300)):
         weights, index = torch.randn(tokens, experts, device="cuda").softmax(-1).topk(2)
         x, gate_up, down = (
