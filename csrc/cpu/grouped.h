@@ -1,6 +1,6 @@
-// The passes of fp8/core_grouped.h on the CPU: reference and fallback. Same arguments; the same bits
-// where only quantization and sums in a fixed order are involved (activations call the C library's
-// exp, which may differ from the GPU's in the last place).
+// The passes of fp8/core_grouped.h on the CPU: reference and fallback. Same arguments; the same
+// bits where only quantization and sums in a fixed order are involved (activations call the C
+// library's exp, which may differ from the GPU's in the last place).
 #pragma once
 
 #include "fp8/core_grouped.h"

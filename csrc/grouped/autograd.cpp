@@ -62,11 +62,10 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
     const bool needs_dweight = ctx->saved_data["needs_dweight"].toBool();
     const bool needs_dbias = ctx->saved_data["needs_dbias"].toBool();
     static const auto op = find<decltype(kernel::_grouped_backward)>("fp8::_grouped_backward");
-    const auto [dx, dweight, dbias] =
-        op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
-                saved[4], ctx->saved_data["in_features"].toSymInt(),
-                ctx->saved_data["transposed"].toBool(), ctx->saved_data["recipe"].toInt(), needs_dx,
-                needs_dweight, needs_dbias);
+    const auto [dx, dweight, dbias] = op.call(
+        dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+        saved[4], ctx->saved_data["in_features"].toSymInt(), ctx->saved_data["transposed"].toBool(),
+        ctx->saved_data["recipe"].toInt(), needs_dx, needs_dweight, needs_dbias);
     return {needs_dx ? dx : none, needs_dweight ? dweight : none, none, needs_dbias ? dbias : none,
             none};
   }
@@ -94,10 +93,9 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor weights = top_k_weights.to(at::kFloat);
     static const auto op = find<decltype(kernel::_moe_forward)>("fp8::_moe_forward");
-    auto [y, gate_up_out, offsets, place, source] =
-        op.call(x, top_k_index, weights, gate_up, down, gate_up_bias, down_bias,
-                options->activation, options->interleaved, options->alpha, options->limit,
-                options->recipe);
+    auto [y, gate_up_out, offsets, place, source] = op.call(
+        x, top_k_index, weights, gate_up, down, gate_up_bias, down_bias, options->activation,
+        options->interleaved, options->alpha, options->limit, options->recipe);
     const at::Tensor none;
     ctx->save_for_backward({x, top_k_index, weights, gate_up, down, gate_up_bias.value_or(none),
                             down_bias.value_or(none), gate_up_out, offsets, place, source});
@@ -118,12 +116,12 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     const variable_list saved = ctx->get_saved_variables();
     const int64_t needs = ctx->saved_data["needs"].toInt();
     static const auto op = find<decltype(kernel::_moe_backward)>("fp8::_moe_backward");
-    const auto [dx, d_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias] = op.call(
-        dy, saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]),
-        optional(saved[6]), saved[7], saved[8], saved[9], saved[10],
-        ctx->saved_data["activation"].toInt(), ctx->saved_data["interleaved"].toBool(),
-        ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(),
-        ctx->saved_data["recipe"].toInt(), needs);
+    const auto [dx, d_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias] =
+        op.call(dy, saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]),
+                optional(saved[6]), saved[7], saved[8], saved[9], saved[10],
+                ctx->saved_data["activation"].toInt(), ctx->saved_data["interleaved"].toBool(),
+                ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(),
+                ctx->saved_data["recipe"].toInt(), needs);
     const auto weights_dtype =
         static_cast<at::ScalarType>(ctx->saved_data["weights_dtype"].toInt());
     if ((needs & 1) != 0) result[0] = dx;

@@ -3,8 +3,8 @@
 //
 // Two launches over 128 x 64 tiles, which never cross a group: maxima of the columns, joined by an
 // integer atomicMax (a maximum has no order, so the bits are the same on every run), then cast and
-// transpose as in quantize/cast.cu. A tile of a ragged group is found in the tile table; its rows may
-// be gathered through `source`. Bound by bandwidth: 2 + 2 + 1 bytes an element.
+// transpose as in quantize/cast.cu. A tile of a ragged group is found in the tile table; its rows
+// may be gathered through `source`. Bound by bandwidth: 2 + 2 + 1 bytes an element.
 #include "common/transpose.cuh"
 #include "grouped/device.cuh"
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ Tile find_tile(const ColumnsParams& p, int64_t index)
 
 template <typename T>
 __device__ __forceinline__ void load_tile(const ColumnsParams& p, const Tile& tile, int row_group,
-                                          int64_t col, Vec8<T>(&v)[kRowsPerThread]) {
+                                          int64_t col, Vec8<T> (&v)[kRowsPerThread]) {
   const int valid_cols = of_eight(p.args.cols - col);
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) group_amax_kernel(const ColumnsParam
   amax.clear();
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) amax.update(v[r]);
-  // The four row groups of a warp: lanes that differ in bits 3 and 4.
+    // The four row groups of a warp: lanes that differ in bits 3 and 4.
 #pragma unroll
   for (int offset = kColGroups; offset < 32; offset *= 2) {
     Vec8<T> other;
@@ -130,9 +130,8 @@ __global__ void __launch_bounds__(kThreads) group_cast_kernel(const ColumnsParam
   uint2 codes[kRowsPerThread];
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    codes[r] = keep_first(
-        encode8<E4M3>(v[r], [&](int j) { return multiplier[col_group * 8 + j]; }),
-        row_group * kRowsPerThread + r < tile.rows ? valid_cols : 0);
+    codes[r] = keep_first(encode8<E4M3>(v[r], [&](int j) { return multiplier[col_group * 8 + j]; }),
+                          row_group * kRowsPerThread + r < tile.rows ? valid_cols : 0);
   }
   uint32_t words[8];
   transpose_bytes(codes[0].x, codes[1].x, codes[2].x, codes[3].x, words);
@@ -171,9 +170,8 @@ void quantize_group_columns(const GroupColumnsArgs& args, Stream stream) {
   const int64_t tiles = args.tiles != nullptr ? args.tile_count : args.groups * tiles_per_group;
   const int64_t blocks = tiles * params.col_tiles;
   require(blocks > 0 && blocks <= kMaxGridX, "quantize_group_columns has too many tiles");
-  FP8_CUDA_CHECK(cudaMemsetAsync(args.amax, 0,
-                                 static_cast<size_t>(args.groups * args.cols) * sizeof(uint32_t),
-                                 stream));
+  FP8_CUDA_CHECK(cudaMemsetAsync(
+      args.amax, 0, static_cast<size_t>(args.groups * args.cols) * sizeof(uint32_t), stream));
   dispatch_input(args.x_dtype, [&](auto input) {
     using T = typename decltype(input)::type;
     const auto grid = static_cast<unsigned>(blocks);

@@ -1,5 +1,5 @@
-// What the kernels of this folder share: groups and their rows on the device, rows of eight elements
-// at a time.
+// What the kernels of this folder share: groups and their rows on the device, rows of eight
+// elements at a time.
 #pragma once
 
 #include "common/launch.h"
@@ -78,8 +78,8 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Sum of the values of the threads before this one; *total is that of all. kThreadCount threads take
-// part; scratch: one word a warp, reused after the next barrier.
+// Sum of the values of the threads before this one; *total is that of all. kThreadCount threads
+// take part; scratch: one word a warp, reused after the next barrier.
 template <int kThreadCount>
 __device__ __forceinline__ int exclusive_scan(int value, int* total, int* scratch) {
   constexpr int kWarpCount = kThreadCount / 32;

@@ -14,7 +14,8 @@
 namespace fp8::core {
 namespace {
 
-constexpr int kMaxVectors = 4;  // of eight features a thread; the backward keeps two results of each
+constexpr int kMaxVectors =
+    4;  // of eight features a thread; the backward keeps two results of each
 
 struct GatePlan {
   int threads_per_row = 32;
@@ -33,8 +34,8 @@ GatePlan plan_gate(int64_t features) {
     plan.vectors *= 2;
   }
   plan.rows_per_block = std::max(1, kThreads / plan.threads_per_row);
-  plan.iterations =
-      static_cast<int>(ceil_div(vectors, static_cast<int64_t>(plan.vectors) * plan.threads_per_row));
+  plan.iterations = static_cast<int>(
+      ceil_div(vectors, static_cast<int64_t>(plan.vectors) * plan.threads_per_row));
   return plan;
 }
 
@@ -215,7 +216,8 @@ __global__ void __launch_bounds__(512, 1) gate_forward_kernel(const ForwardParam
     for (int i = 0; i < kVectors; ++i) {
       const int64_t feature = (iteration * kVectors + i) * stride + at.thread * 8;
       if (feature >= a.features) continue;
-      *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.args.data) + at.row * a.features + feature) =
+      *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.args.data) + at.row * a.features +
+                                feature) =
           encode8<E4M3>(h[i], [&](int) { return scale.quant_multiplier; });
     }
   }
@@ -362,7 +364,8 @@ void with_vectors(int vectors, const Launch& go) {
 }
 
 template <typename Params, typename Kernels>
-void launch_gate(const GateArgs& gate, const Params& params, Stream stream, const Kernels& kernels) {
+void launch_gate(const GateArgs& gate, const Params& params, Stream stream,
+                 const Kernels& kernels) {
   const int threads = params.plan.threads_per_row * params.plan.rows_per_block;
   const auto blocks = static_cast<unsigned>(ceil_div(gate.rows, params.plan.rows_per_block));
   dispatch_input(gate.dtype, [&](auto input) {

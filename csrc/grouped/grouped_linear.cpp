@@ -4,9 +4,9 @@
 //   dgrad  dx = dy W        dy rows and W's columns quantized       as the recipe says
 //   wgrad  dW = dy^T x      columns of dy and x, group by group     as the recipe says; or in bf16
 //
-// Rows keep their places: a group of rows may begin anywhere. Only wgrad contracts over rows, and for
-// it the transposed copies pad each group to a multiple of 16 columns. N and K that are no multiples
-// of 16 are padded by copies of the operands, which no usual model needs.
+// Rows keep their places: a group of rows may begin anywhere. Only wgrad contracts over rows, and
+// for it the transposed copies pad each group to a multiple of 16 columns. N and K that are no
+// multiples of 16 are padded by copies of the operands, which no usual model needs.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -38,15 +38,14 @@ at::Tensor padded(const at::Tensor& t, int64_t dims) {
 at::Tensor rows_of(const at::Tensor& x) { return padded(as_matrix(x), 1); }
 
 void finish(const at::Tensor& y, const at::Tensor& offsets, const at::Tensor& bias) {
-  const core::FinishRowsArgs args{
-      .x = y.mutable_data_ptr(),
-      .dtype = to_core(y.scalar_type()),
-      .rows = y.size(0),
-      .cols = y.size(1),
-      .ld = leading_dim(y),
-      .groups = offsets.size(0),
-      .offsets = offsets.const_data_ptr<int32_t>(),
-      .bias = bias.defined() ? bias.const_data_ptr() : nullptr};
+  const core::FinishRowsArgs args{.x = y.mutable_data_ptr(),
+                                  .dtype = to_core(y.scalar_type()),
+                                  .rows = y.size(0),
+                                  .cols = y.size(1),
+                                  .ld = leading_dim(y),
+                                  .groups = offsets.size(0),
+                                  .offsets = offsets.const_data_ptr<int32_t>(),
+                                  .bias = bias.defined() ? bias.const_data_ptr() : nullptr};
   FP8_RUN_PASS(finish_rows, y, args);
 }
 
@@ -88,9 +87,8 @@ void check_grouped_linear(const at::Tensor& x, const at::Tensor& weight, const a
   FP8_CHECK_VALUE(offsets.dim() == 1 && offsets.sym_size(0) == weight.sym_size(0),
                   "fp8::grouped_linear: expected offsets of shape [E] = [", weight.sym_size(0),
                   "], got ", offsets.sym_sizes());
-  FP8_CHECK_VALUE(weight.sym_size(0) <= core::kMaxGroups,
-                  "fp8::grouped_linear: expected at most ", core::kMaxGroups, " groups, got ",
-                  weight.sym_size(0));
+  FP8_CHECK_VALUE(weight.sym_size(0) <= core::kMaxGroups, "fp8::grouped_linear: expected at most ",
+                  core::kMaxGroups, " groups, got ", weight.sym_size(0));
   FP8_CHECK_SAME_DEVICE("grouped_linear", "weight", weight, "x", x);
   FP8_CHECK_SAME_DEVICE("grouped_linear", "offsets", offsets, "x", x);
   if (!bias) return;
@@ -124,8 +122,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
   } else {
     const grouped::Operand qx = grouped::quantize_rows(rows);
     const grouped::Operand qw = grouped::weight_for_fprop(padded(weight, 2));
-    y = first_columns(
-        grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), /*fast_accum=*/true), features);
+    y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), /*fast_accum=*/true),
+                      features);
   }
   if (y.numel() > 0 && offsets.size(0) > 0 && (bias || !empty)) {
     finish(y, offsets, bias ? bias->contiguous() : at::Tensor());
@@ -186,10 +184,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
       const grouped::Tiles tiles = grouped::make_tiles(offsets, rows);
       const grouped::Operand qdy_t = grouped::quantize_columns(dy_rows, tiles);
       const grouped::Operand qx_t{*x, *x_t_scale};
-      dweight = transposed ? grouped::multiply_columns(qx_t, qdy_t, *padded_offsets, dtype,
-                                                       recipe.fast_wgrad)
-                           : grouped::multiply_columns(qdy_t, qx_t, *padded_offsets, dtype,
-                                                       recipe.fast_wgrad);
+      dweight =
+          transposed
+              ? grouped::multiply_columns(qx_t, qdy_t, *padded_offsets, dtype, recipe.fast_wgrad)
+              : grouped::multiply_columns(qdy_t, qx_t, *padded_offsets, dtype, recipe.fast_wgrad);
     } else {
       const at::Tensor x_rows = rows_of(*x);
       dweight = transposed ? grouped::multiply_high_precision(x_rows, dy_rows, offsets)
@@ -239,16 +237,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& /*x*/,
     const std::optional<at::Tensor>& /*x_t_scale*/,
     const std::optional<at::Tensor>& /*padded_offsets*/,
-    const std::optional<at::Tensor>& /*weight*/, const at::Tensor& offsets,
-    c10::SymInt in_features, bool transposed, int64_t /*recipe*/, bool needs_dx,
-    bool needs_dweight, bool needs_dbias) {
+    const std::optional<at::Tensor>& /*weight*/, const at::Tensor& offsets, c10::SymInt in_features,
+    bool transposed, int64_t /*recipe*/, bool needs_dx, bool needs_dweight, bool needs_dbias) {
   const c10::SymInt groups = offsets.sym_size(0);
   const c10::SymInt features = dy.sym_size(1);
   at::Tensor dweight = none_like(dy);
   if (needs_dweight) {
-    dweight = transposed ? at::empty_symint({groups, in_features, features}, dy.options())
-                               .transpose(1, 2)
-                         : at::empty_symint({groups, features, in_features}, dy.options());
+    dweight = transposed
+                  ? at::empty_symint({groups, in_features, features}, dy.options()).transpose(1, 2)
+                  : at::empty_symint({groups, features, in_features}, dy.options());
   }
   return {needs_dx ? at::empty_symint({dy.sym_size(0), in_features}, dy.options()) : none_like(dy),
           dweight,

@@ -1,11 +1,13 @@
 // Grouped matmuls by ATen's kernels (CUTLASS, offsets on the device, no synchronization): measured
 // against a loop of cuBLASLt matmuls, which needs the offsets on the host, and bf16's. What the
 // kernel of torch 2.11 asks for, and who provides it:
-//   - e4m3 operands, both contiguous along the contracted dimension, extents in sixteens: operands.cpp
+//   - e4m3 operands, both contiguous along the contracted dimension, extents in sixteens:
+//   operands.cpp
 //   - groups of rows may begin anywhere; groups of columns (wgrad) begin at multiples of 16 and are
 //     never empty, which a device assertion checks: the tile table
 //   - bf16 output: other dtypes are cast
-//   - compute capability 9.0: elsewhere the codes, exact in bf16, take the bf16 kernel, and scales are
+//   - compute capability 9.0: elsewhere the codes, exact in bf16, take the bf16 kernel, and scales
+//   are
 //     applied to its output
 // The CPU decodes and multiplies in fp32, a group at a time.
 #include "grouped/grouped_mm.h"
@@ -58,8 +60,8 @@ at::Tensor multiply_columns_cpu(const Operand& a, const Operand& b,
                                 const at::Tensor& padded_offsets, at::ScalarType out_dtype) {
   const at::Tensor left = decoded(a.data);
   const at::Tensor right = decoded(b.data);
-  const at::Tensor out = at::empty(
-      {padded_offsets.size(0), a.data.size(0), b.data.size(0)}, a.scale.options().dtype(out_dtype));
+  const at::Tensor out = at::empty({padded_offsets.size(0), a.data.size(0), b.data.size(0)},
+                                   a.scale.options().dtype(out_dtype));
   for_groups(padded_offsets, left.size(1), [&](int64_t g, int64_t begin, int64_t columns) {
     const at::Tensor product =
         at::mm(left.narrow(1, begin, columns), right.narrow(1, begin, columns).t());
@@ -108,8 +110,8 @@ at::Tensor multiply_rows(const Operand& a, const Operand& b, const at::Tensor& o
     return scaled_grouped_mm(a, b, offsets, fast_accum).to(out_dtype);
   }
   const at::Tensor rows = at::arange(a.data.size(0), offsets.options());
-  const at::Tensor group =
-      at::searchsorted(offsets, rows, /*out_int32=*/false, /*right=*/true).clamp_max_(offsets.size(0) - 1);
+  const at::Tensor group = at::searchsorted(offsets, rows, /*out_int32=*/false, /*right=*/true)
+                               .clamp_max_(offsets.size(0) - 1);
   return codes_mm(a, b, offsets)
       .to(at::kFloat)
       .mul_(a.scale.unsqueeze(1))
@@ -143,8 +145,7 @@ at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,
                                    const at::Tensor& offsets) {
   if (a.is_cpu()) return multiply_high_precision_cpu(a, b, offsets);
   // The kernel that needs no offsets on the host is bf16's.
-  return at::_grouped_mm(a.to(at::kBFloat16).t(), b.to(at::kBFloat16), offsets)
-      .to(a.scalar_type());
+  return at::_grouped_mm(a.to(at::kBFloat16).t(), b.to(at::kBFloat16), offsets).to(a.scalar_type());
 }
 
 }  // namespace fp8::grouped

@@ -2,13 +2,15 @@
 // through.
 //
 //   _grouped_forward: y and, with save_x, what wgrad needs of x: x_t [pad16(K), L] e4m3, quantized
-//     within each group, its scale [E, pad16(K)], and padded_offsets [E] int32, where the groups lie
-//     in it (L = max_padded_rows). Recipes without FP8 wgrad save x itself and get empty tensors.
+//     within each group, its scale [E, pad16(K)], and padded_offsets [E] int32, where the groups
+//     lie in it (L = max_padded_rows). Recipes without FP8 wgrad save x itself and get empty
+//     tensors.
 //   _grouped_backward: dx, dweight, dbias; an empty tensor where one is not asked for. dweight is
 //     stored as the weight is (`transposed`: [E, K, N] in memory).
 //   _moe_forward: y; gate_up_out [T * k, 2 I], the first product without its bias; offsets [E],
 //     place [T * k] and source [T * k], see core_grouped.h.
-//   _moe_backward: the gradients of x, top_k_weights, gate_up, down, gate_up_bias, down_bias, as far
+//   _moe_backward: the gradients of x, top_k_weights, gate_up, down, gate_up_bias, down_bias, as
+//   far
 //     as the bits of `needs` ask for them, in this order from bit 0.
 #pragma once
 
@@ -23,16 +25,15 @@ namespace fp8 {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-#define FP8_DECLARE_GROUPED_OPS                                                                    \
-  at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight,                         \
-                            const at::Tensor& offsets, const std::optional<at::Tensor>& bias,      \
-                            std::string_view recipe);                                              \
-  at::Tensor moe_experts(                                                                          \
-      const at::Tensor& x, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,         \
-      const at::Tensor& gate_up, const at::Tensor& down,                                           \
-      const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,   \
-      std::string_view activation, bool interleaved, double alpha, double limit,                   \
-      std::string_view recipe);
+#define FP8_DECLARE_GROUPED_OPS                                                                   \
+  at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight,                        \
+                            const at::Tensor& offsets, const std::optional<at::Tensor>& bias,     \
+                            std::string_view recipe);                                             \
+  at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,                      \
+                         const at::Tensor& top_k_weights, const at::Tensor& gate_up,              \
+                         const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,   \
+                         const std::optional<at::Tensor>& down_bias, std::string_view activation, \
+                         bool interleaved, double alpha, double limit, std::string_view recipe);
 
 #define FP8_DECLARE_GROUPED_PRIVATE_OPS                                                            \
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(                     \

@@ -1,15 +1,16 @@
 // moe_experts: the experts of a mixture with the routing given, forward and backward.
 //
-// forward   sort slots by expert · quantize x once a token, write its codes to its k rows · product
-//           with gate_up · activation + quantize · product with down · weight and add a token's rows
-// backward  quantize dy once a token, to its k rows · dh = dy down · activation's backward, which also
-//           gives the routing weights' gradients (dh . h, so down's output is not needed) and
-//           quantizes · product with gate_up · add a token's rows; then the two weight gradients,
-//           whose operands are gathered by routing where they are quantized
+// forward: sort slots by expert; quantize x once a token and write its codes to its k rows; product
+// with gate_up; activation and quantization; product with down; weight and add a token's rows.
+//
+// backward: quantize dy once a token, to its k rows; dh = dy down; the activation's backward, which
+// quantizes and also gives the routing weights' gradients (dh . h, so that down's output is not
+// needed); product with gate_up; add a token's rows; then the two weight gradients, whose operands
+// are gathered by routing where they are quantized.
 //
 // Saved for the backward: x, which the router keeps alive too, the first product, and the routing:
-// 4 I bytes a row of bf16 where the composition of ATen's ops keeps about 4 H + 8 I. Weight gradients
-// come last, when the quantized weights are gone.
+// 4 I bytes a row of bf16 where the composition of ATen's ops keeps about 4 H + 8 I. Weight
+// gradients come last, when the quantized weights are gone.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -127,9 +128,9 @@ struct WeightGradient {
   at::Tensor fp8(const grouped::Operand& grad, const grouped::Operand& input,
                  const grouped::Tiles& tiles) const {
     const bool transposed = grouped::is_stored_transposed(weight);
-    const at::Tensor stored = grouped::multiply_columns(
-        transposed ? input : grad, transposed ? grad : input, tiles.padded_offsets,
-        weight.scalar_type(), recipe.fast_wgrad);
+    const at::Tensor stored =
+        grouped::multiply_columns(transposed ? input : grad, transposed ? grad : input,
+                                  tiles.padded_offsets, weight.scalar_type(), recipe.fast_wgrad);
     return transposed ? stored.transpose(1, 2) : stored;
   }
   at::Tensor high_precision(const at::Tensor& grad, const at::Tensor& input) const {
@@ -356,7 +357,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   }
   if (needed(kWeights) && down_bias.defined()) {
     const int64_t last = down.size(0) - 1;
-    const at::Tensor dot = at::mm(dy, down_bias.t()).to(at::kFloat).gather(1, experts.clamp(0, last));
+    const at::Tensor dot =
+        at::mm(dy, down_bias.t()).to(at::kFloat).gather(1, experts.clamp(0, last));
     d_weights.add_(dot.masked_fill_(experts.lt(0).logical_or_(experts.gt(last)), 0));
   }
   if (needed(kX)) {

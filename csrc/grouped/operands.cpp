@@ -38,17 +38,16 @@ Operand quantize_stored_columns(const at::Tensor& stored) {
   Operand out{empty_on(stored, {groups, cols, rows}, at::kFloat8_e4m3fn),
               empty_on(stored, {groups, cols}, at::kFloat)};
   const at::Tensor amax = empty_on(stored, {groups, cols}, at::kInt);
-  const core::GroupColumnsArgs args{
-      .x = stored.const_data_ptr(),
-      .x_dtype = to_core(stored.scalar_type()),
-      .cols = cols,
-      .ld = cols,
-      .groups = groups,
-      .group_rows = rows,
-      .data_t = out.data.mutable_data_ptr(),
-      .ld_t = rows,
-      .scale_t = out.scale.mutable_data_ptr<float>(),
-      .amax = static_cast<uint32_t*>(amax.mutable_data_ptr())};
+  const core::GroupColumnsArgs args{.x = stored.const_data_ptr(),
+                                    .x_dtype = to_core(stored.scalar_type()),
+                                    .cols = cols,
+                                    .ld = cols,
+                                    .groups = groups,
+                                    .group_rows = rows,
+                                    .data_t = out.data.mutable_data_ptr(),
+                                    .ld_t = rows,
+                                    .scale_t = out.scale.mutable_data_ptr<float>(),
+                                    .amax = static_cast<uint32_t*>(amax.mutable_data_ptr())};
   FP8_RUN_PASS(quantize_group_columns, stored, args);
   return out;
 }
@@ -60,7 +59,8 @@ Operand quantize_weight(const at::Tensor& weight, bool fprop) {
   const at::Tensor stored = transposed ? weight.transpose(1, 2) : weight.contiguous();
   const Form form = fprop == transposed ? kColumns : kRows;
   const auto made = memory::remember_weight(weight, stored, form, [&] {
-    const Operand q = form == kRows ? quantize_stored_rows(stored) : quantize_stored_columns(stored);
+    const Operand q =
+        form == kRows ? quantize_stored_rows(stored) : quantize_stored_columns(stored);
     return std::pair(q.data, q.scale);
   });
   return {made.first, made.second};

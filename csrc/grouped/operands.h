@@ -10,19 +10,19 @@
 
 // Runs core::NAME on the current stream of `like`, or cpu::NAME.
 #ifdef FP8_WITH_CUDA
-#define FP8_RUN_PASS(NAME, like, ...)                                      \
-  do {                                                                     \
-    if ((like).is_cpu()) {                                                 \
-      ::fp8::cpu::NAME(__VA_ARGS__);                                       \
-    } else {                                                               \
-      ::fp8::core::NAME(__VA_ARGS__, ::fp8::cuda::current_stream(like));   \
-    }                                                                      \
+#define FP8_RUN_PASS(NAME, like, ...)                                    \
+  do {                                                                   \
+    if ((like).is_cpu()) {                                               \
+      ::fp8::cpu::NAME(__VA_ARGS__);                                     \
+    } else {                                                             \
+      ::fp8::core::NAME(__VA_ARGS__, ::fp8::cuda::current_stream(like)); \
+    }                                                                    \
   } while (false)
 #else
-#define FP8_RUN_PASS(NAME, like, ...)                                      \
-  do {                                                                     \
-    if (!(like).is_cpu()) ::fp8::throw_no_cuda(like);                      \
-    ::fp8::cpu::NAME(__VA_ARGS__);                                         \
+#define FP8_RUN_PASS(NAME, like, ...)                 \
+  do {                                                \
+    if (!(like).is_cpu()) ::fp8::throw_no_cuda(like); \
+    ::fp8::cpu::NAME(__VA_ARGS__);                    \
   } while (false)
 #endif
 

@@ -11,10 +11,10 @@
 
 namespace fp8 {
 
-// The one place that says how each product accumulates (fprop is always fast). The numerics contract
-// has dgrad and wgrad split, as dense layers do. The grouped kernel pays more for that than cuBLASLt
-// does, 1.2 to 2.6 times the time where groups have a few hundred rows, so recipes that accumulate
-// fast stand beside those that keep the contract.
+// The one place that says how each product accumulates (fprop is always fast). The numerics
+// contract has dgrad and wgrad split, as dense layers do. The grouped kernel pays more for that
+// than cuBLASLt does, 1.2 to 2.6 times the time where groups have a few hundred rows, so recipes
+// that accumulate fast stand beside those that keep the contract.
 struct GroupedRecipe {
   std::string_view name;
   bool fp8_wgrad;  // false: dW = dy^T x in bf16 from unquantized operands

@@ -3,8 +3,8 @@
 //
 // A stable counting sort: blocks of 256 slots count their experts, a block per expert adds the
 // counts up, and the blocks of slots find each slot's row. A warp's equal experts are found by
-// match_any, the warps' counts meet in shared memory: no atomics decide an order, so the permutation
-// is the same on every run. Bound by latency: three small launches.
+// match_any, the warps' counts meet in shared memory: no atomics decide an order, so the
+// permutation is the same on every run. Bound by latency: three small launches.
 #include "grouped/device.cuh"
 
 namespace fp8::core {
@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kTableThreads) tile_table_kernel(const TablePa
     rows = max(min(a.offsets[group], row_limit) - begin, 0);
   }
   const int padded = group < groups ? max((rows + 15) / 16 * 16, 16) : 0;
-  const int tiles = (padded + static_cast<int>(kGroupTileRows) - 1) / static_cast<int>(kGroupTileRows);
+  const int tiles =
+      (padded + static_cast<int>(kGroupTileRows) - 1) / static_cast<int>(kGroupTileRows);
   int all_tiles = 0;
   int all_columns = 0;
   first_tile[group] = exclusive_scan<kTableThreads>(tiles, &all_tiles, scratch);

@@ -109,19 +109,18 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArgs a) 
         const int64_t row = exists ? __ldg(a.place + slot) : rows;
         const bool counts = row < rows;
         weight[i] = !counts ? 0.0F : a.weights != nullptr ? __ldg(a.weights + slot) : 1.0F;
-        v[i] = load8(static_cast<const T*>(a.x) + (counts ? row * a.cols + col : 0),
-                     counts ? 8 : 0, true);
+        v[i] = load8(static_cast<const T*>(a.x) + (counts ? row * a.cols + col : 0), counts ? 8 : 0,
+                     true);
         const bool biased = counts && a.bias != nullptr;
-        bias[i] = load8(static_cast<const T*>(a.bias) +
-                            (biased ? __ldg(a.experts + slot) * a.cols + col : 0),
-                        biased ? 8 : 0, true);
+        bias[i] = load8(
+            static_cast<const T*>(a.bias) + (biased ? __ldg(a.experts + slot) * a.cols + col : 0),
+            biased ? 8 : 0, true);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          sum[j] =
-              __fadd_rn(sum[j], __fmul_rn(weight[i], __fadd_rn(v[i].get(j), bias[i].get(j))));
+          sum[j] = __fadd_rn(sum[j], __fmul_rn(weight[i], __fadd_rn(v[i].get(j), bias[i].get(j))));
         }
       }
     }
@@ -142,7 +141,8 @@ __global__ void __launch_bounds__(kThreads) finish_rows_kernel(const FinishRowsA
     const T* bias = static_cast<const T*>(a.bias) +
                     (has_bias ? group_of(a.offsets, a.groups, row) * a.cols : 0);
     for (int64_t col = threadIdx.x; col < a.cols; col += blockDim.x) {
-      const float value = has_bias ? static_cast<float>(x[col]) + static_cast<float>(bias[col]) : 0.0F;
+      const float value =
+          has_bias ? static_cast<float>(x[col]) + static_cast<float>(bias[col]) : 0.0F;
       if (row >= grouped || has_bias) x[col] = static_cast<T>(value);
     }
   }

@@ -1,5 +1,5 @@
-// Autocast: inside torch.autocast, linear operators take x, weights and biases in the autocast dtype,
-// as F.linear does.
+// Autocast: inside torch.autocast, linear operators take x, weights and biases in the autocast
+// dtype, as F.linear does.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 

@@ -87,7 +87,8 @@ TORCH_LIBRARY(fp8, m) {
       " -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
   m.def(
-      "_moe_forward(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor down,"
+      "_moe_forward(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor "
+      "down,"
       " Tensor? gate_up_bias, Tensor? down_bias, int activation, bool interleaved, float alpha,"
       " float limit, int recipe)"
       " -> (Tensor y, Tensor gate_up_out, Tensor offsets, Tensor place, Tensor source)",
@@ -155,7 +156,8 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_moe_backward", TORCH_FN(fp8::meta::_moe_backward));
 }
 
-// Only the linear ops and moe_experts have a gradient. The others say so when a backward reaches them.
+// Only the linear ops and moe_experts have a gradient. The others say so when a backward reaches
+// them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
@@ -163,11 +165,11 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("_linear_backward_into", TORCH_FN(fp8::autograd::_linear_backward_into));
   m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
   m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
-  for (const char* op : {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
-                         "quantize_rowwise_transpose", "dequantize", "scaled_mm",
-                         "scaled_mm_accumulate_", "_scaled_mm_accumulate", "_linear_forward",
-                         "_grouped_forward", "_grouped_backward", "_moe_forward",
-                         "_moe_backward"}) {
+  for (const char* op :
+       {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
+        "quantize_rowwise_transpose", "dequantize", "scaled_mm", "scaled_mm_accumulate_",
+        "_scaled_mm_accumulate", "_linear_forward", "_grouped_forward", "_grouped_backward",
+        "_moe_forward", "_moe_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

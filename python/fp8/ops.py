@@ -229,8 +229,8 @@ def grouped_linear(
 ) -> Tensor:
     """y[r] = x[r] · weight[g]ᵀ + bias[g] for each row r of group g, in FP8, differentiable once.
 
-    Nothing waits for the extents of the groups: they stay on the device. Groups may have any extent,
-    also none.
+    Nothing waits for the extents of the groups: they stay on the device. Groups may have any
+    extent, also none.
 
     Args:
         x: [T, K] bfloat16, float16 or float32, rows sorted by group.
@@ -274,8 +274,8 @@ def moe_experts(
         h = act(gate) · up          with gate and up the halves of g
         y[t] = Σ over the k experts e of t:  weight · (h · down[e]ᵀ + down_bias[e])
 
-    Sorting, gathering, activation, weighting and summing are fused with the quantizations around the
-    grouped products. Kept for the backward: x, g and the routing.
+    Sorting, gathering, activation, weighting and summing are fused with the quantizations around
+    the grouped products. Kept for the backward: x, g and the routing.
 
     Args:
         x: [T, H] bfloat16, float16 or float32.

@@ -38,6 +38,7 @@ def apply(fault: Fault, root: Path) -> str:
 QUANTIZE = "tests/python/quantize/test_quantize_values.py"
 LAYOUT = "tests/python/quantize/test_quantize_layout.py"
 LINEAR = "tests/python/linear"
+GROUPED = "tests/python/grouped"
 
 FAULTS = [
     # --- Python and build: nothing to compile ---
@@ -172,6 +173,34 @@ FAULTS = [
         f"{LINEAR}/test_linear_memory.py",
     ),
     Fault(
+        "a group's columns have the reciprocal of their scale",
+        "csrc/cpu/grouped.cpp",
+        "a.scale_t[item / blocks * a.cols + col0 + c] = 1.0F / multipliers[c];",
+        "a.scale_t[item / blocks * a.cols + col0 + c] = multipliers[c];",
+        f"{GROUPED}/test_grouped_linear.py",
+    ),
+    Fault(
+        "sentinels go to the last expert",
+        "csrc/cpu/grouped.cpp",
+        "return expert >= 0 && expert < a.groups ? expert : a.groups;",
+        "return expert >= 0 && expert < a.groups ? expert : a.groups - 1;",
+        f"{GROUPED}/test_moe_experts.py",
+    ),
+    Fault(
+        "the weight gradient of down forgets the routing weight",
+        "csrc/cpu/grouped.cpp",
+        "weighted[i] = weight * h;",
+        "weighted[i] = h;",
+        f"{GROUPED}/test_moe_experts.py",
+    ),
+    Fault(
+        "a changed expert weight is taken from the cache",
+        "csrc/linear/memory.cpp",
+        "  if (made_of != id) {",
+        "  if (!made_of) {",
+        f"{GROUPED}/test_grouped_module.py",
+    ),
+    Fault(
         "the C++ module forgets its recipe",
         "csrc/linear/module.cpp",
         "                      options.recipe());",
@@ -209,6 +238,22 @@ FAULTS = [
         "CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_b,",
         "CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_a,",
         "tests/python/matmul/test_scaled_mm.py",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: slots of earlier warps do not count",
+        "csrc/grouped/route.cu",
+        "row += warp_count[w][bucket];",
+        "row += 0;",
+        f"{GROUPED}/test_moe_experts.py",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: a tile of a group begins where the group begins",
+        "csrc/grouped/route.cu",
+        "entry.row = first_row[low] + done;",
+        "entry.row = first_row[low];",
+        f"{GROUPED}/test_grouped_cuda.py",
         gpu=True,
     ),
     Fault(

@@ -1,5 +1,6 @@
 // fp8/core_grouped.h: the passes around grouped matmuls (mixture of experts), without LibTorch. The
-// promises of fp8/core.h hold: no device memory is allocated, nothing synchronizes, no torch header.
+// promises of fp8/core.h hold: no device memory is allocated, nothing synchronizes, no torch
+// header.
 //
 // Words: rows of one expert lie together, a group; `offsets` [groups] int32 on the device has the
 // row that ends each group, so rows past the last offset belong to nobody. A slot is one (token,
@@ -20,9 +21,9 @@ struct RouteArgs {
   const int64_t* experts = nullptr;  // [slots]
   int64_t slots = 0;
   int64_t groups = 0;
-  int32_t* offsets = nullptr;   // [groups]
-  int32_t* place = nullptr;     // [slots], a permutation
-  int32_t* source = nullptr;    // [slots], its inverse
+  int32_t* offsets = nullptr;    // [groups]
+  int32_t* place = nullptr;      // [slots], a permutation
+  int32_t* source = nullptr;     // [slots], its inverse
   int32_t* workspace = nullptr;  // route_workspace_words(args), any content
 };
 int64_t route_workspace_words(const RouteArgs& args);
@@ -81,14 +82,15 @@ struct GroupColumnsArgs {
   int64_t cols = 0;
   int64_t ld = 0;
   int64_t groups = 0;
-  int64_t group_rows = 0;               // uniform
-  const GroupTile* tiles = nullptr;     // ragged: [tile_count]
+  int64_t group_rows = 0;            // uniform
+  const GroupTile* tiles = nullptr;  // ragged: [tile_count]
   int64_t tile_count = 0;
-  const int32_t* source = nullptr;  // ragged, optional: row r of the groups is row source[r] / copies
+  const int32_t* source =
+      nullptr;  // ragged, optional: row r of the groups is row source[r] / copies
   int64_t copies = 1;
-  void* data_t = nullptr;  // 16-byte aligned
-  int64_t ld_t = 0;        // multiple of 16
-  float* scale_t = nullptr;   // [groups, cols]
+  void* data_t = nullptr;    // 16-byte aligned
+  int64_t ld_t = 0;          // multiple of 16
+  float* scale_t = nullptr;  // [groups, cols]
   uint32_t* amax = nullptr;  // workspace [groups, cols]
 };
 void quantize_group_columns(const GroupColumnsArgs& args, Stream stream);
@@ -123,14 +125,14 @@ void gate_forward(const GateForwardArgs& args, Stream stream);
 // gradient of the routing weight, sum(dh * h) (+ dy . bias of down, which the caller adds).
 struct GateBackwardArgs {
   GateArgs gate;
-  const void* dh = nullptr;            // [rows, features] in dtype
-  const float* weights = nullptr;      // [slots]
-  const int32_t* source = nullptr;     // [rows]
-  void* data = nullptr;                // [rows, 2 * features] e4m3, optional
-  float* scale = nullptr;              // [rows], with data
-  void* d_gate_up = nullptr;           // [rows, 2 * features] in dtype, optional
-  void* weighted_h = nullptr;          // [rows, features] in dtype, optional
-  float* d_weights = nullptr;          // [slots], optional; slots of no group are left alone
+  const void* dh = nullptr;         // [rows, features] in dtype
+  const float* weights = nullptr;   // [slots]
+  const int32_t* source = nullptr;  // [rows]
+  void* data = nullptr;             // [rows, 2 * features] e4m3, optional
+  float* scale = nullptr;           // [rows], with data
+  void* d_gate_up = nullptr;        // [rows, 2 * features] in dtype, optional
+  void* weighted_h = nullptr;       // [rows, features] in dtype, optional
+  float* d_weights = nullptr;       // [slots], optional; slots of no group are left alone
 };
 void gate_backward(const GateBackwardArgs& args, Stream stream);
 
@@ -144,11 +146,11 @@ struct CombineArgs {
   int64_t cols = 0;  // multiple of 8
   int64_t groups = 0;
   const int32_t* offsets = nullptr;
-  const int32_t* place = nullptr;     // [tokens * top_k]
-  const float* weights = nullptr;     // [tokens * top_k], or nullptr for ones
-  const int64_t* experts = nullptr;   // [tokens * top_k], with bias
-  const void* bias = nullptr;         // [groups, cols] in dtype, optional
-  void* out = nullptr;                // [tokens, cols]
+  const int32_t* place = nullptr;    // [tokens * top_k]
+  const float* weights = nullptr;    // [tokens * top_k], or nullptr for ones
+  const int64_t* experts = nullptr;  // [tokens * top_k], with bias
+  const void* bias = nullptr;        // [groups, cols] in dtype, optional
+  void* out = nullptr;               // [tokens, cols]
 };
 void combine(const CombineArgs& args, Stream stream);
 

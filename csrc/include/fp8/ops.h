@@ -79,25 +79,26 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, std::string_view recipe,
                              const at::Tensor& main_grad, bool overwrite = false);
 
-// x [T, K] sorted by group, weight [E, N, K] (stored so, or as [E, K, N]), offsets [E] int32, the row
-// that ends each group, bias [E, N] -> y [T, N] with y[r] = x[r] W[g]^T + b[g] for the rows r of
-// group g, zeros for rows past the last offset. All but offsets of one high-precision dtype; E below
-// 1024. Nothing waits for the offsets. Operands are e4m3 with a scale per row; recipes "rowwise",
-// "rowwise_gw_hp" (weight gradient in bf16 on a GPU, fp32 on the CPU) and both with "rowwise_fast"
-// for "rowwise" (gradients in fast accumulation). On a GPU products are rounded to bf16 first.
-// Differentiable once.
+// x [T, K] sorted by group, weight [E, N, K] (stored so, or as [E, K, N]), offsets [E] int32, the
+// row that ends each group, bias [E, N] -> y [T, N] with y[r] = x[r] W[g]^T + b[g] for the rows r
+// of group g, zeros for rows past the last offset. All but offsets of one high-precision dtype; E
+// below 1024. Nothing waits for the offsets. Operands are e4m3 with a scale per row; recipes
+// "rowwise", "rowwise_gw_hp" (weight gradient in bf16 on a GPU, fp32 on the CPU) and both with
+// "rowwise_fast" for "rowwise" (gradients in fast accumulation). On a GPU products are rounded to
+// bf16 first. Differentiable once.
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias = std::nullopt,
                           std::string_view recipe = "rowwise");
 
-// The experts of a mixture, routing given: x [T, H], top_k_index [T, k] int64, top_k_weights [T, k],
-// gate_up [E, 2 I, H], down [E, H, I] (stored so, or with the last two dimensions exchanged),
+// The experts of a mixture, routing given: x [T, H], top_k_index [T, k] int64, top_k_weights [T,
+// k], gate_up [E, 2 I, H], down [E, H, I] (stored so, or with the last two dimensions exchanged),
 // gate_up_bias [E, 2 I], down_bias [E, H] -> y [T, H] with y[t] = sum over t's experts e of
 // weight * (h W_down[e]^T + b_down[e]), h = act(gate) * up, gate and up the halves of x[t]
-// W_gate_up[e]^T + b_gate_up[e] (interleaved: its even and odd elements). activation: "silu", "gelu",
-// "gelu_tanh", or "clamped_silu" with alpha and limit: gate = min(gate, limit), up = clamp(up, -limit,
-// limit), h = gate * sigmoid(alpha * gate) * (up + 1). Indices outside [0, E) contribute nothing. H
-// and I multiples of 16. Recipes as grouped_linear has them. Deterministic; differentiable once.
+// W_gate_up[e]^T + b_gate_up[e] (interleaved: its even and odd elements). activation: "silu",
+// "gelu", "gelu_tanh", or "clamped_silu" with alpha and limit: gate = min(gate, limit), up =
+// clamp(up, -limit, limit), h = gate * sigmoid(alpha * gate) * (up + 1). Indices outside [0, E)
+// contribute nothing. H and I multiples of 16. Recipes as grouped_linear has them. Deterministic;
+// differentiable once.
 at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        const at::Tensor& top_k_weights, const at::Tensor& gate_up,
                        const at::Tensor& down,

@@ -31,8 +31,10 @@ def test_moe_experts_compiles(device):
         tensors = moe.problem(tokens, device=device)
         results = []
         for run in (compiled, OPS.moe_experts):
-            leaves = [t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
-                      for t in tensors]
+            leaves = [
+                t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+                for t in tensors
+            ]
             y = run(*leaves)
             wanted = [t for t in leaves if t is not None and t.requires_grad]
             results.append([y, *torch.autograd.grad(y, wanted, torch.ones_like(y))])

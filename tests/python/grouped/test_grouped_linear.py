@@ -66,7 +66,9 @@ def test_grouped_linear_weights_stored_transposed(device, recipe):
 
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
 @pytest.mark.parametrize(
-    ("counts", "k", "n"), [((0, 0), 32, 16), ((3, 4), 0, 16), ((3, 4), 32, 0), ((), 32, 16)], ids=str
+    ("counts", "k", "n"),
+    [((0, 0), 32, 16), ((3, 4), 0, 16), ((3, 4), 32, 0), ((), 32, 16)],
+    ids=str,
 )
 def test_grouped_linear_without_elements(device, counts, k, n, recipe):
     rows, groups = sum(counts), len(counts)
@@ -119,8 +121,9 @@ def test_grouped_linear_non_finite_values_stay_in_their_row(device):
 def test_grouped_linear_gradients_that_nobody_asks_for(device, frozen):
     p = reference.problem(ROUTINGS["random"], 64, 48, device=device)
     expected = reference.run(p, "rowwise")
-    x, weight = (t.detach().requires_grad_(name != frozen) for name, t in
-                 (("x", p.x), ("weight", p.weight)))
+    x, weight = (
+        t.detach().requires_grad_(name != frozen) for name, t in (("x", p.x), ("weight", p.weight))
+    )
     OPS.grouped_linear(x, weight, p.offsets, p.bias).backward(p.dy)
     if frozen == "x":
         assert_same_bits(weight.grad, expected.dw)
@@ -164,7 +167,11 @@ def valid():
         ({"weight": torch.randn(16, 32)}, ValueError, r"expected weight \[E, N, K\]"),
         ({"weight": torch.randn(2, 16, 8)}, ValueError, "must share K"),
         ({"offsets": torch.tensor([2, 6])}, TypeError, "offsets in int32, got int64"),
-        ({"offsets": torch.tensor([6], dtype=torch.int32)}, ValueError, r"\[E\] = \[2\], got \[1\]"),
+        (
+            {"offsets": torch.tensor([6], dtype=torch.int32)},
+            ValueError,
+            r"\[E\] = \[2\], got \[1\]",
+        ),
         ({"bias": torch.randn(16)}, ValueError, r"bias of shape \[E, N\] = \[2, 16\]"),
         ({"bias": torch.randn(2, 16).half()}, TypeError, "bias in x's dtype"),
         ({"recipe": "tensorwise"}, ValueError, "recipe out of 'rowwise', .* got 'tensorwise'"),

@@ -114,7 +114,7 @@ def test_moe_experts_extents(device, tokens, hidden, features, experts, top_k, r
 
 def routings():
     torch.manual_seed(7)
-    tokens, experts = 96, 6
+    tokens = 96
     skewed = torch.stack([torch.zeros(tokens), torch.arange(tokens) % 5 + 1], 1)
     return {
         "one expert takes all": torch.full((tokens, 1), 4),
@@ -155,12 +155,6 @@ def test_moe_experts_sentinels_contribute_nothing(device, sentinel, recipe, pois
 
 @pytest.mark.parametrize("tokens", [96, 1000])
 def test_moe_experts_sorting_is_stable(device, tokens):
-    _, _, offsets, place, source = OPS._moe_forward(
-        *problem(tokens, device=device), 0, False, 1.702, 7.0, 0
-    )
-    torch.manual_seed(20)
-    index = problem(tokens)[1]
-    torch.manual_seed(21)
     tensors = problem(tokens, experts=257, hidden=16, features=16, top_k=3, device=device)
     tensors[1][::5, 1] = 257
     _, _, offsets, place, source = OPS._moe_forward(*tensors, 0, False, 1.702, 7.0, 0)
@@ -244,8 +238,9 @@ def test_moe_experts_keeps_fp8_or_nothing_of_its_own_between_the_passes(device):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        OPS.moe_experts(*(t.requires_grad_() if t is not None and t.is_floating_point() else t
-                          for t in tensors))
+        OPS.moe_experts(
+            *(t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors)
+        )
     rows, features, experts = 512, 48, 6
     assert sum(saved) <= rows * 2 * features * 2 + rows * 4 * 3 + experts * 4
 
@@ -254,8 +249,10 @@ def test_moe_experts_under_autocast(device):
     tensors = problem(device=device, dtype=torch.float32, bias=True)
     with torch.autocast(device, torch.bfloat16):
         y = OPS.moe_experts(*tensors)
-    cast = [t.bfloat16() if n not in ("index", "weights") else t
-            for n, t in zip(NAMES, tensors, strict=True)]
+    cast = [
+        t.bfloat16() if n not in ("index", "weights") else t
+        for n, t in zip(NAMES, tensors, strict=True)
+    ]
     assert_same_bits(y, OPS.moe_experts(*cast))
 
 
@@ -276,10 +273,20 @@ def test_moe_experts_non_finite_values_stay_with_their_token(device):
         ("index", torch.zeros(96, 2), TypeError, "top_k_index in int64, got float32"),
         ("index", torch.zeros(5, 2).long(), ValueError, "T = 96"),
         ("weights", torch.zeros(96, 3), ValueError, "top_k_weights of top_k_index's shape"),
-        ("gate_up", torch.randn(6, 96, 48).bfloat16(), ValueError, r"\[E, 2 I, H\] = \[6, 96, 64\]"),
+        (
+            "gate_up",
+            torch.randn(6, 96, 48).bfloat16(),
+            ValueError,
+            r"\[E, 2 I, H\] = \[6, 96, 64\]",
+        ),
         ("gate_up", torch.randn(6, 96, 64), TypeError, "gate_up in x's dtype"),
         ("down", torch.randn(6, 48, 48).bfloat16(), ValueError, r"down \[E, H, I\] with H = 64"),
-        ("gate_up_bias", torch.randn(6, 64).bfloat16(), ValueError, r"gate_up_bias of shape \[6, 96\]"),
+        (
+            "gate_up_bias",
+            torch.randn(6, 64).bfloat16(),
+            ValueError,
+            r"gate_up_bias of shape \[6, 96\]",
+        ),
         ("activation", "relu", ValueError, "activation out of 'silu', .* got 'relu'"),
         ("recipe", "tensorwise", ValueError, "recipe out of"),
     ],
