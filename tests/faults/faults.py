@@ -39,6 +39,7 @@ QUANTIZE = "tests/python/quantize/test_quantize_values.py"
 LAYOUT = "tests/python/quantize/test_quantize_layout.py"
 LINEAR = "tests/python/linear"
 GROUPED = "tests/python/grouped"
+EXPERTS = "tests/python/experts"
 
 FAULTS = [
     # --- Python and build: nothing to compile ---
@@ -55,6 +56,48 @@ FAULTS = [
         "        new.recipe = recipe\n",
         "",
         "tests/python/module/test_from_linear.py",
+    ),
+    Fault(
+        "a router is taken for any other linear",
+        "python/fp8/rules.py",
+        "        if self.routed is not None:\n",
+        "        if False:\n",
+        f"{EXPERTS}/test_experts_convert.py -k routers",
+    ),
+    Fault(
+        "convert changes the config that other models share",
+        "python/fp8/experts.py",
+        "        own = copy.copy(config)\n",
+        "        own = config\n",
+        f"{EXPERTS}/test_experts_convert.py",
+    ),
+    Fault(
+        "an expert's rows end where they begin",
+        "python/fp8/experts.py",
+        "out_int32=True, right=True)",
+        "out_int32=True)",
+        f"{EXPERTS}/test_experts_passes.py",
+    ),
+    Fault(
+        "the gradient of gathered rows goes to other tokens",
+        "python/fp8/experts.py",
+        "        rows = grad.index_select(0, back)\n",
+        "        rows = grad\n",
+        f"{EXPERTS}/test_experts_passes.py",
+    ),
+    Fault(
+        "a clamped gating is taken for SiLU",
+        "python/fp8/gating.py",
+        "torch.linspace(-13, 17, 64), torch.linspace(19, -15, 64)",
+        "torch.linspace(-3, 4, 64), torch.linspace(4, -3, 64)",
+        f"{EXPERTS}/test_experts_convert.py -k gating",
+    ),
+    Fault(
+        "transformers imported later is not noticed",
+        "python/fp8/transformers_hook.py",
+        "if fullname != MODULE or",
+        "if True or",
+        f"{EXPERTS}/test_experts_registration.py",
     ),
     Fault(
         "another torch minor is not noticed",

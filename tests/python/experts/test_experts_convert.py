@@ -221,6 +221,19 @@ def test_gating_follows_the_modules_numbers():
     assert experts.gate_of(module) == ("clamped_silu", True, 1.5, 5.0)
 
 
+def test_gating_that_clamps_is_not_taken_for_one_that_does_not():
+    """As DeepSeek-V4's: SiLU with both sides clamped, which differs beyond the limit only."""
+    module = next(iter(experts_of(make("mixtral")).values()))
+
+    def clamped(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(min=-10.0, max=10.0)
+
+    module._apply_gate = clamped
+    assert experts.gate_of(module) is None
+    assert experts.unfused(module) == "a gating of its own"
+
+
 @pytest.mark.parametrize(
     ("activation", "expected"),
     [("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", None), ("quick_gelu", None)],
