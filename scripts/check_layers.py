@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks that nothing in fp8_core includes a torch header, directly or through our own headers.
 
-fp8_core is: every *.cu and *.cuh below csrc/, the public header fp8/core.h, and each source that
+fp8_core is: every *.cu and *.cuh below csrc/, the public headers fp8/core*.h, and each source that
 CMake lists for the target, in `add_library(fp8_core ...)` or `target_sources(fp8_core ...)`,
 written out or by way of a variable. A .cu file without torch compiles in seconds; that is why the
 layer exists. `check_layers.py [ROOT]`; exit status 1 and one line per offence.
@@ -40,8 +40,9 @@ def core_files(root: Path) -> set[Path]:
     """Every file of the layer that the rule starts from."""
     csrc = root / "csrc"
     kernels = {path.resolve() for path in [*csrc.rglob("*.cu"), *csrc.rglob("*.cuh")]}
-    header = csrc / "include/fp8/core.h"
-    return kernels | cmake_sources(root) | ({header.resolve()} if header.is_file() else set())
+    headers = (csrc / "include/fp8/core.h", csrc / "include/fp8/core_grouped.h")
+    public = {header.resolve() for header in headers if header.is_file()}
+    return kernels | cmake_sources(root) | public
 
 
 def resolve(name: str, includer: Path, root: Path) -> Path | None:

@@ -1,13 +1,12 @@
 // moe_experts: the experts of a mixture with the routing given, forward and backward.
 //
-// forward   sort slots by expert · quantize x once a token, write its codes to its k rows · product
-//           with gate_up · activation + quantize · product with down · weight and add a token's
-//           rows
-// backward  quantize dy once a token, to its k rows · dh = dy down · activation's backward, which
-// also
-//           gives the routing weights' gradients (dh . h, so down's output is not needed) and
-//           quantizes · product with gate_up · add a token's rows; then the two weight gradients,
-//           whose operands are gathered by routing where they are quantized
+// forward: sort slots by expert; quantize x once a token and write its codes to its k rows; product
+// with gate_up; activation and quantization; product with down; weight and add a token's rows.
+//
+// backward: quantize dy once a token, to its k rows; dh = dy down; the activation's backward, which
+// quantizes and also gives the routing weights' gradients (dh . h, so that down's output is not
+// needed); product with gate_up; add a token's rows; then the two weight gradients, whose operands
+// are gathered by routing where they are quantized.
 //
 // Saved for the backward: x, which the router keeps alive too, the first product, and the routing:
 // 4 I bytes a row of bf16 where the composition of ATen's ops keeps about 4 H + 8 I. Weight

@@ -38,6 +38,8 @@ def apply(fault: Fault, root: Path) -> str:
 QUANTIZE = "tests/python/quantize/test_quantize_values.py"
 LAYOUT = "tests/python/quantize/test_quantize_layout.py"
 LINEAR = "tests/python/linear"
+GROUPED = "tests/python/grouped"
+EXPERTS = "tests/python/experts"
 
 FAULTS = [
     # --- Python and build: nothing to compile ---
@@ -68,6 +70,48 @@ FAULTS = [
         "torch.maximum(running, amax.to(running.device), out=running)",
         "running.copy_(amax)",
         "tests/python/module/test_calibrate.py",
+    ),
+    Fault(
+        "a router is taken for any other linear",
+        "python/fp8/rules.py",
+        "        if self.routed is not None:\n",
+        "        if False:\n",
+        f"{EXPERTS}/test_experts_convert.py -k routers",
+    ),
+    Fault(
+        "convert changes the config that other models share",
+        "python/fp8/experts.py",
+        "        own = copy.copy(config)\n",
+        "        own = config\n",
+        f"{EXPERTS}/test_experts_convert.py",
+    ),
+    Fault(
+        "an expert's rows end where they begin",
+        "python/fp8/experts.py",
+        "out_int32=True, right=True)",
+        "out_int32=True)",
+        f"{EXPERTS}/test_experts_passes.py",
+    ),
+    Fault(
+        "the gradient of gathered rows goes to other tokens",
+        "python/fp8/experts.py",
+        "        rows = grad.index_select(0, back)\n",
+        "        rows = grad\n",
+        f"{EXPERTS}/test_experts_passes.py",
+    ),
+    Fault(
+        "a clamped gating is taken for SiLU",
+        "python/fp8/gating.py",
+        "torch.linspace(-13, 17, 64), torch.linspace(19, -15, 64)",
+        "torch.linspace(-3, 4, 64), torch.linspace(4, -3, 64)",
+        f"{EXPERTS}/test_experts_convert.py -k gating",
+    ),
+    Fault(
+        "transformers imported later is not noticed",
+        "python/fp8/transformers_hook.py",
+        "if fullname != MODULE or",
+        "if True or",
+        f"{EXPERTS}/test_experts_registration.py",
     ),
     Fault(
         "another torch minor is not noticed",
@@ -207,6 +251,34 @@ FAULTS = [
         f"{LINEAR}/test_linear_memory.py",
     ),
     Fault(
+        "a group's columns have the reciprocal of their scale",
+        "csrc/cpu/grouped.cpp",
+        "a.scale_t[item / blocks * a.cols + col0 + c] = 1.0F / multipliers[c];",
+        "a.scale_t[item / blocks * a.cols + col0 + c] = multipliers[c];",
+        f"{GROUPED}/test_grouped_linear.py",
+    ),
+    Fault(
+        "sentinels go to the last expert",
+        "csrc/cpu/grouped.cpp",
+        "return expert >= 0 && expert < a.groups ? expert : a.groups;",
+        "return expert >= 0 && expert < a.groups ? expert : a.groups - 1;",
+        f"{GROUPED}/test_moe_experts.py",
+    ),
+    Fault(
+        "the weight gradient of down forgets the routing weight",
+        "csrc/cpu/grouped.cpp",
+        "weighted[i] = weight * h;",
+        "weighted[i] = h;",
+        f"{GROUPED}/test_moe_experts.py",
+    ),
+    Fault(
+        "a changed expert weight is taken from the cache",
+        "csrc/linear/memory.cpp",
+        "  if (made_of != id) {",
+        "  if (!made_of) {",
+        f"{GROUPED}/test_grouped_module.py",
+    ),
+    Fault(
         "the C++ module forgets its recipe",
         "csrc/linear/module.cpp",
         "                      options.recipe(),",
@@ -314,6 +386,22 @@ FAULTS = [
         "CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_b,",
         "CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_a,",
         "tests/python/matmul/test_scaled_mm.py",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: slots of earlier warps do not count",
+        "csrc/grouped/route.cu",
+        "row += warp_count[w][bucket];",
+        "row += 0;",
+        f"{GROUPED}/test_moe_experts.py",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: a tile of a group begins where the group begins",
+        "csrc/grouped/route.cu",
+        "entry.row = first_row[low] + done;",
+        "entry.row = first_row[low];",
+        f"{GROUPED}/test_grouped_cuda.py",
         gpu=True,
     ),
     Fault(

@@ -2,7 +2,7 @@
 
 Checks nothing itself: values are the tests' business. Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so
 that each tensor is an allocation of its own and an access past its end is seen. --no-matmul:
-quantization only.
+quantization only. --grouped: grouped products and mixtures of experts only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,39 @@ from samples import TABLE, samples
 SHAPES = [(1, 1, 1), (3, 17, 5), (16, 64, 32), (129, 80, 65), (130, 1040, 24), (40, 2064, 16)]
 
 
+def grouped() -> int:
+    """The samples, with their backward; more experts than threads of a block; long rows."""
+    calls = 0
+    for name in ("grouped_linear", "moe_experts"):
+        for sample in samples(name, "cuda"):
+            y = getattr(torch.ops.fp8, name)(*sample.args, **sample.kwargs)
+            if y.requires_grad:
+                y.backward(torch.randn_like(y))
+            calls += 1
+    for tokens, hidden, features, experts in ((50, 32, 4128, 3), (700, 16, 16, 300)):
+        weights, index = torch.randn(tokens, experts, device="cuda").softmax(-1).topk(2)
+        x, gate_up, down = (
+            torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for s in (
+                (tokens, hidden),
+                (experts, 2 * features, hidden),
+                (experts, hidden, features),
+            )
+        )
+        for recipe in fp8.GROUPED_RECIPES:
+            y = torch.ops.fp8.moe_experts(x, index, weights, gate_up, down, recipe=recipe)
+            y.backward(torch.randn_like(y))
+            calls += 1
+    torch.cuda.synchronize()
+    return calls
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("op_sweep.py: needs a CUDA device")
+    if "--grouped" in sys.argv[1:]:
+        print(f"op_sweep: {grouped()} calls")
+        return
     matmul = "--no-matmul" not in sys.argv[1:]
     calls = 0
     for name in TABLE if matmul else [name for name in TABLE if "quantize" in name]:

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 
+#include <array>
 #include <catch2/catch.hpp>
 
 #include "fp8/ops.h"
@@ -151,6 +152,51 @@ TEST_CASE("power_of_two gives scales that are powers of two in blocks") {
   const at::Tensor y = fp8::scaled_mm(x_data, w_data, x_scale, w_scale, p.bias, at::kFloat);
   REQUIRE(at::equal(y.view({3, 33, 48}),
                     fp8::fused_linear(p.x, p.weight, p.bias, "blockwise:power_of_two")));
+}
+
+TEST_CASE("grouped_linear is fused_linear group by group") {
+  at::manual_seed(1);
+  const at::Tensor x = at::randn({30, 64}).requires_grad_();
+  const at::Tensor weight = at::randn({3, 32, 64}).requires_grad_();
+  const at::Tensor bias = at::randn({3, 32}).requires_grad_();
+  const at::Tensor offsets = at::tensor({12, 12, 25}, at::kInt);
+  const at::Tensor y = fp8::grouped_linear(x, weight, offsets, bias);
+  const at::Tensor dy = at::randn_like(y);
+  y.backward(dy);
+  REQUIRE(y.narrow(0, 25, 5).eq(0).all().item<bool>());
+  REQUIRE(x.grad().narrow(0, 25, 5).eq(0).all().item<bool>());
+  REQUIRE(weight.grad()[1].eq(0).all().item<bool>());
+  for (const auto& [group, begin, rows] : {std::array{0, 0, 12}, std::array{2, 12, 13}}) {
+    const at::Tensor part = x.detach().narrow(0, begin, rows).requires_grad_();
+    const at::Tensor w = weight.detach()[group].requires_grad_();
+    const at::Tensor expected = fp8::fused_linear(part, w, bias.detach()[group], "rowwise");
+    expected.backward(dy.narrow(0, begin, rows));
+    REQUIRE(at::allclose(y.narrow(0, begin, rows), expected, 1e-5, 1e-4));
+    REQUIRE(at::allclose(x.grad().narrow(0, begin, rows), part.grad(), 1e-5, 1e-4));
+    REQUIRE(at::allclose(weight.grad()[group], w.grad(), 1e-5, 1e-4));
+  }
+}
+
+TEST_CASE("moe_experts follows the exact one") {
+  at::manual_seed(2);
+  const at::Tensor x = at::randn({20, 32}).requires_grad_();
+  const at::Tensor gate_up = at::randn({4, 32, 32}).div_(6).requires_grad_();
+  const at::Tensor down = at::randn({4, 32, 16}).div_(4).requires_grad_();
+  const auto [weights, index] = at::randn({20, 4}).softmax(-1).topk(2);
+  const at::Tensor y = fp8::moe_experts(x, index, weights, gate_up, down);
+  at::Tensor exact = at::zeros({20, 32});
+  for (int64_t token = 0; token < 20; ++token) {
+    for (int64_t choice = 0; choice < 2; ++choice) {
+      const auto expert = index[token][choice].item<int64_t>();
+      const auto halves = gate_up.detach()[expert].mv(x.detach()[token]).chunk(2);
+      const at::Tensor h = at::silu(halves[0]) * halves[1];
+      exact[token] += weights[token][choice] * down.detach()[expert].mv(h);
+    }
+  }
+  REQUIRE(sqnr(exact, y.detach()) > 20);
+  y.sum().backward();
+  REQUIRE(x.grad().isfinite().all().item<bool>());
+  REQUIRE(gate_up.grad().sizes() == gate_up.sizes());
 }
 
 TEST_CASE("autocast decides the dtype") {

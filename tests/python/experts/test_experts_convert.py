@@ -81,6 +81,7 @@ def test_convert_module_by_module():
     assert implementations(fp8.revert(model)) == {"eager"}
 
 
+@pytest.mark.filterwarnings("ignore:fp8.convert converted nothing")
 def test_convert_asks_the_filter_about_linears_and_experts_once():
     model = make("deepseek_v3")
     seen = []
@@ -218,6 +219,19 @@ def test_gating_follows_the_modules_numbers():
     module = next(iter(experts_of(make("gpt_oss")).values()))
     module.limit, module.alpha = 5.0, 1.5
     assert experts.gate_of(module) == ("clamped_silu", True, 1.5, 5.0)
+
+
+def test_gating_that_clamps_is_not_taken_for_one_that_does_not():
+    """As DeepSeek-V4's: SiLU with both sides clamped, which differs beyond the limit only."""
+    module = next(iter(experts_of(make("mixtral")).values()))
+
+    def clamped(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(min=-10.0, max=10.0)
+
+    module._apply_gate = clamped
+    assert experts.gate_of(module) is None
+    assert experts.unfused(module) == "a gating of its own"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ bound of each product (../bounds.py); and a whole mixture of experts in fp64."""
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from typing import NamedTuple
 
 import bounds
@@ -48,7 +48,7 @@ def problem(counts, k, n, dtype=torch.bfloat16, device="cpu", spare=0, transpose
 
 def slices(offsets: Tensor) -> list[slice]:
     ends = [0, *offsets.tolist()]
-    return [slice(a, b) for a, b in itertools.pairwise(ends)]
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 class Result(NamedTuple):

@@ -1,4 +1,4 @@
-"""What only a GPU shows of grouped products: the CPU's bits, no synchronization, graphs."""
+"""What only a GPU shows of grouped products: the CPU's bits, no waiting, graphs, launches."""
 
 from __future__ import annotations
 

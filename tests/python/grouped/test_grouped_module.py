@@ -32,8 +32,7 @@ def test_grouped_module_is_the_operator(device):
     assert_same_bits(y, OPS.grouped_linear(x, layer.weight, offsets, layer.bias, "rowwise_fast"))
     assert list(layer.state_dict()) == ["weight", "bias"]
     assert layer.weight.abs().max() <= 1 / 8
-    shown = "num_groups=3, in_features=64, out_features=32, bias=True, recipe=rowwise_fast"
-    assert shown in repr(layer)
+    assert "num_groups=3, in_features=64, out_features=32, bias=True" in repr(layer)
     assert fp8.GroupedLinear(3, 64, 32, bias=False).bias is None
 
 
@@ -44,7 +43,7 @@ def test_grouped_module_unknown_recipe():
 
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
 def test_cached_weights_of_groups(device, recipe):
-    """The same bits; an update that counts is noticed, another is not: so it is cached."""
+    """The same bits; an update that counts is noticed, one that does not is not: it is cached."""
     layer = fp8.GroupedLinear(3, 64, 32, device=device, recipe=recipe, dtype=torch.bfloat16)
     x = torch.randn(20, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     offsets = torch.tensor([4, 4, 19], device=device, dtype=torch.int32)
