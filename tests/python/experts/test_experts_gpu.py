@@ -77,20 +77,22 @@ def test_experts_in_a_cuda_graph(problem, monkeypatch, fused):
 
 
 def test_experts_fused_are_those_composed(problem, monkeypatch):
-    """One operator, or two products with PyTorch's operators between: bf16 is rounded to in other
-    places (2^-9 = 0.2% each), which moves a code (2^-4) now and then."""
+    """One operator, or two products with PyTorch's operators between, which round to bf16 in more
+    places: d = 0.3% rms moves d / s of the values over a rounding point, by a step of s = 9%, so
+    sqrt(d·s) = 1.6% of what is quantized next, and 2.3% after two such. Twice that is allowed."""
     module, hidden, index, weights = problem
     dy = torch.randn_like(hidden)
     fused = step(module, hidden, index, weights, dy)
     monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
     for i, (a, b) in enumerate(zip(fused, step(module, hidden, index, weights, dy), strict=True)):
-        assert float((a - b).norm()) < 0.03 * float(b.norm()), i
+        assert float((a - b).norm()) < 0.046 * float(b.norm()), i
 
 
 def test_experts_make_graphed_callables():
     model = fp8.convert(make("mixtral", "cuda", torch.bfloat16), filter=only_experts)
     module = next(iter(experts_of(model).values()))
     index, weights = routing(64, 2, 4, "cuda", torch.bfloat16)
+    weights.requires_grad_()
     sample = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     expected = module(sample, index, weights).detach().clone()
     graphed = torch.cuda.make_graphed_callables(
