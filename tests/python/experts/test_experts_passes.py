@@ -146,8 +146,8 @@ def test_experts_mixture_is_deterministic(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
 def test_experts_mixture_on_a_gpu_is_that_of_the_cpu(recipe):
-    """The same codes to begin with. A GPU's products are rounded to bf16, d = 0.15% rms, which moves
-    d / s of the values over a rounding point, by a step of s = 9%: sqrt(d·s) = 1.2% rms of what is
+    """The same codes to begin with. A GPU rounds products to bf16, d = 0.15% rms, which moves d / s
+    of the values over a rounding point, by a step of s = 9%: sqrt(d·s) = 1.2% rms of what is
     quantized next, 1.6% after two such roundings. Twice that is allowed."""
     case, dy = Case(300, 2, bias=True), torch.randn(300, HIDDEN)
     expected = case.run(mixture, dy, recipe)
