@@ -146,12 +146,13 @@ def test_experts_mixture_is_deterministic(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
 def test_experts_mixture_on_a_gpu_is_that_of_the_cpu(recipe):
-    """The same codes; products are rounded to bf16 (2^-9 rms 0.17%), added with 14 bits, and a code
-    moves where that moves a value over a rounding point: 0.3% of values by 6%, so 0.4% rms."""
+    """The same codes to begin with. A GPU rounds products to bf16, d = 0.15% rms, which moves d / s
+    of the values over a rounding point, by a step of s = 9%: sqrt(d·s) = 1.2% rms of what is
+    quantized next, 1.6% after two such roundings. Twice that is allowed."""
     case, dy = Case(300, 2, bias=True), torch.randn(300, HIDDEN)
     expected = case.run(mixture, dy, recipe)
     for name in ("x", "weights", "up", "down", "up_bias", "down_bias"):
         setattr(case, name, getattr(case, name).detach().cuda().requires_grad_())
     case.index = case.index.cuda()
     for i, (a, b) in enumerate(zip(case.run(mixture, dy.cuda(), recipe), expected, strict=True)):
-        assert float((a.cpu() - b).norm()) < 0.015 * float(b.norm()), i
+        assert float((a.cpu() - b).norm()) < 0.032 * float(b.norm()), i
