@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # compute-sanitizer over every op at small shapes: `make sanitize`. Needs a GPU.
 # memcheck takes every tensor as an allocation of its own, so that an access past its end is seen. racecheck looks at
-# shared memory, which the quantize kernels and the grouped passes use among ours: the public quantize ops, and the C++ test of what a
-# backward asks of them (column sums, a transposed weight), where the C++ tests are built.
+# shared memory, which the quantize kernels use among ours: the public quantize ops, and the C++ test of what a backward
+# asks of them (column sums, a transposed weight), where the C++ tests are built. The passes around grouped products use
+# it too, but racecheck dies inside the grouped matmul that follows them (an internal error): memcheck only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -18,7 +19,6 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck "${ours[@]}" 
   "$python" tests/sanitize/op_sweep.py --grouped
 echo "== racecheck"
 compute-sanitizer --tool racecheck "${ours[@]}" "$python" tests/sanitize/op_sweep.py --no-matmul
-compute-sanitizer --tool racecheck "${ours[@]}" "$python" tests/sanitize/op_sweep.py --grouped
 core=build/tests/cpp/test_core_gpu
 if [ -x "$core" ]; then
   torch=$("$python" -c 'import torch; print(torch.__path__[0])')
