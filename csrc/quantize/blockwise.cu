@@ -10,8 +10,8 @@
 // 8-byte writes and the 16-byte reads, without padding. Column sums of a tile go to the workspace,
 // and a second, tiny kernel adds them in a fixed order. Bound by bandwidth: 2 + 1 + 1 bytes an
 // element.
-#include "common/reduce.cuh"
 #include "common/codes.cuh"
+#include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
 
