@@ -2,8 +2,8 @@
 # compute-sanitizer over every op at small shapes: `make sanitize`. Needs a GPU.
 # memcheck takes every tensor as an allocation of its own, so that an access past its end is seen. racecheck looks at
 # shared memory, which the quantize kernels use among ours: the public quantize ops, and the C++ test of what a backward
-# asks of them (column sums, a transposed weight), where the C++ tests are built. The passes around grouped products use
-# it too, but racecheck dies inside the grouped matmul that follows them (an internal error): memcheck only.
+# asks of them (column sums, a transposed weight), where the C++ tests are built; then the passes around grouped
+# products.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -27,3 +27,5 @@ if [ -x "$core" ]; then
 else
   echo "racecheck of column sums left out: the C++ tests are not built (no Catch2 header)"
 fi
+# Last: on an H200 racecheck ends here with an internal error and an illegal address, unexplained so far.
+compute-sanitizer --tool racecheck "${ours[@]}" "$python" tests/sanitize/op_sweep.py --grouped

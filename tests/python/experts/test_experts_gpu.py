@@ -77,18 +77,14 @@ def test_experts_in_a_cuda_graph(problem, monkeypatch, fused):
 
 
 def test_experts_fused_are_those_composed(problem, monkeypatch):
-    """One operator, or two products with PyTorch's operators between, which round to bf16 in more
-    places: d = 0.3% rms moves d / s of the values over a rounding point, by a step of s = 9%, so
-    sqrt(d·s) = 1.6% of what is quantized next, and 2.3% after two such: of y. Both operands of a
-    weight gradient are such: 3.3%. Twice that is allowed. The gradients of the routing weights are
-    dh · h here and dy · y there: products of other codes, each with e4m3's noise (2.6% an operand,
-    3.7% a product), 5.3% between the two for independent ones."""
+    """One operator, or two products with PyTorch's operators between: bf16 is rounded to in other
+    places (2^-9 = 0.2% each), which moves a code (2^-4) now and then."""
     module, hidden, index, weights = problem
     dy = torch.randn_like(hidden)
     fused = step(module, hidden, index, weights, dy)
     monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
     for i, (a, b) in enumerate(zip(fused, step(module, hidden, index, weights, dy), strict=True)):
-        assert float((a - b).norm()) < (0.066 if i else 0.046) * float(b.norm()), i
+        assert float((a - b).norm()) < 0.03 * float(b.norm()), i
 
 
 def test_experts_make_graphed_callables():
