@@ -197,8 +197,8 @@ FAULTS = [
     Fault(
         "the product replaces what it should be added to",
         "csrc/matmul/matmul.cpp",
-        "? destination.add_(product)",
-        "? destination.copy_(product)",
+        ": at::add_out(destination, product, into)",
+        ": destination.copy_(product)",
         "tests/python/matmul/test_scaled_mm_accumulate.py",
     ),
     Fault(
