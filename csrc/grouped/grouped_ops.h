@@ -72,6 +72,16 @@ FP8_DECLARE_GROUPED_OPS
 #undef FP8_DECLARE_GROUPED_OPS
 #undef FP8_DECLARE_GROUPED_PRIVATE_OPS
 
+// The bits of _moe_backward's `needs`.
+enum Needs : int64_t {
+  kX = 1,
+  kWeights = 2,
+  kGateUp = 4,
+  kDown = 8,
+  kGateUpBias = 16,
+  kDownBias = 32,
+};
+
 // What the two ops accept; shared by CPU, CUDA and Meta.
 void check_grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias);

@@ -70,6 +70,10 @@ void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
   const bool gpu = dy.is_cuda();
   at::Tensor out = main_grad;
   const int beta = overwrite ? 0 : 1;
+  if (overwrite && main_grad.scalar_type() == dy.scalar_type()) {
+    at::mm_out(out, dy.t(), x);  // the plain gradient, to the bit
+    return;
+  }
   if (main_grad.scalar_type() == at::kFloat && wide) {
     at::addmm_out(out, out, dy.t(), x, beta);
     return;

@@ -76,17 +76,6 @@ def test_experts_in_a_cuda_graph(problem, monkeypatch, fused):
             assert torch.equal(ours, eager.detach())
 
 
-def test_experts_fused_are_those_composed(problem, monkeypatch):
-    """One operator, or two products with PyTorch's operators between: bf16 is rounded to in other
-    places (2^-9 = 0.2% each), which moves a code (2^-4) now and then."""
-    module, hidden, index, weights = problem
-    dy = torch.randn_like(hidden)
-    fused = step(module, hidden, index, weights, dy)
-    monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
-    for i, (a, b) in enumerate(zip(fused, step(module, hidden, index, weights, dy), strict=True)):
-        assert float((a - b).norm()) < 0.03 * float(b.norm()), i
-
-
 def test_experts_make_graphed_callables():
     model = fp8.convert(make("mixtral", "cuda", torch.bfloat16), filter=only_experts)
     module = next(iter(experts_of(model).values()))
