@@ -1,7 +1,10 @@
 // Gradients of grouped_linear and moe_experts. Each saves only what its backward will need.
 #include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "fp8/ops.h"
@@ -71,6 +74,17 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
   }
 };
 
+// Whether a saved tensor, which only the context and the caller's `saved` refer to, can be
+// overwritten and its memory given back: this backward is the only one (no retain_graph), nobody
+// traces or records it, and no hook on saved tensors kept the tensor in Python.
+bool is_last_use(const at::Tensor& saved) {
+  const c10::impl::PyObjectSlot& python = *saved.unsafeGetTensorImpl()->pyobj_slot();
+  return !torch::autograd::get_current_graph_task_keep_graph() &&
+         !at::isTensorSubclassLike(saved) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         saved.use_count() <= 2 && saved.storage().use_count() == 1 &&
+         (python.load_pyobj() == nullptr || python.has_unique_reference());
+}
+
 // What moe_experts takes beside tensors.
 struct MoeOptions {
   int64_t activation;
@@ -87,9 +101,12 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
                             const at::Tensor& gate_up, const at::Tensor& down,
                             const std::optional<at::Tensor>& gate_up_bias,
                             const std::optional<at::Tensor>& down_bias, const MoeOptions* options) {
-    const int64_t needs = (x.requires_grad() ? 1 : 0) | (top_k_weights.requires_grad() ? 2 : 0) |
-                          (gate_up.requires_grad() ? 4 : 0) | (down.requires_grad() ? 8 : 0) |
-                          (wants_grad(gate_up_bias) ? 16 : 0) | (wants_grad(down_bias) ? 32 : 0);
+    const int64_t wanted = (x.requires_grad() ? needs::kX : 0) |
+                           (top_k_weights.requires_grad() ? needs::kWeights : 0) |
+                           (gate_up.requires_grad() ? needs::kGateUp : 0) |
+                           (down.requires_grad() ? needs::kDown : 0) |
+                           (wants_grad(gate_up_bias) ? needs::kGateUpBias : 0) |
+                           (wants_grad(down_bias) ? needs::kDownBias : 0);
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor weights = top_k_weights.to(at::kFloat);
     static const auto op = find<decltype(kernel::_moe_forward)>("fp8::_moe_forward");
@@ -104,7 +121,7 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     ctx->saved_data["alpha"] = options->alpha;
     ctx->saved_data["limit"] = options->limit;
     ctx->saved_data["recipe"] = options->recipe;
-    ctx->saved_data["needs"] = needs;
+    ctx->saved_data["needs"] = wanted;
     ctx->saved_data["weights_dtype"] = static_cast<int64_t>(top_k_weights.scalar_type());
     return y;
   }
@@ -114,22 +131,23 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     variable_list result(8);
     if (!dy.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    const int64_t needs = ctx->saved_data["needs"].toInt();
+    const int64_t wanted = ctx->saved_data["needs"].toInt();
+    const int64_t may_consume = is_last_use(saved[7]) ? needs::kMayConsume : 0;
     static const auto op = find<decltype(kernel::_moe_backward)>("fp8::_moe_backward");
     const auto [dx, d_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias] =
         op.call(dy, saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]),
                 optional(saved[6]), saved[7], saved[8], saved[9], saved[10],
                 ctx->saved_data["activation"].toInt(), ctx->saved_data["interleaved"].toBool(),
                 ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(),
-                ctx->saved_data["recipe"].toInt(), needs);
+                ctx->saved_data["recipe"].toInt(), wanted | may_consume);
     const auto weights_dtype =
         static_cast<at::ScalarType>(ctx->saved_data["weights_dtype"].toInt());
-    if ((needs & 1) != 0) result[0] = dx;
-    if ((needs & 2) != 0) result[2] = d_weights.to(weights_dtype);
-    if ((needs & 4) != 0) result[3] = d_gate_up;
-    if ((needs & 8) != 0) result[4] = d_down;
-    if ((needs & 16) != 0) result[5] = d_gate_up_bias;
-    if ((needs & 32) != 0) result[6] = d_down_bias;
+    if ((wanted & needs::kX) != 0) result[0] = dx;
+    if ((wanted & needs::kWeights) != 0) result[2] = d_weights.to(weights_dtype);
+    if ((wanted & needs::kGateUp) != 0) result[3] = d_gate_up;
+    if ((wanted & needs::kDown) != 0) result[4] = d_down;
+    if ((wanted & needs::kGateUpBias) != 0) result[5] = d_gate_up_bias;
+    if ((wanted & needs::kDownBias) != 0) result[6] = d_down_bias;
     return result;
   }
 };

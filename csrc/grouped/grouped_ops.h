@@ -10,8 +10,7 @@
 //   _moe_forward: y; gate_up_out [T * k, 2 I], the first product without its bias; offsets [E],
 //     place [T * k] and source [T * k], see core_grouped.h.
 //   _moe_backward: the gradients of x, top_k_weights, gate_up, down, gate_up_bias, down_bias, as
-//   far
-//     as the bits of `needs` ask for them, in this order from bit 0.
+//     far as the bits of `needs` ask for them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -73,14 +72,17 @@ FP8_DECLARE_GROUPED_OPS
 #undef FP8_DECLARE_GROUPED_PRIVATE_OPS
 
 // The bits of _moe_backward's `needs`.
-enum Needs : int64_t {
-  kX = 1,
-  kWeights = 2,
-  kGateUp = 4,
-  kDown = 8,
-  kGateUpBias = 16,
-  kDownBias = 32,
-};
+namespace needs {
+inline constexpr int64_t kX = 1;
+inline constexpr int64_t kWeights = 2;
+inline constexpr int64_t kGateUp = 4;
+inline constexpr int64_t kDown = 8;
+inline constexpr int64_t kGateUpBias = 16;
+inline constexpr int64_t kDownBias = 32;
+// gate_up_out is nobody else's and is not read again: its memory is used for its gradient, and
+// given back before the weight gradients are made.
+inline constexpr int64_t kMayConsume = 64;
+}  // namespace needs
 
 // What the two ops accept; shared by CPU, CUDA and Meta.
 void check_grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,

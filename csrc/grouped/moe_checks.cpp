@@ -102,22 +102,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
     const at::Tensor& /*gate_up_out*/, const at::Tensor& /*offsets*/, const at::Tensor& /*place*/,
     const at::Tensor& /*source*/, int64_t /*activation*/, bool /*interleaved*/, double /*alpha*/,
-    double /*limit*/, int64_t /*recipe*/, int64_t needs) {
-  const auto like = [&](Needs what, const at::Tensor& t) {
-    return (needs & what) != 0 ? at::empty_symint(t.sym_sizes(), t.options()) : none_like(dy);
+    double /*limit*/, int64_t /*recipe*/, int64_t wanted) {
+  const auto like = [&](int64_t what, const at::Tensor& t) {
+    return (wanted & what) != 0 ? at::empty_symint(t.sym_sizes(), t.options()) : none_like(dy);
   };
-  const auto stored_like = [&](Needs what, const at::Tensor& t) {
-    if ((needs & what) == 0 || !grouped::is_stored_transposed(t)) return like(what, t);
+  const auto stored_like = [&](int64_t what, const at::Tensor& t) {
+    if ((wanted & what) == 0 || !grouped::is_stored_transposed(t)) return like(what, t);
     return at::empty_symint(t.transpose(1, 2).sym_sizes(), t.options()).transpose(1, 2);
   };
-  return {like(kX, x),
-          (needs & kWeights) != 0
+  return {like(needs::kX, x),
+          (wanted & needs::kWeights) != 0
               ? at::empty_symint(top_k_index.sym_sizes(), dy.options().dtype(at::kFloat))
               : none_like(dy),
-          stored_like(kGateUp, gate_up),
-          stored_like(kDown, down),
-          gate_up_bias ? like(kGateUpBias, *gate_up_bias) : none_like(dy),
-          down_bias ? like(kDownBias, *down_bias) : none_like(dy)};
+          stored_like(needs::kGateUp, gate_up),
+          stored_like(needs::kDown, down),
+          gate_up_bias ? like(needs::kGateUpBias, *gate_up_bias) : none_like(dy),
+          down_bias ? like(needs::kDownBias, *down_bias) : none_like(dy)};
 }
 
 at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,

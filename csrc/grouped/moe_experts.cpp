@@ -9,8 +9,9 @@
 // are gathered by routing where they are quantized.
 //
 // Saved for the backward: x, which the router keeps alive too, the first product, and the routing:
-// 4 I bytes a row of bf16 where the composition of ATen's ops keeps about 4 H + 8 I. Weight
-// gradients come last, when the quantized weights are gone.
+// 4 I bytes a row of bf16 where the composition of ATen's ops keeps about 4 H + 8 I. The product's
+// gradient takes its place where the graph is not kept. Weight gradients come last, when that and
+// the quantized weights are gone.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -152,6 +153,13 @@ at::Tensor contiguous(const std::optional<at::Tensor>& t) {
   return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : c.clone();
 }
 
+// Ends the life of a tensor's memory, whoever still refers to the tensor.
+void give_back_memory(const at::Tensor& t) {
+  c10::StorageImpl& storage = *t.storage().unsafeGetStorageImpl();
+  storage.set_data_ptr_noswap(at::DataPtr(nullptr, t.device()));
+  storage.set_nbytes(0);
+}
+
 }  // namespace
 
 namespace kernel {
@@ -212,7 +220,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& given_down_bias, const at::Tensor& gate_up_out,
     const at::Tensor& offsets, const at::Tensor& place, const at::Tensor& source,
     int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe_id,
-    int64_t needs) {
+    int64_t wanted) {
   const GroupedRecipe& recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(given_dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -226,7 +234,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t top_k = experts.size(1);
   const int64_t features = down.size(2);
   const Routing routing{offsets, place, source};
-  const auto needed = [&](Needs what) { return (needs & what) != 0; };
+  const auto needed = [&](int64_t what) { return (wanted & what) != 0; };
+
+  const bool consumes = needed(needs::kMayConsume);
 
   at::Tensor dx = none_like(dy);
   at::Tensor d_weights = none_like(dy);
@@ -235,24 +245,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   at::Tensor d_gate_up_bias = none_like(dy);
   at::Tensor d_down_bias = none_like(dy);
   if (rows == 0) {
-    if (needed(kX)) dx = at::zeros_like(x);
-    if (needed(kWeights)) d_weights = at::zeros_like(weights);
-    if (needed(kGateUp)) d_gate_up = zeros_stored_like(gate_up);
-    if (needed(kDown)) d_down = zeros_stored_like(down);
-    if (needed(kGateUpBias)) d_gate_up_bias = at::zeros_like(*given_gate_up_bias);
-    if (needed(kDownBias)) d_down_bias = at::zeros_like(*given_down_bias);
+    if (needed(needs::kX)) dx = at::zeros_like(x);
+    if (needed(needs::kWeights)) d_weights = at::zeros_like(weights);
+    if (needed(needs::kGateUp)) d_gate_up = zeros_stored_like(gate_up);
+    if (needed(needs::kDown)) d_down = zeros_stored_like(down);
+    if (needed(needs::kGateUpBias)) d_gate_up_bias = at::zeros_like(*given_gate_up_bias);
+    if (needed(needs::kDownBias)) d_down_bias = at::zeros_like(*given_down_bias);
     return {dx, d_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias};
   }
   const at::Tensor gate_up_bias = contiguous(given_gate_up_bias);
   const at::Tensor down_bias = contiguous(given_down_bias);
-  if (needed(kWeights)) d_weights = at::zeros({tokens, top_k}, weights.options());
-  if (needed(kDownBias)) d_down_bias = sum_by_expert(dy, routing, /*gathered=*/true, weights);
+  if (needed(needs::kWeights)) d_weights = at::zeros({tokens, top_k}, weights.options());
+  if (needed(needs::kDownBias))
+    d_down_bias = sum_by_expert(dy, routing, /*gathered=*/true, weights);
 
   // Through down and the activation. Only down's bias does without.
   grouped::Operand qd;
   at::Tensor d_gate_up_out;
   at::Tensor weighted_h;
-  if ((needs & (kX | kWeights | kGateUp | kGateUpBias | kDown)) != 0) {
+  if ((wanted &
+       (needs::kX | needs::kWeights | needs::kGateUp | needs::kGateUpBias | needs::kDown)) != 0) {
     at::Tensor dh;
     {
       const grouped::Operand qdy = grouped::quantize_rows(dy, place, top_k);
@@ -264,62 +276,68 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                                 .dh = dh.const_data_ptr(),
                                 .weights = weights.const_data_ptr<float>(),
                                 .source = source.const_data_ptr<int32_t>()};
-    if (needed(kX)) {
+    if (needed(needs::kX)) {
       qd = {empty_on(dy, {rows, 2 * features}, at::kFloat8_e4m3fn),
             empty_on(dy, {rows}, at::kFloat)};
       args.data = qd.data.mutable_data_ptr();
       args.scale = qd.scale.mutable_data_ptr<float>();
     }
-    if (needed(kGateUp) || needed(kGateUpBias)) {
-      d_gate_up_out = empty_on(dy, {rows, 2 * features}, dtype);
+    if (needed(needs::kGateUp) || needed(needs::kGateUpBias)) {
+      d_gate_up_out = consumes ? gate_up_out : empty_on(dy, {rows, 2 * features}, dtype);
       args.d_gate_up = d_gate_up_out.mutable_data_ptr();
     }
-    if (needed(kDown)) {
+    if (needed(needs::kDown)) {
       weighted_h = empty_on(dy, {rows, features}, dtype);
       args.weighted_h = weighted_h.mutable_data_ptr();
     }
-    if (needed(kWeights)) args.d_weights = d_weights.mutable_data_ptr<float>();
+    if (needed(needs::kWeights)) args.d_weights = d_weights.mutable_data_ptr<float>();
     FP8_RUN_PASS(gate_backward, dy, args);
   }
-  if (needed(kWeights) && down_bias.defined()) {
+  // d_gate_up_out may be gate_up_out overwritten.
+  const auto drop_gate_up_out = [&] {
+    d_gate_up_out = at::Tensor();
+    if (consumes) give_back_memory(gate_up_out);
+  };
+  if (needed(needs::kWeights) && down_bias.defined()) {
     const int64_t last = down.size(0) - 1;
     const at::Tensor dot =
         at::mm(dy, down_bias.t()).to(at::kFloat).gather(1, experts.clamp(0, last));
     d_weights.add_(dot.masked_fill_(experts.lt(0).logical_or_(experts.gt(last)), 0));
   }
-  if (needed(kX)) {
+  if (needed(needs::kX)) {
     const at::Tensor dx_rows = grouped::multiply_rows(qd, grouped::weight_for_dgrad(gate_up),
                                                       offsets, dtype, recipe.fast_dgrad);
     qd = {};
     dx = combine_rows(dx_rows, tokens, routing, {}, {}, {});
   }
-  if (needed(kGateUpBias)) {
+  if (needed(needs::kGateUpBias)) {
     d_gate_up_bias = sum_by_expert(d_gate_up_out, routing, /*gathered=*/false, {});
   }
+  if (!needed(needs::kGateUp)) drop_gate_up_out();
 
-  if (!needed(kGateUp) && !needed(kDown)) {
+  if (!needed(needs::kGateUp) && !needed(needs::kDown)) {
     return {dx, d_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias};
   }
   const WeightGradient of_gate_up{gate_up, recipe, offsets};
   const WeightGradient of_down{down, recipe, offsets};
   if (recipe.fp8_wgrad) {
     const grouped::Tiles tiles = grouped::make_tiles(offsets, rows);
-    if (needed(kGateUp)) {
+    if (needed(needs::kGateUp)) {
       const grouped::Operand grad = grouped::quantize_columns(d_gate_up_out, tiles);
-      d_gate_up_out = at::Tensor();
+      drop_gate_up_out();
       d_gate_up = of_gate_up.fp8(grad, grouped::quantize_columns(x, tiles, source, top_k), tiles);
     }
-    if (needed(kDown)) {
+    if (needed(needs::kDown)) {
       const grouped::Operand input = grouped::quantize_columns(weighted_h, tiles);
       weighted_h = at::Tensor();
       d_down = of_down.fp8(grouped::quantize_columns(dy, tiles, source, top_k), input, tiles);
     }
   } else {
-    if (needed(kGateUp)) {
+    if (needed(needs::kGateUp)) {
       d_gate_up = of_gate_up.high_precision(d_gate_up_out, grouped::copy_rows(x, place, top_k));
-      d_gate_up_out = at::Tensor();
+      drop_gate_up_out();
     }
-    if (needed(kDown)) {
+    if (needed(needs::kDown)) {
       d_down = of_down.high_precision(grouped::copy_rows(dy, place, top_k), weighted_h);
     }
   }
