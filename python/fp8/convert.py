@@ -16,7 +16,7 @@ from torch import nn
 
 from . import experts, transformers_hook
 from .expert_rules import FoundExperts, find_experts
-from .grouped import GROUPED_RECIPES, check_grouped_recipe
+from .grouped import check_grouped_recipe
 from .linear import Linear, check_static
 from .recipe import Recipe, check_recipe
 from .rules import Found, dtype_name, find_linears, left_alone
@@ -51,8 +51,8 @@ def convert(
             small layers (`fp8.rules.MIN_MEAN_SIZE`). The safety rules hold in any case: subclasses
             of nn.Linear, modules whose weight is used without calling them, and weights that are
             not bfloat16, float16 or float32 are left alone.
-        experts_recipe: of experts, out of `fp8.GROUPED_RECIPES`; None: `recipe` if it is one
-            of them, else "rowwise".
+        experts_recipe: of experts, out of `fp8.GROUPED_RECIPES`; None: "rowwise_gw_hp", whatever
+            the linears take, because an FP8 weight gradient does not pay for small groups of rows.
 
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.
@@ -65,9 +65,7 @@ def convert(
     """
     _check_model("convert", model)
     recipe = str(check_recipe(recipe))
-    if experts_recipe is None:
-        experts_recipe = recipe if recipe in GROUPED_RECIPES else GROUPED_RECIPES[0]
-    check_grouped_recipe(experts_recipe)
+    experts_recipe = check_grouped_recipe(experts_recipe or experts.DEFAULT_RECIPE)
     if filter is not None and not callable(filter):
         raise TypeError(
             "fp8.convert: filter must be a function (module, name) -> bool, "

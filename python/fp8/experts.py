@@ -23,13 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from .gating import forget_gate, gate_of
-from .grouped import GROUPED_RECIPES
 
 NAME = "fp8"
 """The name in transformers' registry."""
 
 DEFAULT = "grouped_mm"
 """What transformers runs where nothing was asked for, and where FP8 cannot run."""
+
+DEFAULT_RECIPE = "rowwise_gw_hp"
+"""Of experts. Its weight gradients are exact, and measured against `rowwise` it is faster in every
+shape, by half where groups have a few hundred rows, for a few percent more memory."""
 
 _SETTINGS = "fp8_settings"
 _MAX_EXPERTS = 1023
@@ -217,9 +220,9 @@ def in_fp8(module: nn.Module) -> bool:
 
 
 def recipe_of(module: nn.Module) -> str:
-    """Its recipe; without fp8.convert, `rowwise`."""
+    """Its recipe; without fp8.convert, the default."""
     settings = vars(module).get(_SETTINGS)
-    return settings.recipe if settings is not None else GROUPED_RECIPES[0]
+    return settings.recipe if settings is not None else DEFAULT_RECIPE
 
 
 def set_fp8(module: nn.Module, recipe: str, copies: dict[int, Any]) -> None:

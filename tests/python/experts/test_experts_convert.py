@@ -77,7 +77,7 @@ def test_convert_module_by_module():
     model.set_experts_implementation("eager")
     assert first.config._experts_implementation == "eager"
     assert second.config._experts_implementation == "fp8"
-    assert totals(model).startswith("2 experts: 1 in FP8 (1 rowwise), 1 left alone; 50.0%")
+    assert totals(model).startswith("2 experts: 1 in FP8 (1 rowwise_gw_hp), 1 left alone; 50.0%")
     assert implementations(fp8.revert(model)) == {"eager"}
 
 
@@ -95,9 +95,9 @@ def test_convert_asks_the_filter_about_linears_and_experts_once():
 @pytest.mark.parametrize(
     ("recipe", "experts_recipe", "expected"),
     [
-        ("tensorwise", None, "rowwise"),
-        ("rowwise", None, "rowwise"),
-        ("rowwise_gw_hp", None, "rowwise_gw_hp"),
+        ("tensorwise", None, "rowwise_gw_hp"),
+        ("rowwise", None, "rowwise_gw_hp"),
+        ("rowwise", "rowwise", "rowwise"),
         ("tensorwise", "rowwise_fast", "rowwise_fast"),
     ],
 )
@@ -128,7 +128,7 @@ def test_convert_refuses_an_unknown_experts_recipe():
 def test_set_experts_implementation_without_convert():
     model = make("qwen3_moe")
     model.set_experts_implementation("fp8")
-    assert totals(model).startswith("2 experts: 2 in FP8 (2 rowwise)")
+    assert totals(model).startswith("2 experts: 2 in FP8 (2 rowwise_gw_hp)")
     expected = make("qwen3_moe")(tokens()).logits
     assert relative(model(tokens()).logits, expected) > 0
     assert implementations(fp8.revert(model)) == {"grouped_mm"}
@@ -149,7 +149,7 @@ def test_experts_that_cannot_run_in_fp8_run_as_before(by_convert, monkeypatch):
     assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
     before = "eager" if by_convert else "grouped_mm"
     why = f"float32 weights; FP8 takes bfloat16, float16, float32: runs {before}"
-    assert row(model, "model.layers.0.mlp.experts")[-1] == f"rowwise ({why})"
+    assert row(model, "model.layers.0.mlp.experts")[-1] == f"rowwise_gw_hp ({why})"
     assert totals(model).startswith("2 experts: 0 in FP8 (none), 2 left alone")
     with fp8.cached_weights(model):
         model(tokens())
@@ -174,7 +174,7 @@ def test_convert_refuses_too_many_experts():
 def test_summary_has_a_line_for_each_experts_module():
     model = fp8.convert(make("gpt_oss", dtype=torch.bfloat16), filter=only_experts)
     shape = "4 x (64 -> 96, 48 -> 64)"  # stored transposed
-    assert row(model, "model.layers.1.mlp.experts") == [shape, "bfloat16", "rowwise"]
+    assert row(model, "model.layers.1.mlp.experts") == [shape, "bfloat16", "rowwise_gw_hp"]
     names = [line.split()[0] for line in fp8.summary(model).splitlines()[1:-2]]
     wanted = {
         name
@@ -183,7 +183,7 @@ def test_summary_has_a_line_for_each_experts_module():
     }
     assert names == [name for name, _ in model.named_modules() if name in wanted]
     assert totals(model) == (
-        "2 experts: 2 in FP8 (2 rowwise), 0 left alone; 100.0% of their weight elements in FP8"
+        "2 experts: 2 in FP8 (2 rowwise_gw_hp), 0 left alone; 100.0% of their weight elements in FP8"
     )
 
 
@@ -195,7 +195,7 @@ def test_summary_says_where_passes_are_not_fused():
     model = fp8.convert(transformers.MixtralForCausalLM(config), filter=only_experts)
     name = "model.layers.0.mlp.experts"
     why = "passes not fused: extents that are not multiples of 16"
-    assert row(model, name)[-1] == f"rowwise ({why})"
+    assert row(model, name)[-1] == f"rowwise_gw_hp ({why})"
     model(torch.arange(12)[None]).logits.sum().backward()
     module = experts_of(model)[name]
     module._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0].tanh()
@@ -257,7 +257,7 @@ def test_default_rules_of_mixtral():
     model = large("mixtral", hidden_size=4096, intermediate_size=14336, num_local_experts=8)
     fp8.convert(model)
     shape = "8 x (4096 -> 28672, 14336 -> 4096)"
-    assert row(model, "model.layers.0.mlp.experts") == [shape, "bfloat16", "rowwise"]
+    assert row(model, "model.layers.0.mlp.experts") == [shape, "bfloat16", "rowwise_gw_hp"]
     assert row(model, "model.layers.0.self_attn.q_proj")[-1] == "tensorwise"
     assert row(model, "lm_head")[-1].startswith("- (output head")
 
