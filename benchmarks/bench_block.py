@@ -145,7 +145,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-peers", action="store_true", help="nn.Linear and fp8 only")
     parser.add_argument("--repeats", type=int, help="timed calls per variant")
     peers.autotune_argument(parser)
-    peers.budget_argument(parser, 110)
+    peers.budget_argument(parser, 150)
 
 
 if __name__ == "__main__":

@@ -120,8 +120,7 @@ DECODER_CASES = (
         "8B",
         LLAMA_8B,
         (
-            *("bf16 compiled", _TENSORWISE, _ROWWISE),
-            *("torchao tensorwise eager", "torchao rowwise eager"),
+            *("bf16 compiled", _TENSORWISE, _ROWWISE, "torchao tensorwise eager"),
             *("TE delayed", "TE current"),
         ),
     ),
