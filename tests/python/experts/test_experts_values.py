@@ -104,8 +104,8 @@ def test_experts_fused_are_those_composed(family, device, monkeypatch):
     What both make from the same codes differs where bf16 is rounded to (2^-9): that moves 3% of the
     codes that follow by a step of 9%, 1.5% rms for each operand that is quantized again. The two
     gradients that they make from different codes (dy or w · dy, h or w · h) are off by independent
-    errors, so that their distance says little: there, as everywhere, the operator may not be further
-    from the exact one than a quarter more, five times what rms values of 320 errors scatter by.
+    errors, so that their distance says little: there, as everywhere, the operator may be further
+    from the exact one by a quarter, five times what rms values of 320 errors scatter by.
     """
     model = fp8.convert(make(family, device, torch.bfloat16), filter=only_experts)
     module = next(iter(experts_of(model).values()))
