@@ -21,6 +21,11 @@ class Fault:
     test: str
     gpu: bool = False  # only a GPU test can notice
 
+    @property
+    def command(self) -> str:
+        """The test as run.py takes it; of a GPU's faults the GPU tests alone."""
+        return f"-m gpu {self.test}" if self.gpu else self.test
+
 
 def apply(fault: Fault, root: Path) -> str:
     """Puts the fault into the tree below `root`; returns the file's text from before."""

@@ -112,9 +112,9 @@ def try_fault(fault: Fault) -> str:
     """'noticed', or what else came of it."""
     text = apply(fault, TREE)
     try:
-        if not build(fault.test):
+        if not build(fault.command):
             return "does not compile"
-        return "UNNOTICED" if is_green(fault.test) else "noticed"
+        return "UNNOTICED" if is_green(fault.command) else "noticed"
     finally:
         (TREE / fault.file).write_text(text)
 
@@ -128,7 +128,7 @@ def main(words: list[str]) -> int:
     runnable = [fault for fault in chosen if GPU or not fault.gpu]
     copy_tree()
     configure()
-    for test in dict.fromkeys(fault.test for fault in runnable):
+    for test in dict.fromkeys(fault.command for fault in runnable):
         if not build(test) or not is_green(test):
             print(f"test-faults: red without a fault: {test}", file=sys.stderr)
             return 1
