@@ -60,8 +60,8 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
   return x.dim() == 2 ? y : y.view(shape);
 }
 
-// dW in high precision: main_grad (+)= dy^T x, added in fp32 and rounded once. A 16-bit main_grad
-// takes products made in fp32: at::addmm into 16 bits rounds on the way (seen on an H200).
+// dW in high precision: main_grad (+)= dy^T x, added in fp32 and rounded once. What is added to a
+// 16-bit main_grad is made in fp32: at::addmm into 16 bits rounds on the way (seen on an H200).
 void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
                 const at::Tensor& dy,         // [M, N] high precision
                 const at::Tensor& x,          // [M, K] in dy's dtype

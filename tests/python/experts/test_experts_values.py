@@ -38,6 +38,13 @@ def run(function, module, hidden, index, weights, dy):
     return y.detach(), dict(zip(["hidden", "weights", *names], grads, strict=True))
 
 
+def run_exact(module, hidden, index, weights, dy):
+    """The same by the eager loop in fp64, which the module is from then on."""
+    module.double()
+    wide = (hidden.double(), index, weights.double(), dy.double())
+    return run(lambda *args: eager(module, *args), module, *wide)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
@@ -51,15 +58,7 @@ def check(family, recipe, device, dtype):
     hidden = torch.randn(20 * count, 64).to(device, dtype)
     dy = torch.randn(20 * count, 64).to(device, dtype)
     y, grads = run(module, module, hidden, index, weights, dy)
-    exact_module = module.double()
-    exact_y, exact_grads = run(
-        lambda *args: eager(exact_module, *args),
-        exact_module,
-        hidden.double(),
-        index,
-        weights.double(),
-        dy.double(),
-    )
+    exact_y, exact_grads = run_exact(module, hidden, index, weights, dy)
     assert y.dtype == hidden.dtype
     assert LEAST < relative(y, exact_y) < FORWARD
     for name, grad in grads.items():
@@ -115,15 +114,7 @@ def test_experts_fused_are_those_composed(family, device, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(fp8.experts, "gate_of", lambda module: None)
         composed_y, composed = run(module, module, hidden, index, weights, dy)
-    exact_module = module.double()
-    exact_y, exact = run(
-        lambda *args: eager(exact_module, *args),
-        exact_module,
-        hidden.double(),
-        index,
-        weights.double(),
-        dy.double(),
-    )
+    exact_y, exact = run_exact(module, hidden, index, weights, dy)
     assert relative(y, composed_y) < 0.03
     assert relative(y, exact_y) < 1.25 * relative(composed_y, exact_y)
     for name, grad in grads.items():
