@@ -15,6 +15,7 @@
 
 #include <algorithm>
 
+#include "common/launch.h"
 #include "common/tensors.h"
 #include "linear/memory.h"
 #include "linear/recipe.h"
@@ -144,9 +145,9 @@ Gradients backward(const BackwardArgs& args) {
   const bool dy_data = args.needs_dx && !empty;
   const bool dy_t = args.needs_dweight && !empty && recipe.fp8_wgrad;
   if (dy_data || dy_t) {
-    // The bias gradient rides along where the quantization looks at whole columns, or at everything
-    // in tiles.
-    const bool sums = args.needs_dbias && (dy_t || recipe.granularity != Granularity::kRowwise);
+    // The bias gradient rides along; a rowwise quantization takes two passes for it, of no more
+    // bytes than its one pass and a sum.
+    const bool sums = args.needs_dbias && rows <= core::kMaxRowsPerAxisPass;
     qdy = quantize_matrix(matrix,
                           {.dtype = recipe.grad_dtype,
                            .granularity = recipe.granularity,

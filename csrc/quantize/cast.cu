@@ -259,7 +259,7 @@ void launch_typed(const CastParams& params, cudaStream_t stream) {
     go(cast_kernel<T, Format, kGranularity, true, true>);
   } else if (data_t) {
     go(cast_kernel<T, Format, kGranularity, false, true>);
-  } else if constexpr (kGranularity == Granularity::kTensorwise) {
+  } else {
     go(cast_kernel<T, Format, kGranularity, true, false>);
   }
 }

@@ -37,11 +37,11 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
     if (plan.col_sum) plan.words = static_cast<size_t>(blocks_of(a.rows) * a.cols);
     return plan;
   }
-  plan.one_pass = rowwise && a.data_t.data == nullptr;
+  plan.one_pass = rowwise && a.data_t.data == nullptr && a.column_sum == nullptr;
   plan.statistics = rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr;
   if (!plan.statistics) return plan;
   plan.row_amax = rowwise && a.data.data != nullptr;
-  plan.col_amax = rowwise;
+  plan.col_amax = rowwise && a.data_t.data != nullptr;
   plan.col_sum = a.column_sum != nullptr;
   // Clusters save the cast pass partial results. With column sums a block holds so many registers
   // that clusters pack badly: 10 to 20% slower than without, but for one shape of those measured.
@@ -75,16 +75,15 @@ void check(const QuantizeArgs& a) {
   if (a.granularity != Granularity::kTensorwise) {
     require(a.static_scale == nullptr && a.amax == nullptr && a.amax_out == nullptr,
             "a given scale or amax is tensorwise");
-    require(blockwise || a.data_t.data == nullptr || a.rows <= kMaxRowsPerAxisPass,
-            "rowwise quantize with a transposed copy takes at most 67107840 rows");
+    require(blockwise || (a.data_t.data == nullptr && a.column_sum == nullptr) ||
+                a.rows <= kMaxRowsPerAxisPass,
+            "rowwise quantize with a transposed copy or column sums takes at most 67107840 rows");
     require((a.data.data == nullptr || a.scale != nullptr) &&
                 (a.data_t.data == nullptr || a.scale_t != nullptr),
             "rowwise and blockwise quantize expect a scale for each destination");
   }
-  const bool two_passes = a.granularity == Granularity::kRowwise
-                              ? a.data_t.data != nullptr
-                              : a.static_scale == nullptr && a.amax == nullptr;
-  require(a.column_sum == nullptr || two_passes || blockwise, "column sums need a statistics pass");
+  require(a.column_sum == nullptr || (a.static_scale == nullptr && a.amax == nullptr),
+          "column sums need a statistics pass");
 }
 
 struct Launch {
@@ -181,7 +180,7 @@ void quantize(const QuantizeArgs& args, Stream stream) {
   }
   const int64_t rows = std::max({args.rows, args.data.rows, args.data_t.ld});
   const int64_t cols = std::max({args.cols, args.data.ld, args.data_t.rows});
-  const CastPlan cast = plan_cast(rows, cols, plan.col_amax, device.sm_count);
+  const CastPlan cast = plan_cast(rows, cols, plan.row_amax || plan.col_amax, device.sm_count);
   require(cast.col_tiles * cast.strips <= kMaxGridX, "quantize expects fewer than 2^44 elements");
   launch_cast({.x = args.x,
                .rows = args.rows,

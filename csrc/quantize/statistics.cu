@@ -200,6 +200,8 @@ void launch_statistics(const StatisticsParams& params, Dtype x_dtype, cudaStream
       return launch_what<kColAmax>(params, x_dtype, stream);
     case kColAmax | kColSum:
       return launch_what<kColAmax | kColSum>(params, x_dtype, stream);
+    case kRowAmax | kColSum:
+      return launch_what<kRowAmax | kColSum>(params, x_dtype, stream);
     case kRowAmax | kColAmax:
       return launch_what<kRowAmax | kColAmax>(params, x_dtype, stream);
     case kRowAmax | kColAmax | kColSum:

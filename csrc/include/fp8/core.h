@@ -78,7 +78,7 @@ struct QuantizeArgs {
   const float* amax = nullptr;          // one float: amax known from an earlier call on the same x
   float* amax_out = nullptr;            // one float: the amax found
   // Column sums of x, accumulated in fp32 in a fixed order: the bias gradient when x is dy. [cols],
-  // optional; not together with static_scale, amax, or rowwise without data_t.
+  // optional; not together with static_scale or amax.
   void* column_sum = nullptr;
   Dtype column_sum_dtype = Dtype::kFloat32;
   void* workspace = nullptr;  // quantize_workspace_bytes(args) bytes, 16-byte aligned
@@ -92,8 +92,8 @@ struct QuantizeArgs {
 // Bytes of device workspace that quantize(args) needs; depends on the extents and options only.
 size_t quantize_workspace_bytes(const QuantizeArgs& args);
 
-// At most two launches; one for rowwise without data_t, where the tensorwise scale or amax is
-// given, and for blocks without column sums. rows and cols must be positive.
+// At most two launches; without column sums one for rowwise without data_t and for blocks, and one
+// where the tensorwise scale or amax is given. rows and cols must be positive.
 void quantize(const QuantizeArgs& args, Stream stream);
 
 // out[r, c] = float(data[r, c]) * scale[r / scale_block_rows * scale_row_stride +

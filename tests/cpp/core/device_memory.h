@@ -7,6 +7,9 @@
 #include <random>
 #include <vector>
 
+#include "common/launch.h"
+#include "fp8/core.h"
+
 inline void check(cudaError_t status) { REQUIRE(status == cudaSuccess); }
 
 template <typename T>
@@ -38,3 +41,25 @@ inline std::vector<float> random_matrix(int64_t count, unsigned seed) {
   for (float& v : values) v = normal(engine);
   return values;
 }
+
+// A quantized matrix on the device, padded, tensorwise or rowwise.
+struct Quantized {
+  int64_t rows, cols;
+  Buffer<uint8_t> data;
+  Buffer<float> scale;
+
+  Quantized(const std::vector<float>& host, int64_t rows_, int64_t cols_, fp8::core::Granularity granularity,
+            cudaStream_t stream)
+      : rows(rows_), cols(cols_), data(fp8::core::pad16(rows) * fp8::core::pad16(cols)), scale(fp8::core::pad16(rows)) {
+    Buffer<float> x(host);
+    fp8::core::QuantizeArgs args{
+        .x = x.data, .x_dtype = fp8::core::Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
+    args.granularity = granularity;
+    args.data = {data.data, fp8::core::pad16(rows), fp8::core::pad16(cols)};
+    args.scale = scale.data;
+    Buffer<uint8_t> workspace(fp8::core::quantize_workspace_bytes(args));
+    args.workspace = workspace.data;
+    fp8::core::quantize(args, stream);
+    check(cudaStreamSynchronize(stream));
+  }
+};
