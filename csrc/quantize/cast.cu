@@ -1,66 +1,14 @@
 // Second pass over x: cast to FP8, row-major, transposed, or both.
 //
-// A block of 256 threads casts 128 x 64 tiles of x, a few one below the other. A thread reads four
-// rows by eight columns (16-byte loads of bf16), writes its eight codes of each row, turns the 4 x
-// 8 bytes by byte permutes into eight words of four rows each, and exchanges them through shared
-// memory, so that the transposed tile leaves as 128-byte rows. Shared memory holds a word per
-// column and row group at [column][row group ^ 4 * (column / 8)]: free of bank conflicts for the
-// 4-byte writes and the 16-byte reads, without padding. Strips are taken from the side where the
-// first pass ended: part of x is still in L2 there. The grid may start while the first pass
-// drains: its first loads do not depend on it. Bound by bandwidth: 2 + 1 + 1 bytes an element.
-#include "common/codes.cuh"
-#include "common/reduce.cuh"
+// A block casts tiles of x (tile.cuh), a few one below the other. Strips are taken from the side
+// where the first pass ended: part of x is still in L2 there. The grid may start while the first
+// pass drains: its first loads do not depend on it. Bound by bandwidth: 2 + 1 + 1 bytes an element.
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
+#include "quantize/tile.cuh"
 
 namespace fp8::core {
 namespace {
-
-constexpr int kRowsPerThread = 4;
-constexpr int kGroups = kTileRows / kRowsPerThread;  // row groups of a tile, also words of a column
-constexpr int kColGroups = kTileCols / 8;            // column groups of a tile
-static_assert(kGroups * kColGroups == kThreads);
-static_assert(kGroups == 32, "the swizzle spreads a column over the 32 banks");
-
-// Maximum of source[i * step], i < count. kBatch loads are in flight at a time, also where fewer
-// are left: a loop that the compiler unrolls takes what is left one by one, each a round trip to
-// L2.
-template <int kBatch>
-__device__ __forceinline__ uint32_t max_of(const uint32_t* source, int64_t step, int count) {
-  uint32_t bits = 0;
-  for (int begin = 0; begin < count; begin += kBatch) {
-    uint32_t batch[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      batch[i] = begin + i < count ? __ldcg(source) : 0;
-      source += step;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) bits = max(bits, batch[i]);
-  }
-  return bits;
-}
-
-// The tensor's scale, the same in every block; block 0 writes it.
-__device__ __forceinline__ float tensor_multiplier(const CastParams& p, float format_max,
-                                                   uint32_t* scratch) {
-  const bool writes = blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0;
-  if (p.static_scale != nullptr) {
-    const float scale = __ldg(p.static_scale);
-    if (writes && p.scale != nullptr) *p.scale = scale;
-    return __fdiv_rn(1.0F, scale);
-  }
-  const int thread = static_cast<int>(threadIdx.x);
-  uint32_t bits = max_of<8>(p.tensor_amax + thread, kThreads,
-                            (p.tensor_parts - thread + kThreads - 1) / kThreads);
-  bits = block_max<kWarps>(bits, scratch);
-  const GroupScale group = scale_from_amax(bits, format_max, p.power_of_two);
-  if (writes) {
-    if (p.scale != nullptr) *p.scale = group.scale;
-    if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(bits);
-  }
-  return group.quant_multiplier;
-}
 
 // quant_multipliers of columns [col0, col0 + 64) into `multiplier`; `writes_scale` blocks store
 // scale_t too.
@@ -132,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
     cast_kernel(const CastParams p) {
   constexpr bool kRowwise = kGranularity == Granularity::kRowwise;
   let_next_start();
-  __shared__ alignas(16) uint32_t turned[kDataT ? kTileCols * kGroups : 1];
+  __shared__ alignas(16) uint32_t turned[kDataT ? kTurnedWords : 1];
   __shared__ alignas(16) uint32_t scratch[kThreads];
   __shared__ float row_multiplier[kRowwise && kData ? kTileRows : 1];
   __shared__ float col_multiplier[kRowwise && kDataT ? kTileCols : 1];
@@ -152,18 +100,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
 
   const int valid_cols = of_eight(p.cols - col);
   const bool writes_cols = col < p.data.ld;
-  const auto load_tile = [&](int64_t tile, Vec8<T>(&v)[kRowsPerThread]) {
+  const auto load = [&](int64_t tile, Vec8<T>(&v)[kRowsPerThread]) {
     const int64_t row = tile * kTileRows + group * kRowsPerThread;
-    const T* source = static_cast<const T*>(p.x) + row * p.ld + col;
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      v[r] = load8(source, row + r < p.rows ? valid_cols : 0, p.vectorized);
-      source += p.ld;
-    }
+    load_tile(static_cast<const T*>(p.x) + row * p.ld + col, p.ld, p.rows - row, valid_cols,
+              p.vectorized, v);
   };
   // The first tile is under way while the partial results are reduced.
   Vec8<T> v[kRowsPerThread];
-  load_tile(tile_begin, v);
+  load(tile_begin, v);
   wait_for_previous();
 
   [[maybe_unused]] uint32_t row_bits = 0;
@@ -216,34 +160,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
     }
     if constexpr (kRowwise) {
       if (tile + 1 < tile_end) {
-        load_tile(tile + 1, v);
+        load(tile + 1, v);
         if constexpr (kData) row_bits = row_amax_bits(p, tile + 1);
       }
     }
 
-    if constexpr (kDataT) {
-      uint32_t words[8];
-      transpose_bytes(codes[0].x, codes[1].x, codes[2].x, codes[3].x, words);
-      transpose_bytes(codes[0].y, codes[1].y, codes[2].y, codes[3].y, words + 4);
-      const int place = group ^ (4 * col_group);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) turned[(col_group * 8 + j) * kGroups + place] = words[j];
-      __syncthreads();
-      // 64 columns of 128 codes: eight lanes write one column's 128 bytes, 16 bytes each.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = i * (kTileCols / 2) + static_cast<int>(threadIdx.x) / 8;
-        const int chunk = static_cast<int>(threadIdx.x) % 8;
-        const int64_t out_row = col0 + column;
-        const int64_t out_col = tile_row + chunk * 16;
-        if (out_row < p.data_t.rows && out_col < p.data_t.ld) {
-          const uint4 q = *reinterpret_cast<const uint4*>(
-              &turned[column * kGroups + 4 * (chunk ^ (column / 8))]);
-          *reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.data_t.data) + out_row * p.data_t.ld +
-                                    out_col) = q;
-        }
-      }
-    }
+    if constexpr (kDataT) store_turned_tile(p.data_t, tile_row, col0, codes, turned);
   }
 }
 

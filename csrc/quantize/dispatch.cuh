@@ -1,5 +1,4 @@
-// From run-time types to template arguments, and the one way in which this library launches a
-// kernel.
+// From run-time types to template arguments, and the ways in which this library launches a kernel.
 #pragma once
 
 #include <utility>
@@ -71,6 +70,30 @@ void launch(Kernel kernel, dim3 grid, dim3 block, cudaStream_t stream, const Par
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   FP8_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+// A grid whose blocks all run at a time and may wait for each other. False, and nothing launched,
+// where they do not all fit: this process may have a part of the GPU only.
+template <typename Kernel, typename Params>
+bool launch_cooperative(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                        cudaStream_t stream, const Params& params) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, params);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // an answer, not an error
+    return false;
+  }
+  FP8_CUDA_CHECK(status);
+  return true;
 }
 
 // The two ends of a programmatic dependent launch; without it, and before sm_90, they do nothing.

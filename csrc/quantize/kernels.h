@@ -61,6 +61,16 @@ struct CastParams {
 void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granularity granularity,
                  cudaStream_t stream);
 
+// Both passes of a tensor's own scale in one cooperative launch.
+struct ResidentParams {
+  CastParams cast;        // without column sums; tensor_amax and tensor_parts: those below
+  uint32_t* tensor_amax;  // [plan.blocks]
+  ResidentPlan plan;
+};
+// False, and nothing launched, where the device cannot hold plan.blocks blocks at a time.
+bool launch_resident(const ResidentParams& params, Dtype x_dtype, Dtype dtype, int device,
+                     cudaStream_t stream);
+
 // One pass: a row is read into registers, its amax taken, and cast.
 struct RowwiseParams {
   const void* x;

@@ -27,6 +27,7 @@ struct QuantizePlan {
   size_t col_offset = 0;
   size_t sum_offset = 0;
   size_t words = 0;
+  ResidentPlan resident;  // with blocks: one launch may do for both passes
 };
 
 QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
@@ -54,7 +55,14 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
     if (wanted) plan.words += static_cast<size_t>(round_up(words, 4));
     return offset;
   };
-  plan.tensor_offset = take(!rowwise, plan.first.row_chunks * plan.first.col_tiles);
+  // Blocks of one grid that wait for each other: on Hopper and later.
+  if (!rowwise && !plan.col_sum && has_hopper_launches(device)) {
+    plan.resident = plan_resident(std::max({a.rows, a.data.rows, a.data_t.ld}),
+                                  std::max({a.cols, a.data.ld, a.data_t.rows}),
+                                  dtype_bytes(a.x_dtype), device.sm_count);
+  }
+  const int64_t tensor_parts = plan.first.row_chunks * plan.first.col_tiles;
+  plan.tensor_offset = take(!rowwise, std::max<int64_t>(tensor_parts, plan.resident.blocks));
   plan.row_offset = take(plan.row_amax, plan.first.row_parts * a.rows);
   plan.col_offset = take(plan.col_amax, plan.first.col_parts * a.cols);
   plan.sum_offset = take(plan.col_sum, plan.first.col_parts * a.cols);
@@ -125,6 +133,73 @@ void quantize_blockwise(const QuantizeArgs& args, const QuantizePlan& plan, cons
                     how.stream);
 }
 
+// A first pass where one is needed, and the cast pass; or both in one launch.
+void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const Launch& how) {
+  auto* words = static_cast<uint32_t*>(args.workspace);
+  require(plan.words == 0 || words != nullptr, "quantize expects a workspace");
+  uint32_t* row_amax = plan.row_amax ? words + plan.row_offset : nullptr;
+  uint32_t* col_amax = plan.col_amax ? words + plan.col_offset : nullptr;
+  auto* col_sum = plan.col_sum ? reinterpret_cast<float*>(words + plan.sum_offset) : nullptr;
+  const bool rowwise = args.granularity == Granularity::kRowwise;
+  uint32_t* tensor_amax = plan.statistics && !rowwise ? words + plan.tensor_offset : nullptr;
+  const int64_t rows = std::max({args.rows, args.data.rows, args.data_t.ld});
+  const int64_t cols = std::max({args.cols, args.data.ld, args.data_t.rows});
+  const bool can_overlap = has_hopper_launches(how.device);
+  CastParams cast{
+      .x = args.x,
+      .rows = args.rows,
+      .cols = args.cols,
+      .ld = args.ld,
+      .vectorized = how.vectorized,
+      .overlaps_previous = plan.statistics ? can_overlap : how.overlaps_previous,
+      .plan = plan_cast(rows, cols, plan.row_amax || plan.col_amax, how.device.sm_count),
+      .data = args.data,
+      .data_t = args.data_t,
+      .power_of_two = args.power_of_two,
+      .scale = args.scale,
+      .scale_t = args.scale_t,
+      .static_scale = args.static_scale,
+      .tensor_amax =
+          tensor_amax != nullptr ? tensor_amax : reinterpret_cast<const uint32_t*>(args.amax),
+      .tensor_parts = 1,
+      .amax_out = args.amax_out,
+      .row_amax = row_amax,
+      .row_parts = static_cast<int>(plan.first.row_parts),
+      .col_amax = col_amax,
+      .col_parts = static_cast<int>(plan.first.col_parts),
+      .col_sum = col_sum,
+      .column_sum = args.column_sum,
+      .column_sum_dtype = args.column_sum_dtype};
+  require(cast.plan.col_tiles * cast.plan.strips <= kMaxGridX,
+          "quantize expects fewer than 2^44 elements");
+  if (plan.resident.blocks > 0 && how.vectorized) {
+    cast.tensor_parts = static_cast<int>(plan.resident.blocks);
+    if (launch_resident({cast, tensor_amax, plan.resident}, args.x_dtype, args.dtype,
+                        how.device.index, how.stream)) {
+      return;
+    }
+  }
+  if (plan.statistics) {
+    // A folded matrix starts its rows every kStatisticsCols elements, always on 16 bytes if x does.
+    const bool folded = plan.first.ld != args.ld || plan.first.cols != args.cols;
+    const bool vectorized = folded ? reinterpret_cast<uintptr_t>(args.x) % 16 == 0 : how.vectorized;
+    launch_statistics({.x = args.x,
+                       .vectorized = vectorized,
+                       .overlaps_previous = how.overlaps_previous,
+                       .from_below = rowwise || args.data_t.data == nullptr,
+                       .plan = plan.first,
+                       .tensor_amax = tensor_amax,
+                       .row_amax = row_amax,
+                       .col_amax = col_amax,
+                       .col_sum = col_sum},
+                      args.x_dtype, how.stream);
+    if (!rowwise) {
+      cast.tensor_parts = static_cast<int>(plan.first.row_chunks * plan.first.col_tiles);
+    }
+  }
+  launch_cast(cast, args.x_dtype, args.dtype, args.granularity, how.stream);
+}
+
 }  // namespace
 
 size_t quantize_workspace_bytes(const QuantizeArgs& args) {
@@ -135,8 +210,7 @@ void quantize(const QuantizeArgs& args, Stream stream) {
   check(args);
   const DeviceInfo device = current_device(args.device);
   const QuantizePlan plan = plan_quantize(args, device);
-  const bool can_overlap = has_hopper_launches(device);
-  const bool overlaps_previous = args.overlaps_previous && can_overlap;
+  const bool overlaps_previous = args.overlaps_previous && has_hopper_launches(device);
   const bool vectorized = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                           (args.rows == 1 || args.ld * dtype_bytes(args.x_dtype) % 16 == 0);
   if (is_blockwise(args.granularity)) {
@@ -156,58 +230,7 @@ void quantize(const QuantizeArgs& args, Stream stream) {
                           args.x_dtype, args.dtype, stream);
   }
 
-  auto* words = static_cast<uint32_t*>(args.workspace);
-  require(plan.words == 0 || words != nullptr, "quantize expects a workspace");
-  uint32_t* row_amax = plan.row_amax ? words + plan.row_offset : nullptr;
-  uint32_t* col_amax = plan.col_amax ? words + plan.col_offset : nullptr;
-  auto* col_sum = plan.col_sum ? reinterpret_cast<float*>(words + plan.sum_offset) : nullptr;
-  const bool tensor_amax = plan.statistics && args.granularity == Granularity::kTensorwise;
-  if (plan.statistics) {
-    // A folded matrix starts its rows every kStatisticsCols elements, always on 16 bytes if x does.
-    const bool folded = plan.first.ld != args.ld || plan.first.cols != args.cols;
-    const bool first_vectorized =
-        folded ? reinterpret_cast<uintptr_t>(args.x) % 16 == 0 : vectorized;
-    launch_statistics({.x = args.x,
-                       .vectorized = first_vectorized,
-                       .overlaps_previous = overlaps_previous,
-                       .from_below = !tensor_amax || args.data_t.data == nullptr,
-                       .plan = plan.first,
-                       .tensor_amax = tensor_amax ? words + plan.tensor_offset : nullptr,
-                       .row_amax = row_amax,
-                       .col_amax = col_amax,
-                       .col_sum = col_sum},
-                      args.x_dtype, stream);
-  }
-  const int64_t rows = std::max({args.rows, args.data.rows, args.data_t.ld});
-  const int64_t cols = std::max({args.cols, args.data.ld, args.data_t.rows});
-  const CastPlan cast = plan_cast(rows, cols, plan.row_amax || plan.col_amax, device.sm_count);
-  require(cast.col_tiles * cast.strips <= kMaxGridX, "quantize expects fewer than 2^44 elements");
-  launch_cast({.x = args.x,
-               .rows = args.rows,
-               .cols = args.cols,
-               .ld = args.ld,
-               .vectorized = vectorized,
-               .overlaps_previous = plan.statistics ? can_overlap : overlaps_previous,
-               .plan = cast,
-               .data = args.data,
-               .data_t = args.data_t,
-               .power_of_two = args.power_of_two,
-               .scale = args.scale,
-               .scale_t = args.scale_t,
-               .static_scale = args.static_scale,
-               .tensor_amax = tensor_amax ? words + plan.tensor_offset
-                                          : reinterpret_cast<const uint32_t*>(args.amax),
-               .tensor_parts =
-                   tensor_amax ? static_cast<int>(plan.first.row_chunks * plan.first.col_tiles) : 1,
-               .amax_out = args.amax_out,
-               .row_amax = row_amax,
-               .row_parts = static_cast<int>(plan.first.row_parts),
-               .col_amax = col_amax,
-               .col_parts = static_cast<int>(plan.first.col_parts),
-               .col_sum = col_sum,
-               .column_sum = args.column_sum,
-               .column_sum_dtype = args.column_sum_dtype},
-              args.x_dtype, args.dtype, args.granularity, stream);
+  quantize_tiles(args, plan, {device, vectorized, overlaps_previous, stream});
 }
 
 }  // namespace fp8::core

@@ -354,6 +354,22 @@ FAULTS = [
         gpu=True,
     ),
     Fault(
+        "CUDA: in one launch, the first tile read again is not",
+        "csrc/quantize/resident.cu",
+        "if (i > kLast) tiles.copy(",
+        "if (i > kSlots<T>) tiles.copy(",
+        "tests/python/quantize/test_quantize_one_launch.py",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: in one launch, a row's second 16 bytes are as long as its first",
+        "csrc/quantize/resident.cu",
+        "16 - min(max(bytes - 16 * quad, 0), 16)",
+        "16 - min(max(bytes, 0), 16)",
+        "tests/python/quantize/test_quantize_one_launch.py",
+        gpu=True,
+    ),
+    Fault(
         "CUDA: the last rows do not count for the maximum",
         "csrc/quantize/statistics.cu",
         "for (int64_t row = row_begin + warp; row < row_end; row += kWarps) {",

@@ -48,9 +48,12 @@ struct Quantized {
   Buffer<uint8_t> data;
   Buffer<float> scale;
 
-  Quantized(const std::vector<float>& host, int64_t rows_, int64_t cols_, fp8::core::Granularity granularity,
-            cudaStream_t stream)
-      : rows(rows_), cols(cols_), data(fp8::core::pad16(rows) * fp8::core::pad16(cols)), scale(fp8::core::pad16(rows)) {
+  Quantized(const std::vector<float>& host, int64_t rows_, int64_t cols_,
+            fp8::core::Granularity granularity, cudaStream_t stream)
+      : rows(rows_),
+        cols(cols_),
+        data(fp8::core::pad16(rows) * fp8::core::pad16(cols)),
+        scale(fp8::core::pad16(rows)) {
     Buffer<float> x(host);
     fp8::core::QuantizeArgs args{
         .x = x.data, .x_dtype = fp8::core::Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};

@@ -1,4 +1,5 @@
-// fp8_core's quantize without torch, on a GPU: every granularity, column sums, overlapping launches.
+// fp8_core's quantize without torch, on a GPU: every granularity, column sums, overlapping
+// launches.
 #include <cuda_runtime_api.h>
 
 #include <bit>
@@ -128,9 +129,8 @@ TEST_CASE("column sums, and a transposed copy that overlaps them", "[quantize]")
   REQUIRE(wrong == 0);
 }
 
-
-// A layer whose weight gradient is not made in FP8 asks for the rows alone. The codes and scales are
-// those of a quantization without sums, which takes another way where it is rowwise.
+// A layer whose weight gradient is not made in FP8 asks for the rows alone. The codes and scales
+// are those of a quantization without sums, which takes another way where it is rowwise.
 TEST_CASE("column sums beside the rows alone change no code", "[quantize]") {
   const auto granularity = GENERATE(Granularity::kTensorwise, Granularity::kRowwise);
   const auto [rows, cols] = GENERATE(std::pair<int64_t, int64_t>{1, 1}, std::pair{130, 1040},

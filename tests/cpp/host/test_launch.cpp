@@ -66,6 +66,22 @@ TEST_CASE("the cast pass covers every tile within the grid's limits") {
   }
 }
 
+TEST_CASE("both passes are one launch for matrices of 8 to 128 MB") {
+  const auto blocks = [](int64_t rows, int64_t cols, int64_t bytes) {
+    const ResidentPlan plan = plan_resident(rows, cols, bytes, 132);
+    REQUIRE((plan.blocks == 0 || plan.col_tiles * 64 >= cols));
+    REQUIRE((plan.blocks == 0 || plan.tiles == plan.col_tiles * ceil_div(rows, kTileRows)));
+    return plan.blocks;
+  };
+  REQUIRE(blocks(2048, 2048, 2) == 2 * 132);
+  REQUIRE(blocks(2048, 1984, 2) == 0);
+  REQUIRE(blocks(2048, 1024, 4) == 256);  // not more blocks than tiles
+  REQUIRE(blocks(16384, 4096, 2) == 2 * 132);
+  REQUIRE(blocks(16384, 4160, 2) == 0);
+  REQUIRE(blocks(1 << 20, 8, 2) == 0);  // 16 MB in tiles that hold 128
+  REQUIRE(blocks(int64_t{1} << 40, int64_t{1} << 20, 4) == 0);
+}
+
 TEST_CASE("the rowwise pass holds a row in registers, or reads it again") {
   for (const int64_t cols : {16, 256, 1024, 4096, 14336, 32768, 32784, 1 << 20}) {
     const RowwisePlan plan = plan_rowwise(cols);
