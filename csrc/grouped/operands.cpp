@@ -52,7 +52,7 @@ Operand quantize_stored_columns(const at::Tensor& stored) {
   return out;
 }
 
-enum Form : int { kRows = 0, kColumns = 1 };
+enum Form : uint8_t { kRows = 0, kColumns = 1 };
 
 Operand quantize_weight(const at::Tensor& weight, bool fprop) {
   const bool transposed = is_stored_transposed(weight);

@@ -9,7 +9,8 @@
 #include "fp8/core.h"
 
 namespace at {
-class Tensor;  // declared alone: fp8._C sees no torch header
+// Declared alone: fp8._C sees no torch header.
+class Tensor;  // NOLINT(bugprone-forward-declaration)
 }
 
 namespace fp8::autotune {

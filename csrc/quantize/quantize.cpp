@@ -32,7 +32,7 @@ QuantizedMatrix quantize_empty(const at::Tensor& x, const QuantizeRequest& reque
     if (request.data_t) result.scale_t = scales(pad16(cols), pad16(rows));
   }
   if (request.column_sum) {
-    result.column_sum = at::zeros({cols}, x.options().dtype(*request.column_sum));
+    result.column_sum = at::zeros({cols}, x.options().dtype(request.column_sum));
   }
   return result;
 }
