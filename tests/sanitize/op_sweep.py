@@ -92,12 +92,13 @@ def main() -> None:
         torch.ops.fp8.quantize_blockwise_1x128_transpose(x, power_of_two=True)
         torch.ops.fp8.quantize_blockwise_128x128_transpose(x, power_of_two=True)
         calls += 9
-    # One launch for both passes of a tensor's scale: ragged tiles, a ring that comes round.
+    # One launch for both passes: ragged tiles, a ring that comes round.
     for x in (torch.randn(2100, 2040, device="cuda"), torch.randn(9000, 1500, device="cuda")):
         for part in (x, x[:, :-1]):
             torch.ops.fp8.quantize_tensorwise(part)
             torch.ops.fp8.quantize_tensorwise_transpose(part)
-            calls += 2
+            torch.ops.fp8.quantize_rowwise_transpose(part)
+            calls += 3
     torch.cuda.synchronize()
     print(f"op_sweep: {calls} calls")
 
