@@ -11,7 +11,7 @@
 namespace at {
 // Declared alone: fp8._C sees no torch header.
 class Tensor;  // NOLINT(bugprone-forward-declaration)
-}
+}  // namespace at
 
 namespace fp8::autotune {
 

@@ -2,9 +2,9 @@
 //
 // Two blocks to a multiprocessor take a matrix's tiles in turn, through a ring of slots in shared
 // memory (tile_ring.cuh). The first time they keep maxima alone. After a barrier of the whole grid
-// they have the scales and cast, the tiles backwards: those of the last slots are still there, those
-// before them partly in L2. So a bf16 tensor of up to 25 MB is read from memory once, 2 + 1 (+ 1)
-// bytes an element instead of 4 + 1 (+ 1), a larger one in part.
+// they have the scales and cast, the tiles backwards: those of the last slots are still there,
+// those before them partly in L2. So a bf16 tensor of up to 25 MB is read from memory once, 2 + 1
+// (+ 1) bytes an element instead of 4 + 1 (+ 1), a larger one in part.
 //
 // Maxima per row and column are joined in L2, by atomics: a maximum does not depend on the order.
 #include <cooperative_groups.h>
@@ -25,7 +25,8 @@ namespace {
 constexpr int kMultipliers = static_cast<int>(kTileRows + kTileCols);
 constexpr int kSharedBytes = kSlotBytes + (2 * kTurnedWords + kMultipliers) * 4;
 
-__device__ __forceinline__ uint32_t max_across(uint32_t value, int first_lane_bit, int last_lane_bit) {
+__device__ __forceinline__ uint32_t max_across(uint32_t value, int first_lane_bit,
+                                               int last_lane_bit) {
 #pragma unroll
   for (int bit = first_lane_bit; bit <= last_lane_bit; bit *= 2) {
     value = max(value, __shfl_xor_sync(0xFFFFFFFFU, value, bit));

@@ -1,5 +1,5 @@
-// The tiles of a block of resident.cu, and the ring of slots in shared memory that copies of them run
-// ahead in.
+// The tiles of a block of resident.cu, and the ring of slots in shared memory that copies of them
+// run ahead in.
 //
 // L2 drops what was only read before what was written, and is full of what earlier work wrote: a
 // second pass over x found next to nothing of it there. Hence the hints: a tile that stays in its
