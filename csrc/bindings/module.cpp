@@ -11,6 +11,7 @@
 #include "fp8/core.h"
 #include "fp8/version.h"
 #include "matmul/tuning.h"
+#include "quantize/whole_gpu.h"
 #ifdef FP8_WITH_CUDA
 #include "matmul/autotune.h"
 #endif
@@ -97,4 +98,8 @@ PYBIND11_MODULE(_C, m) {
         "The problems that were met since: (problem, first us, chosen us, source).");
   m.def("autotune_file", &autotune_file, py::arg("gpu"),
         "The file with what was measured on this model of GPU; empty where no folder is known.");
+  m.def("whole_gpu_launches", &fp8::whole_gpu_launches,
+        "Whether a quantization may wait until the whole GPU is free for it.");
+  m.def("spare_collectives", &fp8::spare_collectives,
+        "No such launches from now on, unless FP8_WHOLE_GPU_LAUNCHES is set.");
 }

@@ -7,6 +7,7 @@
 #include "common/cuda_context.h"
 #include "common/tensors.h"
 #include "cpu/kernels.h"
+#include "quantize/whole_gpu.h"
 
 namespace fp8 {
 namespace {
@@ -70,6 +71,7 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
                           .granularity = request.granularity,
                           .power_of_two = request.power_of_two,
                           .overlaps_previous = request.overlaps_previous,
+                          .whole_gpu = whole_gpu_launches(),
                           .device = x.is_cuda() ? x.device().index() : -1};
   if (request.data) {
     result.data = empty_on(x, {pad16(rows), pad16(cols)}, request.dtype);

@@ -56,7 +56,7 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
     return offset;
   };
   // Blocks of one grid that wait for each other: on Hopper and later.
-  if (!plan.col_sum && has_hopper_launches(device)) {
+  if (a.whole_gpu && !plan.col_sum && has_hopper_launches(device)) {
     plan.resident = plan_resident(std::max({a.rows, a.data.rows, a.data_t.ld}),
                                   std::max({a.cols, a.data.ld, a.data_t.rows}),
                                   dtype_bytes(a.x_dtype), device.sm_count);

@@ -58,6 +58,7 @@ def info() -> dict[str, object]:
         },
         "plan cache": _native_or_error("plan_cache_info"),
         "autotune": _autotune(),
+        "whole-GPU launches": _whole_gpu_launches(),
     }
 
 
@@ -148,6 +149,13 @@ def _driver_file() -> str:
 def _nvidia_smi() -> str:  # where a container hides the file
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=10)
+
+
+def _whole_gpu_launches() -> str:
+    try:
+        return "on" if _loader.native().whole_gpu_launches() else "off"
+    except ImportError as error:
+        return str(error).splitlines()[0]
 
 
 def _autotune() -> dict[str, object]:

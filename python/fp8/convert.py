@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import experts, transformers_hook
+from ._collectives import spare_collectives
 from .expert_rules import FoundExperts, find_experts
 from .grouped import check_grouped_recipe
 from .linear import Linear, check_static
@@ -88,6 +89,7 @@ def convert(
         if isinstance(linear.module, Linear) and linear.module.input_scale is not None:
             check_static(recipe, f"fp8.convert: {_label(linear)}")
     chosen = [linear.module for linear in found]
+    spare_collectives()
     for module in chosen:
         module.__class__ = Linear
         vars(module)["recipe"] = recipe

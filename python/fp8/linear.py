@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import main_grad
+from ._collectives import spare_collectives
 from .recipe import Recipe, check_recipe
 
 # Looked up once: `torch.ops.fp8.fused_linear.default` costs four attribute reads a call.
@@ -66,6 +67,7 @@ class Linear(nn.Linear):
         name = str(check_recipe(recipe))
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = name
+        spare_collectives()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | Recipe = "tensorwise") -> Self:
@@ -98,6 +100,7 @@ class Linear(nn.Linear):
             check_static(name, "fp8.Linear.from_linear: the module")
         new._compiled_call_impl = None  # what linear.compile() made is bound to `linear`
         new.recipe = name
+        spare_collectives()
         return new
 
     def forward(self, input: Tensor) -> Tensor:

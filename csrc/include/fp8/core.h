@@ -86,6 +86,9 @@ struct QuantizeArgs {
   // not write x, nor wait for what did. The first kernel may then start while it drains (sm_90 and
   // later). Nothing is written before it has ended.
   bool overlaps_previous = false;
+  // Two launches may be one that begins when the whole GPU is free for it, as is faster for some
+  // sizes (sm_90 and later). Not where other streams must go on meanwhile, as collectives must.
+  bool whole_gpu = false;
   int device = -1;  // index of the current device, where the caller knows it: asking costs time
 };
 

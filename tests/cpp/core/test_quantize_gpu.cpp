@@ -160,6 +160,48 @@ TEST_CASE("column sums beside the rows alone change no code", "[quantize]") {
   check_column_sums(sums.host(), host_dy);
 }
 
+// 9 MB, whose tiles are ragged on both sides: one launch where the caller allows it, with the same
+// bits. compute-sanitizer's racecheck runs this case.
+TEST_CASE("one launch that takes the whole GPU changes no bit", "[quantize]") {
+  const auto granularity = GENERATE(Granularity::kTensorwise, Granularity::kRowwise);
+  const bool data = GENERATE(true, false);
+  const int64_t rows = 1500;
+  const int64_t cols = 1500;
+  const Buffer<float> x(random_matrix(rows * cols, 9));
+  std::vector<std::vector<uint8_t>> copies;
+  std::vector<std::vector<float>> scales;
+  for (const bool whole_gpu : {false, true}) {
+    Buffer<uint8_t> rows_out(pad16(rows) * pad16(cols));
+    Buffer<uint8_t> turned(pad16(rows) * pad16(cols));
+    Buffer<float> scale(pad16(rows));
+    Buffer<float> scale_t(pad16(cols));
+    for (auto* buffer : {&rows_out, &turned}) {
+      check(cudaMemset(buffer->data, 0xFF, buffer->count));
+    }
+    for (auto* buffer : {&scale, &scale_t}) check(cudaMemset(buffer->data, 0, 4 * buffer->count));
+    QuantizeArgs args{
+        .x = x.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
+    args.granularity = granularity;
+    if (data) args.data = {rows_out.data, pad16(rows), pad16(cols)};
+    args.data_t = {turned.data, pad16(cols), pad16(rows)};
+    args.scale = scale.data;
+    args.scale_t = scale_t.data;
+    args.whole_gpu = whole_gpu;
+    Buffer<uint8_t> workspace(quantize_workspace_bytes(args));
+    args.workspace = workspace.data;
+    quantize(args, nullptr);
+    check(cudaDeviceSynchronize());
+    copies.push_back(rows_out.host());
+    copies.push_back(turned.host());
+    scales.push_back(scale.host());
+    scales.push_back(scale_t.host());
+  }
+  REQUIRE(copies[0] == copies[2]);
+  REQUIRE(copies[1] == copies[3]);
+  REQUIRE(scales[0] == scales[2]);
+  REQUIRE(scales[1] == scales[3]);
+}
+
 // Every scaling group, both copies, column sums, then a transposed copy that overlaps them, for
 // blocks. compute-sanitizer's racecheck runs this case.
 TEST_CASE("blocks match the host's encoder bit by bit", "[quantize]") {

@@ -28,6 +28,7 @@ FACTS = [
     "environment",
     "plan cache",
     "autotune",
+    "whole-GPU launches",
 ]
 
 
