@@ -61,18 +61,15 @@ struct CastParams {
 void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granularity granularity,
                  cudaStream_t stream);
 
-// Both passes in one cooperative launch: tensorwise with the tensor's own scale, or rowwise with a
-// transposed copy. Without column sums.
+// Both passes of a tensor's own scale in one cooperative launch.
 struct ResidentParams {
-  CastParams cast;        // its partial results: those below
-  uint32_t* tensor_amax;  // [plan.blocks], tensorwise
-  uint32_t* row_amax;     // [rows], rowwise where data is made
-  uint32_t* col_amax;     // [cols], rowwise
+  CastParams cast;        // without column sums; tensor_amax and tensor_parts: those below
+  uint32_t* tensor_amax;  // [plan.blocks]
   ResidentPlan plan;
 };
 // False, and nothing launched, where the device cannot hold plan.blocks blocks at a time.
-bool launch_resident(const ResidentParams& params, Dtype x_dtype, Dtype dtype,
-                     Granularity granularity, int device, cudaStream_t stream);
+bool launch_resident(const ResidentParams& params, Dtype x_dtype, Dtype dtype, int device,
+                     cudaStream_t stream);
 
 // One pass: a row is read into registers, its amax taken, and cast.
 struct RowwiseParams {

@@ -56,7 +56,7 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
     return offset;
   };
   // Blocks of one grid that wait for each other: on Hopper and later.
-  if (a.whole_gpu && !plan.col_sum && has_hopper_launches(device)) {
+  if (a.whole_gpu && !rowwise && !plan.col_sum && has_hopper_launches(device)) {
     plan.resident = plan_resident(std::max({a.rows, a.data.rows, a.data_t.ld}),
                                   std::max({a.cols, a.data.ld, a.data_t.rows}),
                                   dtype_bytes(a.x_dtype), device.sm_count);
@@ -174,8 +174,8 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
           "quantize expects fewer than 2^44 elements");
   if (plan.resident.blocks > 0 && how.vectorized) {
     cast.tensor_parts = static_cast<int>(plan.resident.blocks);
-    if (launch_resident({cast, tensor_amax, row_amax, col_amax, plan.resident}, args.x_dtype,
-                        args.dtype, args.granularity, how.device.index, how.stream)) {
+    if (launch_resident({cast, tensor_amax, plan.resident}, args.x_dtype, args.dtype,
+                        how.device.index, how.stream)) {
       return;
     }
   }

@@ -363,7 +363,7 @@ FAULTS = [
     ),
     Fault(
         "CUDA: in one launch, a row's second 16 bytes are as long as its first",
-        "csrc/quantize/tile_ring.cuh",
+        "csrc/quantize/resident.cu",
         "16 - min(max(bytes - 16 * quad, 0), 16)",
         "16 - min(max(bytes, 0), 16)",
         "tests/python/quantize/test_quantize_one_launch.py",

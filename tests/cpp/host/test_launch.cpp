@@ -78,7 +78,7 @@ TEST_CASE("both passes are one launch for matrices of 8 to 128 MB") {
   REQUIRE(blocks(2048, 1024, 4) == 256);  // not more blocks than tiles
   REQUIRE(blocks(16384, 4096, 2) == 2 * 132);
   REQUIRE(blocks(16384, 4160, 2) == 0);
-  REQUIRE(blocks(1 << 20, 8, 2) == 0);  // 16 MB in tiles that hold 128
+  REQUIRE(blocks(1 << 21, 8, 2) == 0);  // 32 MB in tiles that hold 256
   REQUIRE(blocks(int64_t{1} << 40, int64_t{1} << 20, 4) == 0);
 }
 
