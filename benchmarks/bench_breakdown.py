@@ -1,8 +1,10 @@
-"""Where a training step's time goes: kernels by class, the GPU's idle time, the host's time.
+"""Where a training step's time goes: kernels by class, the rest of the step, the host's time.
 
 One linear layer at three shapes, and two Llama-3-8B decoder layers at 2 x 4096 tokens; bf16 and
 fp8, tensorwise and rowwise. Kernel times are from torch.profiler. The span of a step is measured
-without the profiler, over steps queued back to back as in training; idle is what is left of it.
+without the profiler, over steps queued back to back as in training. The rest is what is left of
+it: gaps between kernels, and that a busy GPU lowers its clocks, more than one that the profiler
+lets rest between kernels.
 Host ms: until backward() returned, the GPU not awaited.
 """
 
@@ -111,7 +113,7 @@ def profiled(case: Timed) -> list[Row]:
                 "autotuned": case.tuned[variant],
                 "span_us": span,
                 **found,
-                "idle_us": max(0.0, span - busy),
+                "rest_us": max(0.0, span - busy),
                 "host_us": case.hosts[variant],
                 "speedup": case.spans["bf16"] / span,
             }
@@ -141,13 +143,13 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
 
 
 def table(rows: list[Row]) -> str:
-    columns = ["case", "variant", "step ms", *kernel_times.CLASSES, "idle", "host ms", "kernels"]
+    columns = ["case", "variant", "step ms", *kernel_times.CLASSES, "rest", "host ms", "kernels"]
     lines = [
         [
             row["case"],
             row["variant"],
             row["span_us"] / 1e3,
-            *(row[f"{group}_us"] / 1e3 for group in (*kernel_times.CLASSES, "idle")),
+            *(row[f"{group}_us"] / 1e3 for group in (*kernel_times.CLASSES, "rest")),
             row["host_us"] / 1e3,
             row["kernels"],
         ]

@@ -19,7 +19,7 @@ _COLOURS = {
     "torchao": "#d1752b",
     "TE": "#9a4a8c",
 }
-_GROUPS = ("#1f5fbf", "#2a9d8f", "#9a4a8c", "#b8b8b8", "#eadfca")  # classes of kernels, idle
+_GROUPS = ("#1f5fbf", "#2a9d8f", "#9a4a8c", "#b8b8b8", "#eadfca")  # classes of kernels, rest
 _WHITENED = (0.0, 0.35, 0.6, 0.75)
 
 
@@ -119,10 +119,10 @@ def decoder_cases(run: Row, path: Path) -> None:
 
 
 def breakdown(run: Row, path: Path) -> None:
-    """A step's time as one bar of kernel classes and idle time for each variant, a panel a case."""
+    """A step's time as one bar of kernel classes and the rest for each variant, a panel a case."""
     rows = run["rows"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    groups = dict(zip(("gemm", "quantize", "attention", "other", "idle"), _GROUPS, strict=True))
+    groups = dict(zip(("gemm", "quantize", "attention", "other", "rest"), _GROUPS, strict=True))
     figure, panels = pyplot.subplots(
         len(cases), 1, figsize=(10, 0.5 + 1.25 * len(cases)), squeeze=False, constrained_layout=True
     )

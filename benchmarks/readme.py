@@ -163,8 +163,8 @@ def breakdown(rows: list[Row]) -> str:
     """The plot says it all; this is its caption."""
     names = ", ".join(dict.fromkeys(row["variant"] for row in rows))
     return (
-        f"Where a step's time goes on the GPU, by class of kernels: {names}. Idle is the time in "
-        "which no kernel runs."
+        f"Where a step's time goes on the GPU, by class of kernels: {names}. Rest: gaps between "
+        "kernels, and that a GPU without pauses runs them at lower clocks than under the profiler."
     )
 
 

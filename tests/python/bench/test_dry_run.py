@@ -198,7 +198,7 @@ def test_breakdown(run, monkeypatch):
     for row in rows:
         assert [row["gemm_us"], row["quantize_us"], row["other_us"]] == pytest.approx([3, 1.5, 0.5])
         assert row["kernels"] == 2
-        assert row["idle_us"] == pytest.approx(max(0, row["span_us"] - 5))
+        assert row["rest_us"] == pytest.approx(max(0, row["span_us"] - 5))
 
 
 def test_host(run, monkeypatch):

@@ -85,7 +85,7 @@ def breakdown_row(variant: str, gemm: float) -> runs.Row:
         "quantize_us": 400.0,
         "attention_us": 0.0,
         "other_us": 0.0,
-        "idle_us": 3600.0 - gemm,
+        "rest_us": 3600.0 - gemm,
         "kernels": 9,
         "host_us": 300.0,
         "speedup": 1.5,
