@@ -3,8 +3,8 @@
 Runs fused_linear with each recipe on Llama 3's shapes, and two of them over the number of tokens
 ("sweep": "tokens"; bf16, tensorwise and rowwise only). The weight counts as new before every step,
 as under an optimizer, so that nothing is kept between steps. "GEMMs alone" is the ceiling: the
-three FP8 products by torch._scaled_mm on operands quantized beforehand, with cuBLASLt's first
-choice of algorithm, which fp8.autotune may beat.
+three FP8 products on operands quantized beforehand, with cuBLASLt's first choice of algorithm,
+which fp8.autotune may beat; by torch._scaled_mm, which has no blocks: those by fp8::scaled_mm.
 """
 
 from __future__ import annotations
@@ -22,19 +22,29 @@ from shapes import RECIPES, LinearShape, main_shapes, sweep_shapes
 from torch import nn
 from tqdm import tqdm
 
-CEILING = "GEMMs alone"
+# Ceilings, and the recipe that each is one of.
+CEILINGS = {
+    "GEMMs alone": "tensorwise",
+    "GEMMs alone, rowwise": "rowwise",
+    "GEMMs alone, blockwise": "blockwise",
+}
 
 
-def gemms_alone(shape: LinearShape, rowwise: bool):
+def gemms_alone(shape: LinearShape, recipe: str):
     """Calls of fprop, and of fprop, dgrad and wgrad, on FP8 operands that exist already."""
-    quantize = torch.ops.fp8.quantize_rowwise if rowwise else torch.ops.fp8.quantize_tensorwise
+    ops = torch.ops.fp8
+    rowwise, blockwise = recipe == "rowwise", recipe == "blockwise"
+    quantize = ops.quantize_blockwise_1x128 if blockwise else getattr(ops, f"quantize_{recipe}")
+    quantize_weight = ops.quantize_blockwise_128x128 if blockwise else quantize
     m, k, n = shape
 
-    def operand(rows: int, cols: int, dtype=torch.float8_e4m3fn):
+    def operand(rows: int, cols: int, dtype=torch.float8_e4m3fn, quantize=quantize):
         return quantize(torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16), dtype)
 
     def product(a, b, fast: bool):
         (data_a, scale_a), (data_b, scale_b) = a, b
+        if blockwise:
+            return lambda: ops.scaled_mm(data_a, data_b, scale_a, scale_b)
         scale_b = scale_b.t().contiguous() if rowwise else scale_b
 
         def call():
@@ -44,9 +54,9 @@ def gemms_alone(shape: LinearShape, rowwise: bool):
 
         return call
 
-    grad = torch.float8_e4m3fn if rowwise else torch.float8_e5m2
-    fprop = product(operand(m, k), operand(n, k), True)
-    dgrad = product(operand(m, n, grad), operand(k, n), False)
+    grad = torch.float8_e5m2 if recipe == "tensorwise" else torch.float8_e4m3fn
+    fprop = product(operand(m, k), operand(n, k, quantize=quantize_weight), True)
+    dgrad = product(operand(m, n, grad), operand(k, n, quantize=quantize_weight), False)
     wgrad = product(operand(n, m, grad), operand(k, m), False)
 
     def step():
@@ -80,8 +90,9 @@ def measure_shape(
             continue
         forwards[peer.name], steps[peer.name] = forward, step
         parameters += list(module.parameters())
-    for name, rowwise in ((CEILING, False), (f"{CEILING}, rowwise", True)):
-        forwards[name], steps[name] = gemms_alone(shape, rowwise)
+    for name, recipe in CEILINGS.items():
+        if f"fp8 {recipe}" in steps:
+            forwards[name], steps[name] = gemms_alone(shape, recipe)
     touch = timing.new_weights(parameters)
     repeats = options.repeats or (9 if options.quick else 15)
     fwd = timing.device_times(forwards, repeats, before=touch, lead=1)

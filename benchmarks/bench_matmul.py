@@ -22,10 +22,9 @@ def measure_shape(shape: LinearShape, repeats: int) -> list[Row]:
     weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
     exact = x[:64].double() @ weight.double().t()
     variants = {"bf16": lambda: torch.nn.functional.linear(x, weight)}
-    for granularity in ("tensorwise", "rowwise"):
-        for fast in (True, False):
-            name = f"{granularity}{'' if fast else ', split'}"
-            variants |= operands_gpu.products(x, weight, granularity, fast, name)
+    for pair in operands_gpu.PAIRS:
+        for fast in (False,) if operands_gpu.is_blocks(pair) else (True, False):
+            variants |= operands_gpu.products(x, weight, pair, fast)
     noise = {
         name: timing.sqnr(run()[:64], exact)
         for name, run in variants.items()

@@ -19,6 +19,7 @@ import bench_block  # noqa: E402
 import bench_breakdown  # noqa: E402
 import bench_host  # noqa: E402
 import bench_linear  # noqa: E402
+import bench_matmul  # noqa: E402
 import bench_moe  # noqa: E402
 import bench_sizes  # noqa: E402
 import kernel_times  # noqa: E402
@@ -136,6 +137,8 @@ def test_linear(run, monkeypatch, autotune):
     assert {row["variant"] for row in tokens} == {
         *("bf16", "fp8 tensorwise", "fp8 rowwise", "GEMMs alone", "GEMMs alone, rowwise")
     }
+    variants = {row["variant"] for row in written["rows"] if row["sweep"] == "main"}
+    assert variants == {"bf16", *(f"fp8 {recipe}" for recipe in RECIPES), *bench_linear.CEILINGS}
     assert written["header"]["autotuned"] is True
     assert [m for _, m in autotune] == [32] * 4 + [16] * 2 + [48] * 2
 
@@ -146,6 +149,51 @@ def test_linear_not_autotuned(run, monkeypatch, autotune):
     monkeypatch.setattr(bench_linear, "sweep_shapes", lambda quick: [])
     run("linear", bench_linear, "--repeats", "1", "--no-peers", "--no-autotune")
     assert not autotune
+
+
+@pytest.mark.parametrize("recipe", bench_linear.CEILINGS.values())
+def test_gemms_alone_are_the_products_of_a_step(cpu_as_gpu, monkeypatch, recipe):
+    """Shapes of y, dx and dw; only the forward's accumulation is fast."""
+    calls = []
+
+    def product(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=False):
+        shape = a.shape[0], b.shape[1 if recipe != "blockwise" else 0]
+        calls.append((shape, a.shape[1], [tuple(scale.shape) for scale in scales], use_fast_accum))
+
+    class Ops:
+        """fp8's operators, the product recorded."""
+
+        scaled_mm = staticmethod(product)
+
+        def __getattr__(self, name):
+            return getattr(ops, name)
+
+    ops = torch.ops.fp8
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    monkeypatch.setattr(torch.ops, "fp8", Ops())
+    _, step = bench_linear.gemms_alone(LinearShape(32, 64, 256), recipe)
+    step()
+    assert [call[:2] for call in calls] == [((32, 256), 64), ((32, 64), 256), ((256, 64), 32)]
+    fast = recipe != "blockwise"  # which has no such choice
+    assert [call[3] for call in calls] == [fast, False, False]
+    if recipe == "blockwise":
+        scales = [[(32, 1), (2, 1)], [(32, 2), (1, 2)], [(256, 1), (64, 1)]]
+        assert [call[2] for call in calls] == scales
+
+
+def test_matmul(run, monkeypatch):
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm_anywhere)
+    monkeypatch.setattr(bench_matmul, "LAYERS", ((64, 96),))
+    monkeypatch.setattr(bench_matmul, "M_VALUES", (16, 32))
+    rows = run("matmul", bench_matmul)["rows"]
+    blocks = [row for row in rows if "128" in row["variant"]]
+    assert [row["m"] for row in blocks] == [16] * 4 + [32] * 4
+    assert {row["variant"] for row in blocks} == {
+        *("scaled_mm 1x128 · 128x128, split", "scaled_mm 1x128 · 1x128, split"),
+        "scaled_mm_accumulate_ 1x128 · 128x128, split, fp32 out",
+        "scaled_mm_accumulate_ 1x128 · 1x128, split, fp32 out",
+    }
+    assert all(row["sqnr_db"] > 25 for row in blocks if row["variant"].startswith("scaled_mm 1"))
 
 
 def test_autotune_that_fails_is_not_fatal(monkeypatch, capsys):
