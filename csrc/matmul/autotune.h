@@ -9,8 +9,7 @@
 #include "fp8/core.h"
 
 namespace at {
-// Declared alone: fp8._C sees no torch header.
-class Tensor;  // NOLINT(bugprone-forward-declaration)
+class Tensor;  // declared alone: fp8._C sees no torch header
 }  // namespace at
 
 namespace fp8::autotune {
