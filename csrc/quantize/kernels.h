@@ -61,15 +61,23 @@ struct CastParams {
 void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granularity granularity,
                  cudaStream_t stream);
 
-// Both passes of a tensor's own scale in one cooperative launch.
+// Both passes in one cooperative launch. `cast` is without column sums; where it asks for maxima,
+// those are the ones that this launch leaves below.
 struct ResidentParams {
-  CastParams cast;        // without column sums; tensor_amax and tensor_parts: those below
-  uint32_t* tensor_amax;  // [plan.blocks]
+  CastParams cast;
   ResidentPlan plan;
+  uint32_t* tensor_amax;  // tensorwise: [plan.blocks]
+  // rowwise
+  uint32_t* row_amax;     // [plan.col_tiles, rows of whole tiles], where data is made
+  float* row_multiplier;  // [rows of whole tiles], the same
+  uint32_t* col_amax;     // [blocks of a column of tiles, cols]
 };
 // False, and nothing launched, where the device cannot hold plan.blocks blocks at a time.
 bool launch_resident(const ResidentParams& params, Dtype x_dtype, Dtype dtype, int device,
                      cudaStream_t stream);
+// The same for a scale for each row and column; makes data_t, with or without data.
+bool launch_resident_rowwise(const ResidentParams& params, Dtype x_dtype, Dtype dtype, int device,
+                             cudaStream_t stream);
 
 // One pass: a row is read into registers, its amax taken, and cast.
 struct RowwiseParams {

@@ -14,6 +14,11 @@ bool has_hopper_launches(const DeviceInfo& device) {
   return FP8_OLDEST_CUDA_ARCH >= 90 && device.capability >= 90;
 }
 
+// Rows of the tiles that one launch takes.
+int64_t padded_rows(const ResidentPlan& plan) {
+  return plan.blocks == 0 ? 0 : plan.tiles / plan.col_tiles * kTileRows;
+}
+
 // How the passes of one request share the work.
 struct QuantizePlan {
   bool one_pass = false;    // the rowwise kernel
@@ -56,15 +61,20 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
     return offset;
   };
   // Blocks of one grid that wait for each other: on Hopper and later.
-  if (a.whole_gpu && !rowwise && !plan.col_sum && has_hopper_launches(device)) {
-    plan.resident = plan_resident(std::max({a.rows, a.data.rows, a.data_t.ld}),
-                                  std::max({a.cols, a.data.ld, a.data_t.rows}),
-                                  dtype_bytes(a.x_dtype), device.sm_count);
+  const ResidentPlan& resident = plan.resident;
+  if (a.whole_gpu && !plan.col_sum && has_hopper_launches(device)) {
+    const auto how = rowwise ? plan_resident_per_axis : plan_resident;
+    plan.resident =
+        how(std::max({a.rows, a.data.rows, a.data_t.ld}),
+            std::max({a.cols, a.data.ld, a.data_t.rows}), dtype_bytes(a.x_dtype), device.sm_count);
   }
   const int64_t tensor_parts = plan.first.row_chunks * plan.first.col_tiles;
-  plan.tensor_offset = take(!rowwise, std::max<int64_t>(tensor_parts, plan.resident.blocks));
-  plan.row_offset = take(plan.row_amax, plan.first.row_parts * a.rows);
-  plan.col_offset = take(plan.col_amax, plan.first.col_parts * a.cols);
+  plan.tensor_offset = take(!rowwise, std::max<int64_t>(tensor_parts, resident.blocks));
+  // The one launch or the two: what each needs lies at the same places.
+  const int64_t row_words = (resident.col_tiles + int64_t{1}) * padded_rows(resident);
+  const int64_t strips = resident.blocks == 0 ? 0 : resident.blocks / resident.col_tiles;
+  plan.row_offset = take(plan.row_amax, std::max(plan.first.row_parts * a.rows, row_words));
+  plan.col_offset = take(plan.col_amax, std::max(plan.first.col_parts, strips) * a.cols);
   plan.sum_offset = take(plan.col_sum, plan.first.col_parts * a.cols);
   return plan;
 }
@@ -133,6 +143,30 @@ void quantize_blockwise(const QuantizeArgs& args, const QuantizePlan& plan, cons
                     how.stream);
 }
 
+// Both passes in one launch; false where it can't be.
+bool quantize_resident(const QuantizeArgs& args, const QuantizePlan& plan, const Launch& how,
+                       CastParams cast, uint32_t* row_amax, uint32_t* col_amax,
+                       uint32_t* tensor_amax) {
+  const ResidentPlan& resident = plan.resident;
+  if (resident.blocks == 0 || !how.vectorized) return false;
+  ResidentParams params{.cast = cast,
+                        .plan = resident,
+                        .tensor_amax = tensor_amax,
+                        .row_amax = row_amax,
+                        .row_multiplier = nullptr,
+                        .col_amax = col_amax};
+  if (args.granularity == Granularity::kTensorwise) {
+    params.cast.tensor_parts = static_cast<int>(resident.blocks);
+    return launch_resident(params, args.x_dtype, args.dtype, how.device.index, how.stream);
+  }
+  if (row_amax != nullptr) {
+    params.row_multiplier =
+        reinterpret_cast<float*>(row_amax + resident.col_tiles * padded_rows(resident));
+  }
+  params.cast.col_parts = static_cast<int>(resident.blocks / resident.col_tiles);
+  return launch_resident_rowwise(params, args.x_dtype, args.dtype, how.device.index, how.stream);
+}
+
 // A first pass where one is needed, and the cast pass; or both in one launch.
 void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const Launch& how) {
   auto* words = static_cast<uint32_t*>(args.workspace);
@@ -172,13 +206,7 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
       .column_sum_dtype = args.column_sum_dtype};
   require(cast.plan.col_tiles * cast.plan.strips <= kMaxGridX,
           "quantize expects fewer than 2^44 elements");
-  if (plan.resident.blocks > 0 && how.vectorized) {
-    cast.tensor_parts = static_cast<int>(plan.resident.blocks);
-    if (launch_resident({cast, tensor_amax, plan.resident}, args.x_dtype, args.dtype,
-                        how.device.index, how.stream)) {
-      return;
-    }
-  }
+  if (quantize_resident(args, plan, how, cast, row_amax, col_amax, tensor_amax)) return;
   if (plan.statistics) {
     // A folded matrix starts its rows every kStatisticsCols elements, always on 16 bytes if x does.
     const bool folded = plan.first.ld != args.ld || plan.first.cols != args.cols;

@@ -104,4 +104,30 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
   return group.quant_multiplier;
 }
 
+// quant_multipliers of columns [col0, col0 + 64) into `multiplier`; `writes_scale` blocks store
+// scale_t too.
+__device__ __forceinline__ void column_multipliers(const CastParams& p, int64_t col0,
+                                                   float format_max, bool writes_scale,
+                                                   uint32_t* partial, float* multiplier) {
+  const int column = threadIdx.x % kTileCols;
+  const int part0 = static_cast<int>(threadIdx.x) / kTileCols;
+  const int64_t col = col0 + column;
+  constexpr int kReaders = kThreads / kTileCols;  // threads of a column
+  uint32_t bits = 0;
+  if (col < p.cols) {
+    bits = max_of<4>(p.col_amax + part0 * p.cols + col, kReaders * p.cols,
+                     (p.col_parts - part0 + kReaders - 1) / kReaders);
+  }
+  partial[threadIdx.x] = bits;
+  __syncthreads();
+  if (threadIdx.x < kTileCols) {
+#pragma unroll
+    for (int i = 1; i < kThreads / kTileCols; ++i)
+      bits = max(bits, partial[i * kTileCols + column]);
+    const GroupScale group = scale_from_amax(bits, format_max, p.power_of_two);
+    multiplier[column] = group.quant_multiplier;
+    if (writes_scale && col < p.data_t.rows) p.scale_t[col] = group.scale;
+  }
+}
+
 }  // namespace fp8::core

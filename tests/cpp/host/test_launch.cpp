@@ -82,6 +82,29 @@ TEST_CASE("both passes are one launch for matrices of 8 to 128 MB") {
   REQUIRE(blocks(int64_t{1} << 40, int64_t{1} << 20, 4) == 0);
 }
 
+TEST_CASE("per row and column, one launch's tiles lie one below the other and fill the GPU") {
+  const auto plan_of = [](int64_t rows, int64_t cols, int64_t bytes) {
+    const ResidentPlan plan = plan_resident_per_axis(rows, cols, bytes, 132);
+    if (plan.blocks == 0) return plan;
+    const unsigned strips = plan.blocks / plan.col_tiles;
+    const unsigned row_tiles = plan.tiles / plan.col_tiles;
+    REQUIRE(plan.blocks == strips * plan.col_tiles);
+    REQUIRE(plan.blocks <= 2 * 132);
+    REQUIRE(strips * plan.tiles_per_block >= row_tiles);
+    REQUIRE((strips - 1) * plan.tiles_per_block < row_tiles);
+    return plan;
+  };
+  REQUIRE(plan_of(8192, 4096, 2).blocks == 256);
+  REQUIRE(plan_of(8192, 4096, 2).tiles_per_block == 16);
+  REQUIRE(plan_of(4096, 14336, 2).blocks == 224);  // one strip, 32 tiles high
+  REQUIRE(plan_of(2500, 2072, 2).blocks == 231);   // the last strip is shorter
+  REQUIRE(plan_of(129, 16500, 4).blocks == 258);
+  REQUIRE(plan_of(1500, 1500, 4).blocks == 0);   // 288 tiles, two a block: 144 of 264 blocks
+  REQUIRE(plan_of(41, 110000, 2).blocks == 0);   // more columns of tiles than blocks
+  REQUIRE(plan_of(16384, 4160, 2).blocks == 0);  // as for one scale
+  REQUIRE(plan_of(1024, 1024, 2).blocks == 0);
+}
+
 TEST_CASE("the rowwise pass holds a row in registers, or reads it again") {
   for (const int64_t cols : {16, 256, 1024, 4096, 14336, 32768, 32784, 1 << 20}) {
     const RowwisePlan plan = plan_rowwise(cols);
