@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from new_process import python
 
 import fp8
 from fp8 import _build, _info
@@ -30,18 +30,6 @@ FACTS = [
     "autotune",
     "whole-GPU launches",
 ]
-
-
-def run(*arguments, **environment):
-    path = os.pathsep.join([str(Path(fp8.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_info_has_every_fact_as_plain_data():
@@ -182,7 +170,7 @@ def test_report_shows_nested_facts():
 
 
 def test_info_runs_as_a_command():
-    result = run("-W", "error", "-m", "fp8.info", FP8_PRINT_PLAN="1")
+    result = python("-W", "error", "-m", "fp8.info", FP8_PRINT_PLAN="1")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", result.stdout, re.MULTILINE)
@@ -190,7 +178,9 @@ def test_info_runs_as_a_command():
 
 
 def test_importing_the_info_module_leaves_the_function():
-    result = run("-c", "import fp8.info, fp8; print(fp8.info()['fp8']); from fp8.info import info")
+    result = python(
+        "-c", "import fp8.info, fp8; print(fp8.info()['fp8']); from fp8.info import info"
+    )
     assert result.stdout.strip() == fp8.__version__
     assert "ImportError" in result.stderr  # the module's place is taken by the function
 
@@ -198,7 +188,7 @@ def test_importing_the_info_module_leaves_the_function():
 @pytest.mark.skipif(not _build.CUDA_VERSION, reason="a build without CUDA cannot autotune")
 @pytest.mark.parametrize(("value", "mode"), [("1", "on"), ("0", "off"), ("", "off")])
 def test_info_shows_whether_autotune_is_on(value, mode):
-    result = run("-c", "import fp8; print(fp8.info()['autotune']['mode'])", FP8_AUTOTUNE=value)
+    result = python("-c", "import fp8; print(fp8.info()['autotune']['mode'])", FP8_AUTOTUNE=value)
     assert result.stdout.strip() == mode, result.stderr
 
 

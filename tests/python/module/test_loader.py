@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import new_process
 import pytest
 import torch
 
@@ -144,15 +144,7 @@ def test_every_message_says_what_is_running(monkeypatch):
 
 
 def run(code, *path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in path)}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return new_process.python("-c", code, PYTHONPATH=os.pathsep.join(str(p) for p in path))
 
 
 def test_import_of_an_unbuilt_package_says_how_to_build(tmp_path):

@@ -3,14 +3,8 @@ does not, since it would wait for collectives."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import new_process
 import pytest
-
-import fp8
 
 SHOW = "import fp8; print(fp8.info()['whole-GPU launches'])"
 JOIN = """
@@ -28,17 +22,7 @@ MADE = {
 
 def run(code: str, **variables: str) -> str:
     unset = ("WORLD_SIZE", "FP8_WHOLE_GPU_LAUNCHES")
-    environment = {key: text for key, text in os.environ.items() if key not in unset} | variables
-    package = str(Path(fp8.__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join([package, environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = new_process.python("-c", code, without=unset, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
