@@ -3,7 +3,7 @@
 #   scripts/test.sh all   C++ and Python, everything that this machine can run
 #   scripts/test.sh gpu   the tests that need a GPU; fails where there is none
 # PYTHON is the interpreter, CTEST is ctest, PYTEST_ARGS goes to pytest. The GPU's tests are host work for the most part:
-# TEST_JOBS processes (default: a quarter of the cores, at most 4) share them and the GPU.
+# TEST_JOBS processes (default: a quarter of the cores, at most 8) share them and the GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mode=${1:?all or gpu}
@@ -39,14 +39,14 @@ fi
 
 # pytest last: its closing line ends the output.
 jobs=${TEST_JOBS:-$(($(nproc) / 4))}
-jobs=$((jobs < 1 ? 1 : jobs > 4 ? 4 : jobs))
+jobs=$((jobs < 1 ? 1 : jobs > 8 ? 8 : jobs))
 if [ "$mode" = all ]; then
   exec "$python" -m pytest --cpp-gpu-skipped="$cpp_skipped" ${pytest_args[@]+"${pytest_args[@]}"}
 fi
 pids=()
 for ((i = 1; i <= jobs; ++i)); do
   # A folder each for what autotune keeps: its tests remove it.
-  FP8_CACHE_DIR=$PWD/build/test-gpu/cache-$i "$python" -m pytest -m gpu --require-gpu --shard="$i/$jobs" \
+  FP8_CACHE_DIR=$PWD/build/test-gpu/cache-$i "$python" -m pytest -m gpu --require-gpu --shard="$i/$jobs" --durations=8 \
     -o cache_dir="$PWD/build/test-gpu/pytest-$i" ${pytest_args[@]+"${pytest_args[@]}"} &>"build/test-gpu-$i.log" &
   pids+=($!)
 done

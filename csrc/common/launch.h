@@ -200,7 +200,8 @@ struct RowwisePlan {
   int iterations = 1;          // > 1: the row does not fit and is read twice
 };
 
-inline RowwisePlan plan_rowwise(int64_t padded_cols) {
+// block_threads: of a block of short rows; a row that needs more threads has a block to itself.
+inline RowwisePlan plan_rowwise(int64_t padded_cols, int block_threads = kThreads) {
   RowwisePlan plan;
   const int64_t vectors = ceil_div(padded_cols, 8);
   while (plan.threads_per_row < 512 && vectors > 8LL * plan.threads_per_row)
@@ -209,7 +210,7 @@ inline RowwisePlan plan_rowwise(int64_t padded_cols) {
          vectors > static_cast<int64_t>(plan.vectors_per_thread) * plan.threads_per_row) {
     plan.vectors_per_thread *= 2;
   }
-  plan.rows_per_block = std::max(1, kThreads / plan.threads_per_row);
+  plan.rows_per_block = std::max(1, block_threads / plan.threads_per_row);
   plan.iterations = static_cast<int>(
       ceil_div(vectors, static_cast<int64_t>(plan.vectors_per_thread) * plan.threads_per_row));
   return plan;

@@ -77,6 +77,17 @@ __device__ __forceinline__ Vec8<T> load8(const T* source, int valid, bool vector
   return v;
 }
 
+// Without it the compiler keeps what it has unpacked of v for the next use, in registers that are
+// not there.
+template <typename T, int kCount>
+__device__ __forceinline__ void forget_unpacked(Vec8<T> (&v)[kCount]) {
+#pragma unroll
+  for (int r = 0; r < kCount; ++r) {
+#pragma unroll
+    for (int i = 0; i < Vec8<T>::kWords; ++i) asm volatile("" : "+r"(v[r].words[i]));
+  }
+}
+
 // Magnitudes of a Vec8, kept packed: as bit patterns of |x| they order like the values, NaN above
 // all.
 template <typename T>

@@ -113,17 +113,6 @@ __device__ __forceinline__ void leave_column_sum(const Vec8<T> (&v)[8], ColumnPa
   place[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
 }
 
-// Without it the compiler keeps what it has unpacked of v for the next use, in registers that are
-// not there.
-template <typename T>
-__device__ __forceinline__ void forget_unpacked(Vec8<T> (&v)[8]) {
-#pragma unroll
-  for (int r = 0; r < 8; ++r) {
-#pragma unroll
-    for (int i = 0; i < Vec8<T>::kWords; ++i) asm volatile("" : "+r"(v[r].words[i]));
-  }
-}
-
 // Scales of squares: one of this tile, and by the last tile of a row the padding after it.
 __device__ __forceinline__ void store_square_scale(float* scale, int64_t row, int64_t col,
                                                    int64_t cols, int64_t ld, float value) {
