@@ -52,6 +52,8 @@ def measure_case(
             module = peer.build(model)
             tuned = peers.autotune(module, shape.rows, not options.no_autotune)
             forward, step = timing.forward_backward(module, x, dy)
+            for _ in range(peer.settle):
+                step()
             peak = memory.peak(step) - others
             y = forward().detach()  # after the peak, in which it would count
             row = {

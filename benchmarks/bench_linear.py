@@ -1,10 +1,11 @@
 """One linear layer, forward and forward + backward, against nn.Linear and the peers.
 
-Runs fused_linear with each recipe on Llama 3's shapes, and two of them over the number of tokens
-("sweep": "tokens"; bf16, tensorwise and rowwise only). The weight counts as new before every step,
-as under an optimizer, so that nothing is kept between steps. "GEMMs alone" is the ceiling: the
-three FP8 products on operands quantized beforehand, with cuBLASLt's first choice of algorithm,
-which fp8.autotune may beat; by torch._scaled_mm, which has no blocks: those by fp8::scaled_mm.
+Runs fused_linear with each recipe on Llama 3's shapes, and some of them over the number of tokens
+("sweep": "tokens"; bf16, tensorwise, rowwise and delayed only). The weight counts as new before
+every step, as under an optimizer, so that nothing is kept between steps. "GEMMs alone" is the
+ceiling: the three FP8 products on operands quantized beforehand, with cuBLASLt's first choice of
+algorithm, which fp8.autotune may beat; by torch._scaled_mm, which has no blocks: those by
+fp8::scaled_mm.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ CEILINGS = {
     "GEMMs alone, rowwise": "rowwise",
     "GEMMs alone, blockwise": "blockwise",
 }
+
+FEW = ("tensorwise", "rowwise", "delayed")  # over the number of tokens
+
+# Of the same variant before each timed call: slow peers among the variants let the GPU rest.
+LEAD_MS = 10.0
 
 
 def gemms_alone(shape: LinearShape, recipe: str):
@@ -83,7 +89,8 @@ def measure_shape(
             module = peer.build(model)
             tuned[peer.name] = peers.autotune(module, m, not options.no_autotune)
             forward, step = timing.forward_backward(module, x, dy)
-            step()
+            for _ in range(peer.settle + 1):
+                step()
             noise[peer.name] = timing.sqnr(forward()[rows_checked].detach(), exact)
         except Exception as error:  # a peer that fails is named, not fatal
             found.skipped[f"{peer.name} at {shape}"] = peers.reason(error)
@@ -95,8 +102,8 @@ def measure_shape(
             forwards[name], steps[name] = gemms_alone(shape, recipe)
     touch = timing.new_weights(parameters)
     repeats = options.repeats or (9 if options.quick else 15)
-    fwd = timing.device_times(forwards, repeats, before=touch, lead=1)
-    both = timing.device_times(steps, repeats, before=touch, lead=1)
+    fwd = timing.device_times(forwards, repeats, before=touch, lead=1, lead_ms=LEAD_MS)
+    both = timing.device_times(steps, repeats, before=touch, lead=1, lead_ms=LEAD_MS)
     return [
         {
             "sweep": sweep,
@@ -122,7 +129,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
     if options.quick:
         others = [name for name in others if not name.endswith("compiled")]
     found = peers.standard(recipes, () if options.no_peers else others)
-    few = peers.standard([recipe for recipe in recipes if recipe in RECIPES[:2]])
+    few = peers.standard([recipe for recipe in recipes if recipe in FEW])
     wanted = [("main", shape, found) for shape in main_shapes(options.quick)]
     wanted += [("tokens", shape, few) for shape in sweep_shapes(options.quick)]
     rows: list[Row] = []

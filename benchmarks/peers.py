@@ -17,16 +17,20 @@ from runs import import_fp8
 from shapes import RECIPES
 from torch import nn
 
+DELAYED_CALLS = 20  # after which fp8's delayed scales come from calls before
+
 Maker = Callable[[nn.Module], nn.Module]
 
 
 @dataclass
 class Peer:
-    """name: unique in a run. make: takes a model, may change it, returns what is called."""
+    """name: unique in a run. make: takes a model, may change it, returns what is called. settle:
+    steps before which it does not run as it will go on: delayed scaling looks back on 16."""
 
     name: str
     make: Maker
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+    settle: int = 0
 
     def build(self, model: nn.Module) -> nn.Module:
         """A module with the weights of `model`, which is left as it is."""
@@ -65,7 +69,7 @@ def ours(recipe: str, everything: bool = True) -> Peer:
     def make(model: nn.Module) -> nn.Module:
         return fp8.convert(model, recipe=recipe, filter=chosen)
 
-    return Peer(f"fp8 {recipe}", make)
+    return Peer(f"fp8 {recipe}", make, settle=DELAYED_CALLS if recipe == "delayed" else 0)
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -124,7 +128,8 @@ def transformer_engine(scaling: str) -> Peer:
         context = lambda: te.fp8_autocast(enabled=True, fp8_recipe=recipe)  # noqa: E731
     else:
         context = lambda: enter(enabled=True, recipe=recipe)  # noqa: E731
-    return Peer(f"TE {version('transformer-engine')} {scaling}", replace, context)
+    settle = DELAYED_CALLS if scaling == "delayed" else 0
+    return Peer(f"TE {version('transformer-engine')} {scaling}", replace, context, settle)
 
 
 def gather(*wanted: tuple[str, Callable[[], Peer]]) -> Peers:

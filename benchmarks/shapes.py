@@ -22,7 +22,7 @@ class LinearShape(NamedTuple):
 
 
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # (K, N) of Llama 3 8B and 70B
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise", "delayed")
 
 # The layers that are compared with every peer.
 MAIN_SHAPES = (

@@ -9,6 +9,7 @@ every variant reads its inputs from memory.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -58,6 +59,22 @@ class Flush:
         self._buffer.zero_()
 
 
+def _calls_of(
+    milliseconds: float, run: Callable[[], object], before: Callable[[], None] | None
+) -> int:
+    """How many calls last that long; 0 calls are made to find out for 0."""
+    if milliseconds == 0:
+        return 0
+    if before:
+        before()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return math.ceil(milliseconds / start.elapsed_time(end))
+
+
 def device_times(
     variants: dict[str, Callable[[], object]],
     repeats: int = 20,
@@ -65,6 +82,7 @@ def device_times(
     before: Callable[[], None] | None = None,
     progress: Callable[[], None] | None = None,
     lead: int = 0,
+    lead_ms: float = 0.0,
 ) -> dict[str, Measurement]:
     """Time between two events around each call, cold L2, the variants taking turns.
 
@@ -73,8 +91,9 @@ def device_times(
 
     `lead` untimed calls of the same variant precede each timed one, as the step before does in
     training. Without them a long call runs at the clocks its neighbour left: a power-limited one
-    has heated the GPU, one that waits for the host has let it rest. Calls of well under a
-    millisecond do not need them. The L2 is flushed between the untimed and the timed call.
+    has heated the GPU, one that waits for the host has let it rest. A call of a few milliseconds or
+    less does not undo that alone: `lead_ms` asks for at least so many milliseconds of them. The L2
+    is flushed between the untimed and the timed call.
     """
     flush = Flush()
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -83,12 +102,13 @@ def device_times(
             if before:
                 before()
             run()
+    leads = {name: max(lead, _calls_of(lead_ms, run, before)) for name, run in variants.items()}
     torch.cuda.synchronize()
     gc.disable()
     try:
         for _ in range(repeats):
             for name, run in variants.items():
-                for _ in range(lead):
+                for _ in range(leads[name]):
                     if before:
                         before()
                     run()

@@ -37,6 +37,12 @@ constexpr bool is_blockwise(core::Granularity granularity) {
          granularity == core::Granularity::kBlock128x128;
 }
 
+// The scale is that of earlier calls, so that x is read once.
+constexpr bool is_delayed(const core::QuantizeArgs& args) {
+  return args.amax_history != nullptr && args.amax_call >= core::kAmaxWindow &&
+         args.column_sum == nullptr;
+}
+
 constexpr bool is_fp8(core::Dtype dtype) {
   return dtype == core::Dtype::kE4M3 || dtype == core::Dtype::kE5M2;
 }

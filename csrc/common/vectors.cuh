@@ -77,6 +77,20 @@ __device__ __forceinline__ Vec8<T> load8(const T* source, int valid, bool vector
   return v;
 }
 
+// Inf, of either sign, becomes NaN.
+template <typename T>
+__device__ __forceinline__ void infinite_to_nan(Vec8<T>& v) {
+#pragma unroll
+  for (int i = 0; i < Vec8<T>::kWords; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      if ((v.words[i] & 0x7FFFFFFFU) == kExponentBits) v.words[i] |= 1;
+    } else {
+      constexpr uint32_t kInf = std::is_same_v<T, __half> ? 0x7C007C00U : 0x7F807F80U;
+      v.words[i] |= __vcmpeq2(v.words[i] & 0x7FFF7FFFU, kInf) & 0x00010001U;
+    }
+  }
+}
+
 // Without it the compiler keeps what it has unpacked of v for the next use, in registers that are
 // not there.
 template <typename T, int kCount>

@@ -49,6 +49,10 @@ FP8_CLONES void max_magnitude_columns(const float* x, int64_t count, uint32_t* b
   for (int64_t i = 0; i < count; ++i) bits[i] = std::max(bits[i], magnitude_bits(x[i]));
 }
 
+FP8_CLONES void mark_infinite(uint32_t* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] |= (x[i] & 0x7FFFFFFFU) == kExponentBits ? 1U : 0U;
+}
+
 FP8_CLONES void add_columns(const float* x, int64_t count, float* sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
 }
@@ -70,6 +74,10 @@ uint32_t amax_bits(const float* x, int64_t count) { return max_magnitude(x, coun
 
 void amax_update(const float* x, int64_t count, uint32_t* column_bits) {
   max_magnitude_columns(x, count, column_bits);
+}
+
+void infinite_to_nan(float* x, int64_t count) {
+  mark_infinite(reinterpret_cast<uint32_t*>(x), count);
 }
 
 void add_to(const float* x, int64_t count, float* column_sum) { add_columns(x, count, column_sum); }

@@ -11,6 +11,7 @@ namespace fp8::cpu {
 void widen(const void* x, core::Dtype dtype, int64_t count, float* out);
 uint32_t amax_bits(const float* x, int64_t count);
 void amax_update(const float* x, int64_t count, uint32_t* column_bits);
+void infinite_to_nan(float* x, int64_t count);
 void add_to(const float* x, int64_t count, float* column_sum);
 // codes of x * multiplier, and of x[i] * multipliers[i]
 void encode(const float* x, float multiplier, core::Dtype dtype, int64_t count, uint8_t* out);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -22,10 +23,12 @@ constexpr int64_t kBlock = 64;  // columns and rows of a tile that is transposed
 
 struct Input {
   const core::QuantizeArgs& args;
+  bool hides_infinity = false;  // a scale of earlier calls would: Inf is read as NaN
   void widen_row(int64_t row, int64_t col, int64_t count, float* out) const {
     const auto* base = static_cast<const char*>(args.x);
     const int64_t offset = (row * args.ld + col) * dtype_bytes(args.x_dtype);
     widen(base + offset, args.x_dtype, count, out);
+    if (hides_infinity) infinite_to_nan(out, count);
   }
 };
 
@@ -57,6 +60,24 @@ float tensor_amax(const Input& in) {
       },
       [](uint32_t x, uint32_t y) { return std::max(x, y); });
   return std::bit_cast<float>(bits);
+}
+
+// Delayed scaling: the amax that makes the scale. Leaves x's own in the history.
+float amax_of_history(const Input& in) {
+  const auto& a = in.args;
+  const auto word = [&a](uint64_t call) -> float& {
+    return a.amax_history[call % core::kAmaxHistorySize];
+  };
+  const float own = tensor_amax(in);
+  word(a.amax_call) = own;
+  word(a.amax_call + 1) = 0.0F;
+  if (!is_delayed(a)) return own;
+  float amax = 0.0F;
+  for (int ago = 1; ago <= core::kAmaxWindow; ++ago) {
+    const float before = word(a.amax_call - ago);
+    if (std::isfinite(before)) amax = std::max(amax, before);
+  }
+  return amax;
 }
 
 // multiplier(row, widened row) gives each row's quant_multiplier.
@@ -140,15 +161,18 @@ void quantize_tensorwise(const Input& in) {
     multiplier = 1.0F / *a.static_scale;
     if (a.scale != nullptr) *a.scale = *a.static_scale;
   } else {
-    const float amax = a.amax != nullptr ? *a.amax : tensor_amax(in);
+    const float amax = a.amax != nullptr           ? *a.amax
+                       : a.amax_history != nullptr ? amax_of_history(in)
+                                                   : tensor_amax(in);
     multiplier = quant_multiplier(amax, fp8_max(a.dtype), a.power_of_two);
     if (a.scale != nullptr) *a.scale = 1.0F / multiplier;
     if (a.amax_out != nullptr) *a.amax_out = amax;
   }
+  const Input source{a, is_delayed(a)};
   if (a.data.data != nullptr) {
-    cast_rows(in, [&](int64_t, const float*) { return multiplier; });
+    cast_rows(source, [&](int64_t, const float*) { return multiplier; });
   }
-  if (a.data_t.data != nullptr) cast_transposed(in, std::vector<float>(a.cols, multiplier));
+  if (a.data_t.data != nullptr) cast_transposed(source, std::vector<float>(a.cols, multiplier));
 }
 
 void quantize_rowwise(const Input& in) {

@@ -17,6 +17,7 @@
 
 #include "common/launch.h"
 #include "common/tensors.h"
+#include "linear/delayed.h"
 #include "linear/memory.h"
 #include "linear/recipe.h"
 #include "matmul/matmul.h"
@@ -26,6 +27,11 @@ namespace fp8 {
 namespace {
 
 using core::Granularity;
+
+// Of delayed scaling; null where scales are dynamic.
+AmaxHistory* history_of(const at::Tensor& weight, delayed::Operand operand, const Recipe& recipe) {
+  return recipe.delayed ? delayed::history(weight, operand) : nullptr;
+}
 
 at::Tensor none_like(const at::Tensor& x) {
   return x.is_meta() ? at::empty({0}, x.options()) : empty_on(x, {0}, x.scalar_type());
@@ -148,13 +154,16 @@ Gradients backward(const BackwardArgs& args) {
     // The bias gradient rides along; a rowwise quantization takes two passes for it, of no more
     // bytes than its one pass and a sum.
     const bool sums = args.needs_dbias && rows <= core::kMaxRowsPerAxisPass;
-    qdy = quantize_matrix(matrix,
-                          {.dtype = recipe.grad_dtype,
-                           .granularity = recipe.granularity,
-                           .data = dy_data,
-                           .data_t = dy_t,
-                           .power_of_two = recipe.power_of_two,
-                           .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
+    qdy = quantize_matrix(
+        matrix,
+        {.dtype = recipe.grad_dtype,
+         .granularity = recipe.granularity,
+         .data = dy_data,
+         .data_t = dy_t,
+         .power_of_two = recipe.power_of_two,
+         .history = args.weight ? history_of(*args.weight, delayed::Operand::kGradOutput, recipe)
+                                : nullptr,
+         .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
     dbias = qdy.column_sum;
   }
   if (args.needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
@@ -167,8 +176,15 @@ Gradients backward(const BackwardArgs& args) {
                             .data = false,
                             .data_t = true,
                             .power_of_two = recipe.power_of_two,
+                            .history = history_of(*args.weight, delayed::Operand::kWeight, recipe),
                             .overlaps_previous = qdy.launched && is_matrix(*args.weight)};
-    if (tensorwise) request.amax = *args.weight_amax;
+    if (tensorwise) {
+      FP8_CHECK_VALUE(args.weight_amax.has_value(),
+                      "fp8::_linear_backward: expected weight_amax, [] "
+                      "float32, with the recipe '",
+                      recipe.name, "', got None");
+      request.amax = *args.weight_amax;
+    }
     const QuantizedMatrix qw = memory::quantize_weight(*args.weight, request);
     const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
     MatmulOptions dgrad = options;
@@ -216,14 +232,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
                           .power_of_two = recipe.power_of_two};
   if (input_scale) {
     request.static_scale = input_scale->dim() == 0 ? *input_scale : input_scale->reshape({});
+  } else {
+    request.history = history_of(weight, delayed::Operand::kInput, recipe);
   }
   const QuantizedMatrix qx = memory::quantize_input(x, request);
-  const QuantizedMatrix qw =
-      memory::quantize_weight(weight, {.dtype = recipe.forward_dtype,
-                                       .granularity = recipe.weight_granularity,
-                                       .power_of_two = recipe.power_of_two,
-                                       .keep_amax = save_weight_amax && tensorwise,
-                                       .overlaps_previous = qx.launched && is_matrix(weight)});
+  const QuantizedMatrix qw = memory::quantize_weight(
+      weight, {.dtype = recipe.forward_dtype,
+               .granularity = recipe.weight_granularity,
+               .power_of_two = recipe.power_of_two,
+               .history = history_of(weight, delayed::Operand::kWeight, recipe),
+               .keep_amax = save_weight_amax && tensorwise,
+               .overlaps_previous = qx.launched && is_matrix(weight)});
   at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe);
   const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
   return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),

@@ -24,6 +24,7 @@ struct Identity {
   at::ScalarType dtype = at::kFloat8_e4m3fn;
   core::Granularity granularity = core::Granularity::kTensorwise;
   bool power_of_two = false;
+  bool delayed = false;
   const void* stream = nullptr;
   uint64_t capture = 0;  // of a CUDA graph; 0 outside
 
@@ -40,7 +41,8 @@ std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& req
               .cols = x.size(-1),
               .dtype = request.dtype,
               .granularity = request.granularity,
-              .power_of_two = request.power_of_two};
+              .power_of_two = request.power_of_two,
+              .delayed = request.history != nullptr};
 #ifdef FP8_WITH_CUDA
   if (x.is_cuda()) {
     const cudaStream_t stream = cuda::current_stream(x);

@@ -22,11 +22,12 @@ struct Recipe {
   core::Granularity weight_granularity;  // of one family with it
   at::ScalarType forward_dtype;          // x and weight
   at::ScalarType grad_dtype;             // dy
-  bool fp8_wgrad;  // false: dW = dy^T x in x's own precision, for which x itself is saved
+  bool fp8_wgrad;        // false: dW = dy^T x in x's own precision, for which x itself is saved
+  bool delayed = false;  // scales from the amaxes of earlier calls (delayed.h)
   bool power_of_two = false;  // an option of each: computed scales are powers of two
 };
 
-inline constexpr std::array<Recipe, 4> kRecipes{{
+inline constexpr std::array<Recipe, 5> kRecipes{{
     {"tensorwise", core::Granularity::kTensorwise, core::Granularity::kTensorwise,
      at::kFloat8_e4m3fn, at::kFloat8_e5m2, true},
     {"rowwise", core::Granularity::kRowwise, core::Granularity::kRowwise, at::kFloat8_e4m3fn,
@@ -35,6 +36,8 @@ inline constexpr std::array<Recipe, 4> kRecipes{{
      at::kFloat8_e4m3fn, false},
     {"blockwise", core::Granularity::kBlock1x128, core::Granularity::kBlock128x128,
      at::kFloat8_e4m3fn, at::kFloat8_e4m3fn, true},
+    {"delayed", core::Granularity::kTensorwise, core::Granularity::kTensorwise, at::kFloat8_e4m3fn,
+     at::kFloat8_e5m2, true, true},
 }};
 
 struct RecipeOption {

@@ -1,8 +1,8 @@
 // How a candidate is measured decides what is found. Launched back to back, with operands in the
 // L2, candidates win that make a whole training step slower. So: before each launch the L2 is
 // written over, which also keeps the GPU busy while the host queues the launch; candidates take
-// turns, so that clocks and temperature drift for all alike; the GPU has worked for a while when the
-// first one starts; medians; and the first choice stays unless another is clearly better.
+// turns, so that clocks and temperature drift for all alike; the GPU has worked for a while when
+// the first one starts; medians; and the first choice stays unless another is clearly better.
 #include "matmul/autotune.h"
 
 #include <ATen/ATen.h>

@@ -34,13 +34,16 @@ __device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t 
   }
 }
 
+// Where a tile's scale comes from.
+enum class Scaling { kTensorwise, kDelayed, kRowwise };
+
 // Blocks to a multiprocessor: enough loads in flight to saturate memory, few enough that no
 // register spills (fp16 needs some for its conversion).
-template <typename T, Granularity kGranularity>
-constexpr int kMinBlocks = sizeof(T) == 4                             ? 3
-                           : kGranularity == Granularity::kTensorwise ? 5
-                           : std::is_same_v<T, __half>                ? 3
-                                                                      : 4;
+template <typename T, Scaling kScaling>
+constexpr int kMinBlocks = sizeof(T) == 4                  ? 3
+                           : kScaling != Scaling::kRowwise ? 5
+                           : std::is_same_v<T, __half>     ? 3
+                                                           : 4;
 
 // amax of the tile's row that this thread looks after; the first 128 threads have one.
 __device__ __forceinline__ uint32_t row_amax_bits(const CastParams& p, int64_t tile) {
@@ -49,10 +52,37 @@ __device__ __forceinline__ uint32_t row_amax_bits(const CastParams& p, int64_t t
   return max_of<8>(p.row_amax + row, p.rows, p.row_parts);
 }
 
-template <typename T, typename Format, Granularity kGranularity, bool kData, bool kDataT>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
+// amax of the block's tile, a word for each warp; Inf becomes NaN, which no scale of earlier calls
+// hides.
+template <typename T>
+__device__ __forceinline__ void leave_amax(Vec8<T> (&v)[kRowsPerThread], uint32_t* warp_amax) {
+  PackedAmax<T> amax;
+  amax.clear();
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) amax.update(v[r]);
+  const uint32_t bits = warp_max(amax.max_float_bits());
+  if (threadIdx.x % 32 == 0) warp_amax[threadIdx.x / 32] = bits;
+  if (bits < kExponentBits) return;
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) infinite_to_nan(v[r]);
+}
+
+// Adds that to the word of this call. seen: what the word held when the block began; most blocks
+// find nothing larger and leave it alone.
+__device__ __forceinline__ void record_amax(uint32_t* word, uint32_t seen,
+                                            const uint32_t* warp_amax) {
+  if (threadIdx.x != 0) return;
+  uint32_t bits = warp_amax[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) bits = max(bits, warp_amax[i]);
+  if (bits > seen) atomicMax(word, bits);
+}
+
+template <typename T, typename Format, Scaling kScaling, bool kData, bool kDataT>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaling>)
     cast_kernel(const CastParams p) {
-  constexpr bool kRowwise = kGranularity == Granularity::kRowwise;
+  constexpr bool kRowwise = kScaling == Scaling::kRowwise;
+  constexpr bool kDelayed = kScaling == Scaling::kDelayed;
   let_next_start();
   __shared__ alignas(16) uint32_t turned[kDataT ? kTurnedWords : 1];
   __shared__ alignas(16) uint32_t scratch[kThreads];
@@ -87,7 +117,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
   [[maybe_unused]] uint32_t row_bits = 0;
   if constexpr (kRowwise && kData) row_bits = row_amax_bits(p, tile_begin);
   [[maybe_unused]] float tensor = 0.0F;
-  if constexpr (!kRowwise) tensor = tensor_multiplier(p, Format::kMax, scratch);
+  [[maybe_unused]] uint32_t seen = 0;
+  if constexpr (kDelayed) {
+    tensor = delayed_multiplier(p, Format::kMax);
+    if (threadIdx.x == 0) seen = __ldcg(p.history + p.history_slot);
+    leave_amax(v, scratch);
+  } else if constexpr (!kRowwise) {
+    tensor = tensor_multiplier(p, Format::kMax, scratch);
+  }
   if constexpr (kRowwise && kDataT) {
     column_multipliers(p, col0, Format::kMax, tile_begin == 0, scratch, col_multiplier);
   }
@@ -141,9 +178,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kGranularity>)
 
     if constexpr (kDataT) store_turned_tile(p.data_t, tile_row, col0, codes, turned);
   }
+  if constexpr (kDelayed) {
+    if constexpr (!kDataT) __syncthreads();  // else there was one since leave_amax
+    record_amax(p.history + p.history_slot, seen, scratch);
+  }
 }
 
-template <typename T, typename Format, Granularity kGranularity>
+template <typename T, typename Format, Scaling kScaling>
 void launch_typed(const CastParams& params, cudaStream_t stream) {
   const bool data = params.data.data != nullptr;
   const bool data_t = params.data_t.data != nullptr;
@@ -152,11 +193,11 @@ void launch_typed(const CastParams& params, cudaStream_t stream) {
     launch(kernel, grid, kThreads, stream, params, {.overlaps_previous = params.overlaps_previous});
   };
   if (data && data_t) {
-    go(cast_kernel<T, Format, kGranularity, true, true>);
+    go(cast_kernel<T, Format, kScaling, true, true>);
   } else if (data_t) {
-    go(cast_kernel<T, Format, kGranularity, false, true>);
+    go(cast_kernel<T, Format, kScaling, false, true>);
   } else {
-    go(cast_kernel<T, Format, kGranularity, true, false>);
+    go(cast_kernel<T, Format, kScaling, true, false>);
   }
 }
 
@@ -168,10 +209,12 @@ void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granulari
     dispatch_format(dtype, [&](auto format) {
       using T = typename decltype(input)::type;
       using Format = typename decltype(format)::type;
-      if (granularity == Granularity::kTensorwise) {
-        launch_typed<T, Format, Granularity::kTensorwise>(params, stream);
+      if (granularity == Granularity::kRowwise) {
+        launch_typed<T, Format, Scaling::kRowwise>(params, stream);
+      } else if (params.static_scale == nullptr && params.tensor_amax == nullptr) {
+        launch_typed<T, Format, Scaling::kDelayed>(params, stream);
       } else {
-        launch_typed<T, Format, Granularity::kRowwise>(params, stream);
+        launch_typed<T, Format, Scaling::kTensorwise>(params, stream);
       }
     });
   });

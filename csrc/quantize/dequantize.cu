@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
   }
 }
 
-// Groups of eight codes of one row, kInFlight of them a thread and kThreads apart, so that the loads
-// of all are on their way together. Rows of data start on 8 bytes, rows of out on 16. Index: of the
-// groups; 64 bits only where it must be, for its divisions.
+// Groups of eight codes of one row, kInFlight of them a thread and kThreads apart, so that the
+// loads of all are on their way together. Rows of data start on 8 bytes, rows of out on 16. Index:
+// of the groups; 64 bits only where it must be, for its divisions.
 constexpr int kInFlight = 4;
 
 template <typename T, typename Format, typename Index>

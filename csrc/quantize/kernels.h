@@ -46,10 +46,13 @@ struct CastParams {
   bool power_of_two;  // of scales that are computed
   float* scale;
   float* scale_t;
-  const float* static_scale;    // tensorwise: one of static_scale and tensor_amax is given
+  // tensorwise: static_scale or tensor_amax, or else the scale is delayed and history gives it
+  const float* static_scale;
   const uint32_t* tensor_amax;  // [tensor_parts]
   int tensor_parts;
   float* amax_out;
+  uint32_t* history;         // [kAmaxHistorySize], or nullptr
+  int history_slot;          // of this call
   const uint32_t* row_amax;  // rowwise: [row_parts, rows] where data is made
   int row_parts;
   const uint32_t* col_amax;  // rowwise: [col_parts, cols] where data_t is made

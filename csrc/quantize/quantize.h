@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <atomic>
 #include <optional>
 
 #include "common/launch.h"
@@ -11,14 +12,22 @@
 
 namespace fp8 {
 
+// The amaxes of the calls that quantized one operand of one layer, for delayed scaling
+// (core::QuantizeArgs::amax_history). quantize_matrix counts.
+struct AmaxHistory {
+  at::Tensor words;  // [core::kAmaxHistorySize] fp32
+  std::atomic<uint64_t> calls{0};
+};
+
 struct QuantizeRequest {
   at::ScalarType dtype = at::kFloat8_e4m3fn;
   core::Granularity granularity = core::Granularity::kTensorwise;
   bool data = true;
   bool data_t = false;
-  bool power_of_two = false;  // scales that are computed are powers of two
-  at::Tensor static_scale;    // [] fp32, tensorwise: a given scale
-  at::Tensor amax;            // [] fp32, tensorwise: amax of an earlier call on the same x
+  bool power_of_two = false;       // scales that are computed are powers of two
+  at::Tensor static_scale;         // [] fp32, tensorwise: a given scale
+  at::Tensor amax;                 // [] fp32, tensorwise: amax of an earlier call on the same x
+  AmaxHistory* history = nullptr;  // tensorwise, optional: delayed scaling, unless amax is given
   bool keep_amax = false;
   bool overlaps_previous = false;            // see core::QuantizeArgs
   std::optional<at::ScalarType> column_sum;  // sums of x's columns in this dtype
@@ -30,7 +39,7 @@ struct QuantizedMatrix {
   at::Tensor data_t;      // [pad16(cols), pad16(rows)]
   at::Tensor scale;       // of data: [] tensorwise, else scale_sizes(data's sizes)
   at::Tensor scale_t;     // of data_t; tensorwise undefined
-  at::Tensor amax;        // []
+  at::Tensor amax;        // [], that which made the scale
   at::Tensor column_sum;  // [cols]
   bool launched = false;  // kernels of this quantization are the last that were launched
 };

@@ -14,7 +14,8 @@ bool has_hopper_launches(const DeviceInfo& device) {
   return FP8_OLDEST_CUDA_ARCH >= 90 && device.capability >= 90;
 }
 
-// Of a block of the rowwise pass: small ones end together, which counts where few waves run (17 MB).
+// Of a block of the rowwise pass: small ones end together, which counts where few waves run (17
+// MB).
 constexpr int kRowwiseThreads = 128;
 
 // Rows of the tiles that one launch takes.
@@ -47,7 +48,8 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
     return plan;
   }
   plan.one_pass = rowwise && a.data_t.data == nullptr && a.column_sum == nullptr;
-  plan.statistics = rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr;
+  plan.statistics =
+      rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr && !is_delayed(a);
   if (!plan.statistics) return plan;
   plan.row_amax = rowwise && a.data.data != nullptr;
   plan.col_amax = rowwise && a.data_t.data != nullptr;
@@ -94,8 +96,9 @@ void check(const QuantizeArgs& a) {
           "quantize expects destinations of 16-byte aligned rows that hold the matrix");
   require(a.data.data != nullptr || a.data_t.data != nullptr, "quantize has nothing to make");
   if (a.granularity != Granularity::kTensorwise) {
-    require(a.static_scale == nullptr && a.amax == nullptr && a.amax_out == nullptr,
-            "a given scale or amax is tensorwise");
+    require(a.static_scale == nullptr && a.amax == nullptr && a.amax_out == nullptr &&
+                a.amax_history == nullptr,
+            "a given scale or amax, or a history of amax, is tensorwise");
     require(blockwise || (a.data_t.data == nullptr && a.column_sum == nullptr) ||
                 a.rows <= kMaxRowsPerAxisPass,
             "rowwise quantize with a transposed copy or column sums takes at most 67107840 rows");
@@ -105,6 +108,8 @@ void check(const QuantizeArgs& a) {
   }
   require(a.column_sum == nullptr || (a.static_scale == nullptr && a.amax == nullptr),
           "column sums need a statistics pass");
+  require(a.amax_history == nullptr || (a.static_scale == nullptr && a.amax == nullptr),
+          "quantize expects a given scale, a given amax or a history of amax, got two of them");
 }
 
 struct Launch {
@@ -200,6 +205,8 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
           tensor_amax != nullptr ? tensor_amax : reinterpret_cast<const uint32_t*>(args.amax),
       .tensor_parts = 1,
       .amax_out = args.amax_out,
+      .history = reinterpret_cast<uint32_t*>(args.amax_history),
+      .history_slot = static_cast<int>(args.amax_call % kAmaxHistorySize),
       .row_amax = row_amax,
       .row_parts = static_cast<int>(plan.first.row_parts),
       .col_amax = col_amax,

@@ -83,7 +83,15 @@ __device__ __forceinline__ uint32_t max_of(const uint32_t* source, int64_t step,
   return bits;
 }
 
-// The tensor's scale, the same in every block; block 0 writes it.
+// The slots of a history that lie `calls` calls before a slot, and after it.
+__device__ __forceinline__ int slot_before(int slot, int calls) {
+  return slot - calls + (slot < calls ? kAmaxHistorySize : 0);
+}
+__device__ __forceinline__ int slot_after(int slot) {
+  return slot + 1 == kAmaxHistorySize ? 0 : slot + 1;
+}
+
+// The tensor's scale, the same in every block; block 0 writes it, and prepares the history.
 __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float format_max,
                                                    uint32_t* scratch) {
   const bool writes = blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0;
@@ -100,6 +108,27 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
   if (writes) {
     if (p.scale != nullptr) *p.scale = group.scale;
     if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(bits);
+    if (p.history != nullptr) {
+      p.history[p.history_slot] = bits;
+      p.history[slot_after(p.history_slot)] = 0;
+    }
+  }
+  return group.quant_multiplier;
+}
+
+// The same where the scale is delayed. Each warp looks the window up by itself: no barrier.
+__device__ __forceinline__ float delayed_multiplier(const CastParams& p, float format_max) {
+  static_assert(kAmaxWindow < 32);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  uint32_t bits = 0;
+  if (lane < kAmaxWindow) bits = __ldcg(p.history + slot_before(p.history_slot, lane + 1));
+  if (bits >= kExponentBits) bits = 0;  // Inf or NaN says nothing about other calls
+  bits = warp_max(bits);
+  const GroupScale group = scale_from_amax(bits, format_max, p.power_of_two);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (p.scale != nullptr) *p.scale = group.scale;
+    if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(bits);
+    p.history[slot_after(p.history_slot)] = 0;
   }
   return group.quant_multiplier;
 }

@@ -40,7 +40,7 @@ class Linear(nn.Linear):
             `fp8.Recipe`. Unknown: ValueError. The attribute `recipe` is the string.
 
     With an `input_scale` (see there, and `fp8.calibrate`) the input is quantized with this scale,
-    in one pass over it instead of two; tensorwise recipes alone.
+    in one pass over it instead of two; for recipes of one scale per tensor.
 
     Other dtypes (float64, integers, complex) may be held but not computed with: forward raises
     TypeError.

@@ -341,11 +341,12 @@ def fused_linear(
         weight: [N, K] and bias: [N], of x's dtype (under autocast all are cast to the autocast
             dtype).
         recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
-            `fp8.Recipe`.
-        input_scale: 0-dim float32 on x's device, for tensorwise recipes: static scaling of x, in
-            one pass over it instead of two. Values beyond 448 · input_scale, Inf among them,
-            saturate, of which dx takes no notice; NaN stays NaN. weight and dy are scaled
-            dynamically. No gradient.
+            `fp8.Recipe`. `delayed` keeps a history of amaxes for each weight tensor (README,
+            "Delayed scaling").
+        input_scale: 0-dim float32 on x's device, for recipes of one scale per tensor: static
+            scaling of x, in one pass over it instead of two. Values beyond 448 · input_scale, Inf
+            among them, saturate, of which dx takes no notice; NaN stays NaN. weight and dy are
+            scaled as without it. No gradient.
 
     Returns: [..., N] in x's dtype. Gradients: dx in x's dtype, dW in the weight's, db (accumulated
     in fp32) in the bias's. A second derivative raises NotImplementedError.

@@ -40,6 +40,9 @@ class Recipe:
     granularity: Literal["tensorwise", "rowwise", "blockwise"] = field(init=False, repr=False)
     """One scale per tensor, one per row along the contracted dimension, or one per block: of 128
     elements along it for x and dy, of 128 x 128 for the weight."""
+    scaling: Literal["dynamic", "delayed"] = field(init=False, repr=False)
+    """Scales from the tensor itself, or from the largest amax of the 16 calls before (README,
+    "Delayed scaling")."""
     input_dtype: torch.dtype = field(init=False, repr=False)
     weight_dtype: torch.dtype = field(init=False, repr=False)
     grad_output_dtype: torch.dtype = field(init=False, repr=False)
@@ -73,6 +76,7 @@ _FPROP = ("fprop",)
 
 _FIELDS = (
     "granularity",
+    "scaling",
     "input_dtype",
     "weight_dtype",
     "grad_output_dtype",
@@ -81,14 +85,16 @@ _FIELDS = (
 )
 _FORMATS: Mapping[str, tuple[Any, ...]] = {
     # The fastest. dy has the wider range of e5m2, since one scale serves the whole tensor.
-    "tensorwise": ("tensorwise", _E4M3, _E4M3, _E5M2, "fp8", _FPROP),
+    "tensorwise": ("tensorwise", "dynamic", _E4M3, _E4M3, _E5M2, "fp8", _FPROP),
     # A scale per row isolates outliers, so e4m3 is enough for dy too.
-    "rowwise": ("rowwise", _E4M3, _E4M3, _E4M3, "fp8", _FPROP),
+    "rowwise": ("rowwise", "dynamic", _E4M3, _E4M3, _E4M3, "fp8", _FPROP),
     # As rowwise, with the weight gradient (the product most sensitive to rounding) left
     # unquantized.
-    "rowwise_gw_hp": ("rowwise", _E4M3, _E4M3, _E4M3, "high precision", _FPROP),
+    "rowwise_gw_hp": ("rowwise", "dynamic", _E4M3, _E4M3, _E4M3, "high precision", _FPROP),
     # DeepSeek-V3's: an outlier costs its block of 128 elements precision, not its row.
-    "blockwise": ("blockwise", _E4M3, _E4M3, _E4M3, "fp8", ()),
+    "blockwise": ("blockwise", "dynamic", _E4M3, _E4M3, _E4M3, "fp8", ()),
+    # tensorwise in one pass over each tensor. A tensor that grows saturates for one call.
+    "delayed": ("tensorwise", "delayed", _E4M3, _E4M3, _E5M2, "fp8", _FPROP),
 }
 
 

@@ -35,7 +35,7 @@ HEAD_NAMES = frozenset({"lm_head"})
 high precision."""
 
 MIN_WORK: Mapping[str, int] = MappingProxyType(
-    {"tensorwise": 800, "rowwise": 900, "rowwise_gw_hp": 900, "blockwise": 900}
+    {"tensorwise": 800, "rowwise": 900, "rowwise_gw_hp": 900, "blockwise": 900, "delayed": 800}
 )
 """Smallest K·N / (K + N), per recipe, for which `worthwhile` lets FP8 run.
 

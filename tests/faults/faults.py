@@ -43,6 +43,7 @@ def apply(fault: Fault, root: Path) -> str:
 QUANTIZE = "tests/python/quantize/test_quantize_values.py"
 LAYOUT = "tests/python/quantize/test_quantize_layout.py"
 LINEAR = "tests/python/linear"
+DELAYED = f"{LINEAR}/test_linear_delayed.py"
 GROUPED = "tests/python/grouped"
 EXPERTS = "tests/python/experts"
 
@@ -318,7 +319,44 @@ FAULTS = [
         "eager_depth > 0",
         f"{LINEAR}/test_linear_static.py",
     ),
+    Fault(
+        "an old amax stays in the window for a call too long",
+        "csrc/cpu/quantize.cpp",
+        "for (int ago = 1; ago <= core::kAmaxWindow; ++ago) {",
+        "for (int ago = 1; ago <= core::kAmaxWindow + 1; ++ago) {",
+        DELAYED,
+    ),
+    Fault(
+        "a delayed scale hides an infinite value",
+        "csrc/cpu/quantize.cpp",
+        "const Input source{a, is_delayed(a)};",
+        "const Input source{a, false};",
+        DELAYED,
+    ),
+    Fault(
+        "x and dy of a layer share a history",
+        "csrc/linear/linear.cpp",
+        "history_of(*args.weight, delayed::Operand::kGradOutput, recipe)",
+        "history_of(*args.weight, delayed::Operand::kInput, recipe)",
+        DELAYED,
+    ),
     # --- kernels ---
+    Fault(
+        "CUDA: the first block alone records the amax of a delayed call",
+        "csrc/quantize/cast.cu",
+        "if (bits > seen) atomicMax(",
+        "if (bits > seen && blockIdx.x == 0) atomicMax(",
+        DELAYED,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the window lacks the oldest of its calls",
+        "csrc/quantize/tile.cuh",
+        "if (lane < kAmaxWindow) bits",
+        "if (lane < kAmaxWindow - 1) bits",
+        DELAYED,
+        gpu=True,
+    ),
     Fault(
         "CUDA: as a power of two, a NaN's multiplier is Inf",
         "csrc/common/vectors.cuh",

@@ -12,7 +12,7 @@ from reference import E4M3, E5M2
 from torch import Tensor
 
 OPS = torch.ops.fp8
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise", "delayed")
 GROUPED_RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise_fast_gw_hp")
 
 
@@ -214,7 +214,8 @@ def _linear_backward(device: str) -> list[Sample]:
             dy = torch.randn(*shape[:-1], n, device=device, dtype=torch.bfloat16)
             _, x_t, x_t_scale, amax = OPS._linear_forward(x, weight, None, recipe, True, True)
             saved = (x, None) if name == "rowwise_gw_hp" else (x_t, x_t_scale)
-            args = (dy, *saved, weight, amax if name == "tensorwise" else None, shape[-1], recipe)
+            one_scale = name in ("tensorwise", "delayed")
+            args = (dy, *saved, weight, amax if one_scale else None, shape[-1], recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{name} {shape} needs {needs}", (*args, *needs)))
     return found

@@ -77,6 +77,14 @@ def main() -> None:
         y = torch.ops.fp8.fused_linear(x, weight, input_scale=scale)
         y.backward(torch.randn_like(y))
         calls += 2
+    # Delayed scales begin after 16 calls with one weight.
+    for tokens, k, n in SHAPES[:2] if matmul else ():
+        weight = torch.randn(n, k, device="cuda", requires_grad=True)
+        for _ in range(18):
+            x = torch.randn(tokens, k, device="cuda", requires_grad=True)
+            y = torch.ops.fp8.fused_linear(x, weight, None, "delayed")
+            y.backward(torch.randn_like(y))
+            calls += 2
     # Rows that start off 16 bytes, and rows longer than the registers of a block hold.
     odd = torch.randn(9, 1031, device="cuda", dtype=torch.bfloat16)[:, 1:]
     long = torch.randn(3, 40_000, device="cuda", dtype=torch.bfloat16)

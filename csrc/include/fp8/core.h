@@ -57,6 +57,16 @@ struct Destination {
 // rounded down to a power of two, so scale is one too (between 2^-127 and 2^120). With
 // static_scale, quant_multiplier is 1 / static_scale, and values out of range saturate (Inf too;
 // NaN stays NaN).
+//
+// Delayed scaling, with amax_history: the amax that makes the scale is the largest finite one of
+// the last kAmaxWindow calls with this history, so one pass does; 0 where there is none. Values out
+// of range saturate, but Inf becomes NaN. What x's own amax is goes into the history. The first
+// kAmaxWindow calls, and those with column sums, which read x twice anyway, take it at once, as a
+// call without a history does.
+inline constexpr int kAmaxWindow = 16;
+inline constexpr int kAmaxHistorySize =
+    kAmaxWindow + 2;  // the window, this call's word, the next's
+
 struct QuantizeArgs {
   const void* x = nullptr;  // [rows, cols], contiguous columns, any alignment of whole elements
   Dtype x_dtype = Dtype::kBFloat16;
@@ -76,7 +86,12 @@ struct QuantizeArgs {
   // tensorwise only, each optional
   const float* static_scale = nullptr;  // one float: given scale
   const float* amax = nullptr;          // one float: amax known from an earlier call on the same x
-  float* amax_out = nullptr;            // one float: the amax found
+  float* amax_out = nullptr;            // one float: the amax that made the scale
+  // Delayed scaling, tensorwise only, not together with static_scale or amax. [kAmaxHistorySize]
+  // floats, zeros before the first call; amax_call counts its calls from 0, which run one after the
+  // other on the device: the words are a ring, and each call clears the word of the next one.
+  float* amax_history = nullptr;
+  uint64_t amax_call = 0;
   // Column sums of x, accumulated in fp32 in a fixed order: the bias gradient when x is dy. [cols],
   // optional; not together with static_scale or amax.
   void* column_sum = nullptr;
@@ -96,7 +111,7 @@ struct QuantizeArgs {
 size_t quantize_workspace_bytes(const QuantizeArgs& args);
 
 // At most two launches; without column sums one for rowwise without data_t and for blocks, and one
-// where the tensorwise scale or amax is given. rows and cols must be positive.
+// where the tensorwise scale or amax is given or delayed. rows and cols must be positive.
 void quantize(const QuantizeArgs& args, Stream stream);
 
 // out[r, c] = float(data[r, c]) * scale[r / scale_block_rows * scale_row_stride +

@@ -93,12 +93,18 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 
 // x [..., K], weight [N, K], bias [N], all of one high-precision dtype -> y [..., N] in that dtype.
 // Quantizes x and weight as the recipe says ("tensorwise", "rowwise", "rowwise_gw_hp",
-// "blockwise") and multiplies in FP8. Differentiable once. Options follow the recipe's name after a
-// colon: "rowwise:power_of_two" quantizes x, weight and dy with power_of_two.
+// "blockwise", "delayed") and multiplies in FP8. Differentiable once. Options follow the recipe's
+// name after a colon: "rowwise:power_of_two" quantizes x, weight and dy with power_of_two.
 //
-// input_scale ([] fp32 on x's device, with "tensorwise" alone): static scaling of x, in one pass
-// over it and whatever its amax, as in quantize_tensorwise: values out of range saturate, Inf too.
-// weight and dy are quantized as ever. dx takes no notice of saturation; the scale has no gradient.
+// "delayed" takes the scales of x, weight and dy from the largest amax of the 16 calls before with
+// this weight tensor (core::QuantizeArgs::amax_history): values beyond it saturate, Inf becomes
+// NaN. The first 16 calls, and those in which the weight is an operator's result or a CUDA graph is
+// captured, are "tensorwise"; so is dy with a bias gradient, or where x needs none.
+//
+// input_scale ([] fp32 on x's device, with "tensorwise" or "delayed"): static scaling of x, in one
+// pass over it and whatever its amax, as in quantize_tensorwise: values out of range saturate, Inf
+// too. weight and dy are quantized as ever. dx takes no notice of saturation; the scale has no
+// gradient.
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias = std::nullopt,
                         std::string_view recipe = "tensorwise",

@@ -90,13 +90,13 @@ def test_block(run, monkeypatch, autotune):
     ours = [f"fp8 {recipe}" for recipe in RECIPES]
     rows = [row for row in written["rows"] if not row["variant"].startswith(("TE", "torchao"))]
     assert [row["variant"] for row in rows] == ["bf16", *ours] * 2
-    assert [row["rotary"] for row in rows] == [True] * 5 + [False] * 5
+    assert [row["rotary"] for row in rows] == [True] * 6 + [False] * 6
     assert {row["variant"]: row["autotuned"] for row in rows} == {
         "bf16": False,
         **dict.fromkeys(ours, True),
     }
     assert written["header"]["wall_s"] > 0
-    assert autotune == [(7, 16)] * 8  # each linear of the decoder layer
+    assert autotune == [(7, 16)] * 10  # each linear of the decoder layer
 
 
 def test_block_time_budget(run, monkeypatch):
@@ -135,12 +135,13 @@ def test_linear(run, monkeypatch, autotune):
     tokens = [row for row in written["rows"] if row["sweep"] == "tokens"]
     assert {row["m"] for row in tokens} == {16, 48}
     assert {row["variant"] for row in tokens} == {
-        *("bf16", "fp8 tensorwise", "fp8 rowwise", "GEMMs alone", "GEMMs alone, rowwise")
+        *("bf16", "fp8 tensorwise", "fp8 rowwise", "fp8 delayed"),
+        *("GEMMs alone", "GEMMs alone, rowwise"),
     }
     variants = {row["variant"] for row in written["rows"] if row["sweep"] == "main"}
     assert variants == {"bf16", *(f"fp8 {recipe}" for recipe in RECIPES), *bench_linear.CEILINGS}
     assert written["header"]["autotuned"] is True
-    assert [m for _, m in autotune] == [32] * 4 + [16] * 2 + [48] * 2
+    assert [m for _, m in autotune] == [32] * 5 + [16] * 3 + [48] * 3
 
 
 def test_linear_not_autotuned(run, monkeypatch, autotune):
@@ -253,7 +254,7 @@ def test_host(run, monkeypatch):
     monkeypatch.setattr(bench_host, "PEERS", ("TE current",))
     monkeypatch.setattr(bench_host, "TOKENS", 2)
     rows = run("host", bench_host, "--quick")["rows"]
-    assert [row["bias"] for row in rows] == [False] * 5 + [True] * 5
+    assert [row["bias"] for row in rows] == [False] * 6 + [True] * 6
     assert [row["step_ratio"] for row in rows if row["variant"] == "bf16"] == [1.0, 1.0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,21 @@ def test_device_times_leads_each_timed_call(cpu_as_gpu, monkeypatch, lead):
         one_round += ["before", name] * lead + ["before", "flush", name]
     assert calls == one_round * 2
     assert found["a"].repeats == 2
+
+
+def test_device_times_leads_for_a_time(cpu_as_gpu, monkeypatch):
+    """A short call is led by many of its kind, a long one by one."""
+    monkeypatch.setattr(timing, "Flush", lambda: lambda: None)
+    calls = {"short": 0, "long": 0}
+
+    def call(name, seconds):
+        calls[name] += 1
+        time.sleep(seconds)
+
+    variants = {"short": lambda: call("short", 0.002), "long": lambda: call("long", 0.04)}
+    timing.device_times(variants, repeats=1, warmup=0, lead=1, lead_ms=20)
+    assert calls["long"] == 3, "to find out, to lead, and the timed one"
+    assert 3 < calls["short"] <= 12
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import inputs
 import linear_reference
 import pytest
 import torch
-from linear_reference import RECIPES, WITH_OPTIONS
+from linear_reference import ONE_SCALE, RECIPES, WITH_OPTIONS
 from reference import FLOAT_DTYPES, assert_same_bits, sqnr
 
 OPS = torch.ops.fp8
@@ -144,7 +144,7 @@ def test_fused_linear_is_near_the_fp64_linear(device, recipe):
     x, weight, bias, dy = problem((512, 256), 384, torch.float32, device)
     actual = linear_reference.run(x, weight, bias, dy, recipe)
     x64, w64, dy64 = x.double(), weight.double(), dy.double()
-    floor = 23.5 if recipe.startswith("tensorwise") else 27.5
+    floor = 23.5 if recipe.startswith(ONE_SCALE) else 27.5
     assert sqnr(actual.y, x64 @ w64.t() + bias.double()) >= 28
     assert sqnr(actual.dx, dy64 @ w64) >= floor
     assert sqnr(actual.dw, dy64.t() @ x64) >= (100 if recipe.startswith("rowwise_gw_hp") else floor)

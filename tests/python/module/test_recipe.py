@@ -15,8 +15,8 @@ from fp8.recipe import OPTIONS, check_recipe
 from fp8.rules import worthwhile
 
 
-def test_recipes_are_the_known_four():
-    assert list(fp8.RECIPES) == ["tensorwise", "rowwise", "rowwise_gw_hp", "blockwise"]
+def test_recipes_are_the_known_five():
+    assert list(fp8.RECIPES) == ["tensorwise", "rowwise", "rowwise_gw_hp", "blockwise", "delayed"]
     assert all(name == recipe.name for name, recipe in fp8.RECIPES.items())
 
 
@@ -33,8 +33,9 @@ def test_recipes_describe_the_training_formats():
     assert fp8.RECIPES["rowwise"].grad_output_dtype == e4m3
     assert {recipe.input_dtype for recipe in fp8.RECIPES.values()} == {e4m3}
     assert {recipe.weight_dtype for recipe in fp8.RECIPES.values()} == {e4m3}
-    assert [r.wgrad for r in fp8.RECIPES.values()] == ["fp8", "fp8", "high precision", "fp8"]
-    assert [r.fast_accum for r in fp8.RECIPES.values()] == [("fprop",)] * 3 + [()]
+    assert [r.wgrad for r in fp8.RECIPES.values()] == ["fp8", "fp8", "high precision", "fp8", "fp8"]
+    assert [r.fast_accum for r in fp8.RECIPES.values()] == [("fprop",)] * 3 + [(), ("fprop",)]
+    assert [r.scaling for r in fp8.RECIPES.values()] == ["dynamic"] * 4 + ["delayed"]
 
 
 def raised(call):
@@ -87,7 +88,7 @@ def test_operator_and_python_have_the_same_grammar():
 
 @pytest.mark.parametrize("name", ["", "Tensorwise", "row wise", None, 3])
 def test_check_recipe_refuses_other_values(name):
-    known = f"'blockwise', with options out of ':power_of_two', got {name!r}"
+    known = f"'delayed', with options out of ':power_of_two', got {name!r}"
     with pytest.raises(ValueError, match=re.escape(known)):
         check_recipe(name)
     with pytest.raises(ValueError, match=re.escape(f"':power_of_two', got {name!r}")):

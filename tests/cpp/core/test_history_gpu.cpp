@@ -1,0 +1,131 @@
+// Delayed scaling in fp8_core, on a GPU: codes, scales and the ring of amaxes over two of its
+// turns.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <bit>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <deque>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "common/formats.h"
+#include "common/launch.h"
+#include "device_memory.h"
+#include "fp8/core.h"
+
+using namespace fp8::core;
+
+namespace {
+
+float amax_of(const std::vector<float>& x) {
+  float amax = 0.0F;
+  for (const float v : x) amax = std::max(amax, std::fabs(v));
+  return amax;
+}
+
+// Codes in `found` that are not those of x [rows, cols], or of its transpose, and padding that is
+// not zero.
+int64_t count_wrong(const std::vector<uint8_t>& found, const std::vector<float>& x, int64_t rows,
+                    int64_t cols, float multiplier, bool transposed) {
+  const int64_t ld = pad16(transposed ? rows : cols);
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(found.size()); ++i) {
+    const int64_t row = transposed ? i % ld : i / ld;
+    const int64_t col = transposed ? i / ld : i % ld;
+    uint8_t expected = 0;
+    if (row < rows && col < cols) {
+      const float value = x[row * cols + col];
+      expected = std::isinf(value) ? fp8::kNanCode : fp8::encode<fp8::E4M3>(value * multiplier);
+    }
+    wrong += found[i] != expected;
+  }
+  return wrong;
+}
+
+}  // namespace
+
+// One block and many, ragged tiles, each of the three kernels. compute-sanitizer's racecheck runs
+// this case.
+TEST_CASE("a delayed scale is that of the window's largest amax", "[quantize]") {
+  const auto [rows, cols] = GENERATE(std::pair<int64_t, int64_t>{1, 1}, std::pair{130, 1040},
+                                     std::pair{1000, 530}, std::pair{2500, 72});
+  const auto [with_data, with_data_t] =
+      GENERATE(std::pair{true, true}, std::pair{true, false}, std::pair{false, true});
+  const bool power_of_two = rows % 20 == 0;
+  CAPTURE(rows, cols, with_data, with_data_t, power_of_two);
+  const std::vector<float> base = random_matrix(rows * cols, 9);
+  Buffer<float> x(base);
+  Buffer<uint8_t> data(pad16(rows) * pad16(cols));
+  Buffer<uint8_t> data_t(pad16(rows) * pad16(cols));
+  Buffer<float> scale(1);
+  Buffer<float> used(1);
+  const Buffer<float> history(std::vector<float>(kAmaxHistorySize, 0.0F));
+  QuantizeArgs args{
+      .x = x.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
+  args.power_of_two = power_of_two;
+  if (with_data) args.data = {data.data, pad16(rows), pad16(cols)};
+  if (with_data_t) args.data_t = {data_t.data, pad16(cols), pad16(rows)};
+  args.scale = scale.data;
+  args.amax_out = used.data;
+  args.amax_history = history.data;
+  Buffer<uint8_t> workspace(quantize_workspace_bytes(args) + 16);
+  args.workspace = workspace.data;
+
+  std::deque<float> window;
+  for (int call = 0; call < 2 * kAmaxHistorySize + 5; ++call) {
+    // Where the largest element lies changes from call to call: any block may have it.
+    std::vector<float> host = base;
+    const float factor = std::ldexp(1.0F, (call * 7) % 11 + call / 2 - 16);
+    for (float& v : host) v *= factor;
+    host[static_cast<size_t>(call) * 7919 % host.size()] = 9.0F * factor;
+    const bool infinite = call == 25 && rows > 1;
+    if (infinite) host[3] = -std::numeric_limits<float>::infinity();
+    check(cudaMemcpy(x.data, host.data(), host.size() * sizeof(float), cudaMemcpyHostToDevice));
+
+    args.amax_call = static_cast<uint64_t>(call);
+    quantize(args, nullptr);
+    check(cudaDeviceSynchronize());
+
+    const float own = infinite ? std::numeric_limits<float>::infinity() : amax_of(host);
+    float expected = own;
+    if (call >= kAmaxWindow) {
+      expected = 0.0F;
+      for (const float amax : window) {
+        if (std::isfinite(amax)) expected = std::max(expected, amax);
+      }
+      window.pop_front();
+    }
+    window.push_back(own);
+    INFO("call " << call);
+    const float multiplier = fp8::quant_multiplier(expected, 448.0F, power_of_two);
+    REQUIRE(used.host()[0] == expected);
+    REQUIRE(scale.host()[0] == 1.0F / multiplier);
+    const std::vector<float> ring = history.host();
+    REQUIRE(ring[call % kAmaxHistorySize] == own);
+    REQUIRE(ring[(call + 1) % kAmaxHistorySize] == 0.0F);
+    if (with_data) REQUIRE(count_wrong(data.host(), host, rows, cols, multiplier, false) == 0);
+    if (with_data_t) REQUIRE(count_wrong(data_t.host(), host, rows, cols, multiplier, true) == 0);
+  }
+}
+
+TEST_CASE("a history goes with neither a given scale nor one for each row", "[quantize]") {
+  Buffer<float> x(256);
+  Buffer<uint8_t> data(256);
+  Buffer<float> scale(16);
+  const Buffer<float> history(std::vector<float>(kAmaxHistorySize, 0.0F));
+  QuantizeArgs args{.x = x.data, .x_dtype = Dtype::kFloat32, .rows = 16, .cols = 16, .ld = 16};
+  args.data = {data.data, 16, 16};
+  args.scale = scale.data;
+  args.amax_history = history.data;
+  args.static_scale = scale.data;
+  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("got two of them"));
+  args.static_scale = nullptr;
+  args.amax = scale.data;
+  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("got two of them"));
+  args.amax = nullptr;
+  args.granularity = Granularity::kRowwise;
+  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("a history of amax, is tensorwise"));
+}
