@@ -33,7 +33,7 @@ CEILINGS = {
 FEW = ("tensorwise", "rowwise", "delayed")  # over the number of tokens
 
 # Of the same variant before each timed call: slow peers among the variants let the GPU rest.
-LEAD_MS = 10.0
+LEAD_MS = {"main": 10.0, "tokens": 5.0}
 
 
 def gemms_alone(shape: LinearShape, recipe: str):
@@ -101,9 +101,10 @@ def measure_shape(
         if f"fp8 {recipe}" in steps:
             forwards[name], steps[name] = gemms_alone(shape, recipe)
     touch = timing.new_weights(parameters)
-    repeats = options.repeats or (9 if options.quick else 15)
-    fwd = timing.device_times(forwards, repeats, before=touch, lead=1, lead_ms=LEAD_MS)
-    both = timing.device_times(steps, repeats, before=touch, lead=1, lead_ms=LEAD_MS)
+    repeats = options.repeats or (15 if sweep == "main" and not options.quick else 9)
+    settings = {"before": touch, "lead": 1, "lead_ms": LEAD_MS[sweep]}
+    fwd = timing.device_times(forwards, repeats, **settings)
+    both = timing.device_times(steps, repeats, **settings)
     return [
         {
             "sweep": sweep,

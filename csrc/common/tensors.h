@@ -42,7 +42,8 @@ inline core::Dtype to_core(at::ScalarType dtype) {
 
 // at::empty on like's device, a CPU or the current GPU, past the dispatcher: a linear layer's step
 // makes about twenty tensors, and those that are not returned concern nobody else.
-inline at::Tensor empty_on(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
+inline at::Tensor empty_on([[maybe_unused]] const at::Tensor& like, at::IntArrayRef sizes,
+                           at::ScalarType dtype) {
 #ifdef FP8_WITH_CUDA
   if (like.is_cuda()) {
     return at::detail::empty_generic(sizes, c10::cuda::CUDACachingAllocator::get(),

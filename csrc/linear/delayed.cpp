@@ -38,7 +38,7 @@ struct Layers {
   }
 };
 
-bool is_capturing(const at::Tensor& weight) {
+bool is_capturing([[maybe_unused]] const at::Tensor& weight) {
 #ifdef FP8_WITH_CUDA
   return weight.is_cuda() && cuda::capture_id(cuda::current_stream(weight)) != 0;
 #else
