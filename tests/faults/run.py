@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from faults import FAULTS, Fault, apply
+from fault import Fault, apply
+from faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build/faults/tree"

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tests/faults"))
 
-from faults import FAULTS, apply  # noqa: E402
+from fault import apply  # noqa: E402
+from faults import FAULTS  # noqa: E402
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

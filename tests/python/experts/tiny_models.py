@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fp8
+
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 SHARED = {
@@ -123,3 +125,10 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     """rms(error) / rms(expected); NaN where either has one."""
     exact = expected.detach().double()
     return float((actual.detach().double() - exact).norm() / exact.norm())
+
+
+def summary_row(model: nn.Module, name: str) -> list[str]:
+    """What fp8.summary says about one module: the cells behind its name."""
+    lines = [line.split("  ") for line in fp8.summary(model).splitlines()]
+    cells = next(line for line in lines if line[0].strip() == name)
+    return [cell.strip() for cell in cells[1:] if cell.strip()]

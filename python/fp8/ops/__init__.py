@@ -1,0 +1,50 @@
+"""Typed wrappers of the operators `torch.ops.fp8.*`: what they compute, shapes, errors.
+
+Words: `scale` is the dequantization factor, x ≈ data · scale. e4m3 is torch.float8_e4m3fn (largest
+value 448), e5m2 is torch.float8_e5m2 (57344). M tokens, N out-features, K in-features. Every
+operator runs on CUDA, CPU and meta tensors; CPU and CUDA quantize to the same bits. Errors are
+TypeError (dtypes), ValueError (shapes, devices, unknown recipe) and NotImplementedError (double
+backward); each names the operator, what it expected and what came.
+
+Quantization, with amax = max |x| over a scaling group, in fp32:
+
+    quant_multiplier = fp8_max / amax        (1 if amax is 0; at most the largest fp32)
+    data = saturate(round_to_nearest_even(float(x) · quant_multiplier))
+    scale = 1 / quant_multiplier
+
+With `power_of_two` quant_multiplier is rounded down to a power of two, and scale is one too
+(between 2^-127 and 2^120). A NaN or Inf in a group makes the group's scale NaN or Inf, so that
+everything computed from the group is non-finite.
+"""
+
+from .grouped import grouped_linear, moe_experts
+from .linear import fused_linear
+from .matmul import scaled_mm, scaled_mm_accumulate_
+from .quantize import (
+    dequantize,
+    quantize_blockwise_1x128,
+    quantize_blockwise_1x128_transpose,
+    quantize_blockwise_128x128,
+    quantize_blockwise_128x128_transpose,
+    quantize_rowwise,
+    quantize_rowwise_transpose,
+    quantize_tensorwise,
+    quantize_tensorwise_transpose,
+)
+
+__all__ = [
+    "dequantize",
+    "fused_linear",
+    "grouped_linear",
+    "moe_experts",
+    "quantize_blockwise_1x128",
+    "quantize_blockwise_1x128_transpose",
+    "quantize_blockwise_128x128",
+    "quantize_blockwise_128x128_transpose",
+    "quantize_rowwise",
+    "quantize_rowwise_transpose",
+    "quantize_tensorwise",
+    "quantize_tensorwise_transpose",
+    "scaled_mm",
+    "scaled_mm_accumulate_",
+]

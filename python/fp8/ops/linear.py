@@ -1,0 +1,46 @@
+"""The fused linear layer."""
+
+import torch
+from torch import Tensor
+
+from ..recipe import Recipe
+
+_ops = torch.ops.fp8
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    recipe: str | Recipe = "tensorwise",
+    *,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """y = x · weightᵀ + bias in FP8, differentiable once: quantize, matmul and dequantize as one
+    operator each way.
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32; any leading dimensions, none and empty ones
+            included.
+        weight: [N, K] and bias: [N], of x's dtype (under autocast all are cast to the autocast
+            dtype).
+        recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
+            `fp8.Recipe`. `delayed` keeps a history of amaxes for each weight tensor (README,
+            "Delayed scaling").
+        input_scale: 0-dim float32 on x's device, for recipes of one scale per tensor: static
+            scaling of x, in one pass over it instead of two. Values beyond 448 · input_scale, Inf
+            among them, saturate, of which dx takes no notice; NaN stays NaN. weight and dy are
+            scaled as without it. No gradient.
+
+    Returns: [..., N] in x's dtype. Gradients: dx in x's dtype, dW in the weight's, db (accumulated
+    in fp32) in the bias's. A second derivative raises NotImplementedError.
+
+    Example:
+        >>> y = fp8.ops.fused_linear(torch.randn(2, 8, 64), torch.randn(32, 64), torch.zeros(32))
+        >>> y.shape
+        torch.Size([2, 8, 32])
+    """
+    result: Tensor = _ops.fused_linear.default(
+        x, weight, bias, str(recipe), input_scale=input_scale
+    )
+    return result
