@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.utils.checkpoint
 from linear_reference import Result
 from reference import E4M3, E5M2, FLOAT_DTYPES, as_matrix, assert_same_bits
 
@@ -325,6 +326,32 @@ def test_a_captured_graph_scales_dynamically():
             graph.replay()
             assert torch.equal(y, OPS.fused_linear(x, layer.weight.detach().clone()))
     assert is_delayed(layer, 64 * x)
+
+
+def test_a_compiled_layer_keeps_its_history(device):
+    """What torch.compile calls it with is the parameter itself."""
+    layer = layer_past_the_window(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = (100 * randn(32, 64, dtype=torch.bfloat16, device=device)).requires_grad_()
+    exact = x.detach().double() @ layer.weight.detach().double().t()
+    y = compiled(x)
+    assert reference.sqnr(y.detach(), exact) < 10
+    y.backward(torch.ones_like(y))
+    assert layer.weight.grad.isfinite().all()
+    assert reference.sqnr(compiled(x).detach(), exact) > 25
+
+
+def test_recomputation_moves_the_window_along(device):
+    """Checkpointing calls a layer twice, the second time with the amax of the first."""
+    layer = layer_past_the_window(device)
+    x = (100 * randn(32, 64, dtype=torch.bfloat16, device=device)).requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    dy = randn(32, 48, dtype=torch.bfloat16, device=device)
+    y.backward(dy)
+    assert reference.sqnr(layer.weight.grad, dy.double().t() @ x.detach().double()) > 22
+    exact = x.detach().double() @ layer.weight.detach().double().t()
+    assert reference.sqnr(y.detach(), exact) < 10, "the first call saturated"
 
 
 def test_threads_may_use_one_layer(device):
