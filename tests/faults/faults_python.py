@@ -38,7 +38,7 @@ PYTHON = [
         "python/fp8/rules.py",
         "        if self.routed is not None:\n",
         "        if False:\n",
-        f"{EXPERTS}/test_experts_convert.py",
+        f"{EXPERTS}/test_experts_rules.py",
     ),
     Fault(
         "convert changes the config that other models share",
