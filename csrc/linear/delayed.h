@@ -14,11 +14,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+
 #include "quantize/quantize.h"
 
 namespace fp8::delayed {
 
-enum class Operand { kInput, kWeight, kGradOutput };
+enum class Operand : uint8_t { kInput, kWeight, kGradOutput };
 
 // Lives as long as the weight.
 AmaxHistory* history(const at::Tensor& weight, Operand operand);
