@@ -55,6 +55,7 @@ AmaxHistory* history(const at::Tensor& weight, Operand operand) {
   const c10::TensorImpl* impl = weight.unsafeGetTensorImpl();
   auto found = layers.map.find(impl);
   if (found == layers.map.end()) {
+    if (operand == Operand::kGradOutput) return nullptr;
     if (layers.map.size() >= layers.sweep_at) layers.sweep();
     found = layers.map.try_emplace(impl, weight).first;
   }

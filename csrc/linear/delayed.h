@@ -10,6 +10,8 @@
 //   - a weight that is the result of an operator (a cast by autocast, a parametrization): the next
 //     step has another one
 //   - the capture of a CUDA graph, whose replays no host counts
+//   - dy, where the backward has another tensor than the forward (saved-tensor hooks): no forward
+//     will come with that one
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -176,12 +176,11 @@ Gradients backward(const BackwardArgs& args) {
                             .data = false,
                             .data_t = true,
                             .power_of_two = recipe.power_of_two,
-                            .history = history_of(*args.weight, delayed::Operand::kWeight, recipe),
+                            .delayed = recipe.delayed,
                             .overlaps_previous = qdy.launched && is_matrix(*args.weight)};
     if (tensorwise) {
       FP8_CHECK_VALUE(args.weight_amax.has_value(),
-                      "fp8::_linear_backward: expected weight_amax, [] "
-                      "float32, with the recipe '",
+                      "fp8::_linear_backward: expected weight_amax, [] float32, with the recipe '",
                       recipe.name, "', got None");
       request.amax = *args.weight_amax;
     }
@@ -229,7 +228,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   QuantizeRequest request{.dtype = recipe.forward_dtype,
                           .granularity = recipe.granularity,
                           .data_t = x_t,
-                          .power_of_two = recipe.power_of_two};
+                          .power_of_two = recipe.power_of_two,
+                          .delayed = recipe.delayed};
   if (input_scale) {
     request.static_scale = input_scale->dim() == 0 ? *input_scale : input_scale->reshape({});
   } else {
@@ -240,6 +240,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
       weight, {.dtype = recipe.forward_dtype,
                .granularity = recipe.weight_granularity,
                .power_of_two = recipe.power_of_two,
+               .delayed = recipe.delayed,
                .history = history_of(weight, delayed::Operand::kWeight, recipe),
                .keep_amax = save_weight_amax && tensorwise,
                .overlaps_previous = qx.launched && is_matrix(weight)});

@@ -42,7 +42,7 @@ std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& req
               .dtype = request.dtype,
               .granularity = request.granularity,
               .power_of_two = request.power_of_two,
-              .delayed = request.history != nullptr};
+              .delayed = request.delayed};
 #ifdef FP8_WITH_CUDA
   if (x.is_cuda()) {
     const cudaStream_t stream = cuda::current_stream(x);

@@ -88,7 +88,7 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
       args.static_scale = request.static_scale.const_data_ptr<float>();
     }
     if (request.amax.defined()) args.amax = request.amax.const_data_ptr<float>();
-    if (request.history != nullptr && !request.amax.defined()) {
+    if (request.history != nullptr) {
       args.amax_history = request.history->words.mutable_data_ptr<float>();
       args.amax_call = request.history->calls.fetch_add(1, std::memory_order_relaxed);
     }

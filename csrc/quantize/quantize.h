@@ -27,7 +27,8 @@ struct QuantizeRequest {
   bool power_of_two = false;       // scales that are computed are powers of two
   at::Tensor static_scale;         // [] fp32, tensorwise: a given scale
   at::Tensor amax;                 // [] fp32, tensorwise: amax of an earlier call on the same x
-  AmaxHistory* history = nullptr;  // tensorwise, optional: delayed scaling, unless amax is given
+  bool delayed = false;            // what is remembered serves no request that differs in this
+  AmaxHistory* history = nullptr;  // of a delayed scale; null: this call's is dynamic
   bool keep_amax = false;
   bool overlaps_previous = false;            // see core::QuantizeArgs
   std::optional<at::ScalarType> column_sum;  // sums of x's columns in this dtype

@@ -84,7 +84,8 @@ _FIELDS = (
     "fast_accum",
 )
 _FORMATS: Mapping[str, tuple[Any, ...]] = {
-    # The fastest. dy has the wider range of e5m2, since one scale serves the whole tensor.
+    # The fastest with dynamic scales. dy has the wider range of e5m2, since one scale serves the
+    # whole tensor.
     "tensorwise": ("tensorwise", "dynamic", _E4M3, _E4M3, _E5M2, "fp8", _FPROP),
     # A scale per row isolates outliers, so e4m3 is enough for dy too.
     "rowwise": ("rowwise", "dynamic", _E4M3, _E4M3, _E4M3, "fp8", _FPROP),

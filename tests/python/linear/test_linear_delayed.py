@@ -210,6 +210,21 @@ def test_dy_is_dynamic_where_x_needs_no_gradient(device):
     assert reference.sqnr(layer.weight.grad, exact) < 10, "delayed where it is known"
 
 
+def test_dy_is_dynamic_where_hooks_hand_over_another_weight(device):
+    layer = layer_past_the_window(device)
+    x = randn(32, 64, dtype=torch.bfloat16, device=device).requires_grad_()
+    dy = 100 * randn(32, 48, dtype=torch.bfloat16, device=device)
+
+    def unpack(tensor):
+        return tensor.detach().clone() if tensor is layer.weight else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        y = layer(x)
+    y.backward(dy)
+    assert reference.sqnr(layer.weight.grad, dy.double().t() @ x.detach().double()) > 22
+    assert reference.sqnr(x.grad, dy.double() @ layer.weight.detach().double()) > 22
+
+
 def test_evaluation_moves_the_window_along(device):
     layer = layer_past_the_window(device)
     large = 100 * randn(32, 64, dtype=torch.bfloat16, device=device)
