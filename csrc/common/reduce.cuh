@@ -29,4 +29,25 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* scratch)
   return result;
 }
 
+// From kRows rows' maxima in a lane to the maximum of one row over the 2 * kRows lanes that share
+// them: that of row lane % kRows. Each step halves the rows that a lane looks after, so that eight
+// shuffles do the work of 32 where there are eight rows.
+template <int kRows>
+__device__ __forceinline__ uint32_t max_of_one_row(const uint32_t (&bits)[kRows]) {
+  uint32_t left[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) left[i] = bits[i];
+#pragma unroll
+  for (int distance = 1; distance < kRows; distance *= 2) {
+    const bool odd = (threadIdx.x & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < kRows / 2 / distance; ++i) {
+      const uint32_t sent = odd ? left[2 * i] : left[2 * i + 1];
+      const uint32_t kept = odd ? left[2 * i + 1] : left[2 * i];
+      left[i] = max(kept, __shfl_xor_sync(0xFFFFFFFFU, sent, distance));
+    }
+  }
+  return max(left[0], __shfl_xor_sync(0xFFFFFFFFU, left[0], kRows));
+}
+
 }  // namespace fp8::core

@@ -27,33 +27,6 @@ static_assert(kGroups == 16, "a row group's lanes are half a warp, which the shu
 template <typename T>
 constexpr int kMinBlocks = sizeof(T) == 4 ? 2 : 4;
 
-// From the eight rows' maxima in a lane to the maximum of one row over the 16 lanes of its half
-// warp: that of row lane % 8. Each step halves the rows that a lane looks after, so that eight
-// shuffles do the work of 32.
-__device__ __forceinline__ uint32_t max_of_one_row(const uint32_t (&bits)[8]) {
-  const unsigned lane = threadIdx.x;
-  uint32_t four[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool odd = (lane & 1) != 0;
-    const uint32_t sent = odd ? bits[2 * i] : bits[2 * i + 1];
-    const uint32_t kept = odd ? bits[2 * i + 1] : bits[2 * i];
-    four[i] = max(kept, __shfl_xor_sync(0xFFFFFFFFU, sent, 1));
-  }
-  uint32_t two[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool odd = (lane & 2) != 0;
-    const uint32_t sent = odd ? four[2 * i] : four[2 * i + 1];
-    const uint32_t kept = odd ? four[2 * i + 1] : four[2 * i];
-    two[i] = max(kept, __shfl_xor_sync(0xFFFFFFFFU, sent, 2));
-  }
-  const bool odd = (lane & 4) != 0;
-  const uint32_t one =
-      max(odd ? two[1] : two[0], __shfl_xor_sync(0xFFFFFFFFU, odd ? two[0] : two[1], 4));
-  return max(one, __shfl_xor_sync(0xFFFFFFFFU, one, 8));
-}
-
 // What eight warps bring together for each column of the tile, before the codes take its place.
 template <typename T>
 struct ColumnParts {

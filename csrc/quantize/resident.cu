@@ -10,7 +10,6 @@ namespace {
 template <typename T, typename Format, bool kData, bool kDataT>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     resident_kernel(const ResidentParams p) {
-  constexpr int kLast = kSlots<T> - 1;
   extern __shared__ uint4 shared[];
   uint32_t* turned = reinterpret_cast<uint32_t*>(shared + kSlotBytes / 16);
   uint32_t* scratch = turned;  // not in use at the same time
@@ -18,23 +17,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const Tiles<T> tiles(p, shared, blockIdx.x, gridDim.x,
                        (p.plan.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
 
-  tiles.begin();
   PackedAmax<T> amax;
   amax.clear();
-  int slot = 0;
-#pragma unroll 1
-  for (int i = 0; i < tiles.count; ++i) {
-    __pipeline_wait_prior(kLast);
-    Vec8<T> v[kRowsPerThread];
-    tiles.take(slot, v);
+  const int slot = tiles.first_pass([&](int, const auto& v, const auto& free_slot) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) amax.update(v[r]);
-    const int next = i + kSlots<T>;
-    if (next < tiles.count) tiles.copy(next, slot, tiles.hint(next));
-    __pipeline_commit();
-    slot = slot == kLast ? 0 : slot + 1;
-  }
-  __pipeline_wait_prior(0);
+    free_slot();
+  });
 
   const uint32_t bits = block_max<kWarps>(amax.max_float_bits(), scratch);
   if (threadIdx.x == 0) p.tensor_amax[blockIdx.x] = bits;
@@ -43,12 +32,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const float multiplier = tensor_multiplier(c, Format::kMax, scratch);
   __syncthreads();
 
-#pragma unroll 1
-  for (int i = tiles.count - 1; i >= 0; --i) {
-    slot = slot == 0 ? kLast : slot - 1;
-    __pipeline_wait_prior(kLast);
-    Vec8<T> v[kRowsPerThread];
-    tiles.take(slot, v);
+  tiles.second_pass(slot, [&](int i, const auto& v, const auto& free_slot) {
     const int64_t row = tiles.row0(i) + tiles.row_in_tile;
     const int64_t col = tiles.col0(i) + tiles.col_in_tile;
     uint2 codes[kRowsPerThread];
@@ -57,8 +41,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       codes[r] = keep_first(encode8<Format>(v[r], [&](int) { return multiplier; }),
                             tiles.valid(row, col, r));
     }
-    if (i > kLast) tiles.copy(i - kSlots<T>, slot, L2::kFirstToGo);
-    __pipeline_commit();
+    free_slot();
     if constexpr (kData) {
       uint8_t* out = static_cast<uint8_t*>(c.data.data) + row * c.data.ld + col;
 #pragma unroll
@@ -72,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       store_turned_tile(c.data_t, tiles.row0(i), tiles.col0(i), codes,
                         turned + i % 2 * kTurnedWords);
     }
-  }
+  });
 }
 
 template <typename T, typename Format, bool kData, bool kDataT>

@@ -132,15 +132,6 @@ struct Tiles {
     }
   }
 
-  // Begins to copy the first tiles, as many as there are slots.
-  __device__ __forceinline__ void begin() const {
-#pragma unroll 1
-    for (int i = 0; i < kSlots<T>; ++i) {
-      if (i < count) copy(i, i, hint(i));
-      __pipeline_commit();
-    }
-  }
-
   // How tile i is read the first time.
   __device__ __forceinline__ L2 hint(int i) const {
     if (i + kSlots<T> >= count) return L2::kFirstToGo;
@@ -159,6 +150,51 @@ struct Tiles {
         v[r].words[4 * quad + 2] = q.z;
         v[r].words[4 * quad + 3] = q.w;
       }
+    }
+  }
+
+  // Every tile in turn, while copies run ahead: visit(i, v, free_slot) has the thread's part of
+  // tile i in v, and calls free_slot() when it has read all of v, for the next copy to that slot to
+  // begin. Returns the slot that would have come next.
+  template <typename Visit>
+  __device__ __forceinline__ int first_pass(const Visit& visit) const {
+    constexpr int kLast = kSlots<T> - 1;
+#pragma unroll 1
+    for (int i = 0; i < kSlots<T>; ++i) {
+      if (i < count) copy(i, i, hint(i));
+      __pipeline_commit();
+    }
+    int slot = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      __pipeline_wait_prior(kLast);
+      Vec8<T> v[kRowsPerThread];
+      take(slot, v);
+      visit(i, v, [&] {
+        const int next = i + kSlots<T>;
+        if (next < count) copy(next, slot, hint(next));
+        __pipeline_commit();
+        slot = slot == kLast ? 0 : slot + 1;
+      });
+    }
+    __pipeline_wait_prior(0);
+    return slot;
+  }
+
+  // The same backwards, from the tiles that first_pass left in their slots: it returned `slot`.
+  template <typename Visit>
+  __device__ __forceinline__ void second_pass(int slot, const Visit& visit) const {
+    constexpr int kLast = kSlots<T> - 1;
+#pragma unroll 1
+    for (int i = count - 1; i >= 0; --i) {
+      slot = slot == 0 ? kLast : slot - 1;
+      __pipeline_wait_prior(kLast);
+      Vec8<T> v[kRowsPerThread];
+      take(slot, v);
+      visit(i, v, [&] {
+        if (i > kLast) copy(i - kSlots<T>, slot, L2::kFirstToGo);
+        __pipeline_commit();
+      });
     }
   }
 };

@@ -13,25 +13,6 @@ namespace {
 
 constexpr int kReduceRows = 32;  // rows that a block joins at a time, a lane each
 
-// From four rows' maxima in a lane to the maximum of one row over the eight lanes that share them:
-// that of row lane % 4.
-__device__ __forceinline__ uint32_t max_of_one_row(const uint32_t (&bits)[kRowsPerThread]) {
-  static_assert(kRowsPerThread == 4 && kColGroups == 8);
-  const unsigned lane = threadIdx.x;
-  uint32_t two[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool odd = (lane & 1) != 0;
-    const uint32_t sent = odd ? bits[2 * i] : bits[2 * i + 1];
-    const uint32_t kept = odd ? bits[2 * i + 1] : bits[2 * i];
-    two[i] = max(kept, __shfl_xor_sync(0xFFFFFFFFU, sent, 1));
-  }
-  const bool odd = (lane & 2) != 0;
-  const uint32_t one =
-      max(odd ? two[1] : two[0], __shfl_xor_sync(0xFFFFFFFFU, odd ? two[0] : two[1], 2));
-  return max(one, __shfl_xor_sync(0xFFFFFFFFU, one, 4));
-}
-
 // The block's maxima of the 64 columns from col0 on, out of each thread's of its eight, to `out`.
 // scratch: kWarps words a column.
 template <typename T>
@@ -91,7 +72,6 @@ __device__ __forceinline__ void finish_rows(const ResidentParams& p, int64_t pad
 template <typename T, typename Format, bool kData>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     resident_rowwise_kernel(const ResidentParams p) {
-  constexpr int kLast = kSlots<T> - 1;
   extern __shared__ uint4 shared[];
   uint32_t* turned = reinterpret_cast<uint32_t*>(shared + kSlotBytes / 16);
   uint32_t* scratch = turned;                                               // not in use
@@ -106,21 +86,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const int64_t padded_rows = static_cast<int64_t>(row_tiles) * kTileRows;
   const int64_t col0 = static_cast<int64_t>(tile_col) * kTileCols;
 
-  tiles.begin();
   PackedAmax<T> col_amax;
   col_amax.clear();
-  int slot = 0;
-#pragma unroll 1
-  for (int i = 0; i < tiles.count; ++i) {
-    __pipeline_wait_prior(kLast);
-    Vec8<T> v[kRowsPerThread];
-    tiles.take(slot, v);
+  const int slot = tiles.first_pass([&](int i, const auto& v, const auto& free_slot) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) col_amax.update(v[r]);
-    const int next = i + kSlots<T>;
-    if (next < tiles.count) tiles.copy(next, slot, tiles.hint(next));
-    __pipeline_commit();
-    slot = slot == kLast ? 0 : slot + 1;
+    free_slot();
     if constexpr (kData) {
       uint32_t bits[kRowsPerThread];
 #pragma unroll
@@ -131,8 +102,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
                    threadIdx.x % kRowsPerThread] = of_row;
       }
     }
-  }
-  __pipeline_wait_prior(0);
+  });
   store_column_amax(col_amax, col0, c.cols, scratch, p.col_amax + strip * c.cols);
 
   const auto grid = cooperative_groups::this_grid();
@@ -156,12 +126,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   };
   [[maybe_unused]] float4 of_row{};
   if constexpr (kData) of_row = row_multipliers(tiles.count - 1);
-#pragma unroll 1
-  for (int i = tiles.count - 1; i >= 0; --i) {
-    slot = slot == 0 ? kLast : slot - 1;
-    __pipeline_wait_prior(kLast);
-    Vec8<T> v[kRowsPerThread];
-    tiles.take(slot, v);
+  tiles.second_pass(slot, [&](int i, const auto& v, const auto& free_slot) {
     const int64_t row = tiles.row0(i) + tiles.row_in_tile;
     const int64_t col = col0 + tiles.col_in_tile;
     uint2 codes[kRowsPerThread];
@@ -182,11 +147,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       codes[r] = keep_first(encode8<Format>(v[r], [&](int j) { return of_col[j]; }),
                             tiles.valid(row, col, r));
     }
-    if (i > kLast) tiles.copy(i - kSlots<T>, slot, L2::kFirstToGo);
-    __pipeline_commit();
+    free_slot();
     // Of two buffers in turn: the barrier between write and read of one frees the other.
     store_turned_tile(c.data_t, tiles.row0(i), col0, codes, turned + i % 2 * kTurnedWords);
-  }
+  });
 }
 
 template <typename T, typename Format, bool kData>
