@@ -1,56 +1,16 @@
 #include "cpu/grouped.h"
 
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "common/formats.h"
-#include "cpu/loops.h"
+#include "cpu/grouped_rows.h"
 
 namespace fp8::cpu {
 namespace {
-
-using core::Dtype;
-
-int64_t grain(int64_t row_elements) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_elements));
-}
-
-// Elements of a tensor of any high-precision dtype as floats.
-void read(const void* x, Dtype dtype, int64_t offset, int64_t count, float* out) {
-  widen(static_cast<const char*>(x) + offset * dtype_bytes(dtype), dtype, count, out);
-}
-
-void write(void* x, Dtype dtype, int64_t offset, int64_t count, const float* values) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (dtype == Dtype::kFloat32) {
-      static_cast<float*>(x)[offset + i] = values[i];
-    } else if (dtype == Dtype::kBFloat16) {
-      static_cast<c10::BFloat16*>(x)[offset + i] = c10::BFloat16(values[i]);
-    } else {
-      static_cast<c10::Half*>(x)[offset + i] = c10::Half(values[i]);
-    }
-  }
-}
-
-float rounded(float value, Dtype dtype) {
-  if (dtype == Dtype::kBFloat16) return static_cast<float>(c10::BFloat16(value));
-  if (dtype == Dtype::kFloat16) return static_cast<float>(c10::Half(value));
-  return value;
-}
-
-// Codes of a row, and its scale.
-float quantize_row(const float* row, int64_t cols, void* data, int64_t offset) {
-  const float multiplier = quant_multiplier(std::bit_cast<float>(amax_bits(row, cols)), E4M3::kMax);
-  encode(row, multiplier, Dtype::kE4M3, cols, static_cast<uint8_t*>(data) + offset);
-  return 1.0F / multiplier;
-}
 
 // Where group g's rows begin and end; offsets that make no sense give empty groups.
 struct Range {
@@ -60,14 +20,6 @@ struct Range {
 Range range_of(const int32_t* offsets, int64_t group, int64_t rows) {
   const int64_t begin = group == 0 ? 0 : std::clamp<int64_t>(offsets[group - 1], 0, rows);
   return {begin, std::max(begin, std::min<int64_t>(offsets[group], rows))};
-}
-
-int64_t grouped_rows(const int32_t* offsets, int64_t groups, int64_t rows) {
-  return groups == 0 ? 0 : std::min<int64_t>(offsets[groups - 1], rows);
-}
-
-int64_t group_of(const int32_t* offsets, int64_t groups, int64_t row) {
-  return std::upper_bound(offsets, offsets + groups - 1, row) - offsets;
 }
 
 }  // namespace
@@ -214,129 +166,6 @@ void quantize_group_columns(const core::GroupColumnsArgs& a) {
       for (int64_t r = 0; r < group.rows; ++r) {
         encode_columns(&values[r * cols], multipliers.data(), Dtype::kE4M3, cols, codes.data());
         for (int64_t c = 0; c < cols; ++c) out[c * a.ld_t + r] = codes[c];
-      }
-    }
-  });
-}
-
-namespace {
-
-// Value and derivatives of one gated unit, as grouped/gate.cu has them.
-struct Unit {
-  float h;
-  float d_gate;
-  float d_up;
-};
-
-float sigmoid(float x) { return 1.0F / (1.0F + std::exp(-x)); }
-
-Unit gated_unit(const core::GateArgs& a, float gate, float up) {
-  float act = 0.0F;
-  float d_act = 0.0F;
-  float factor = up;
-  float d_factor = 1.0F;
-  switch (a.activation) {
-    case core::Activation::kSilu: {
-      const float s = sigmoid(gate);
-      act = gate * s;
-      d_act = s * (1.0F + gate * (1.0F - s));
-      break;
-    }
-    case core::Activation::kGelu: {
-      const float cdf = 0.5F * (1.0F + std::erf(gate * 0.70710678F));
-      act = gate * cdf;
-      d_act = cdf + gate * 0.39894228F * std::exp(-0.5F * gate * gate);
-      break;
-    }
-    case core::Activation::kGeluTanh: {
-      const float inner = 0.79788456F * (gate + 0.044715F * gate * gate * gate);
-      const float t = std::tanh(inner);
-      act = 0.5F * gate * (1.0F + t);
-      d_act = 0.5F * (1.0F + t) +
-              0.5F * gate * (1.0F - t * t) * 0.79788456F * (1.0F + 3.0F * 0.044715F * gate * gate);
-      break;
-    }
-    case core::Activation::kClampedSilu: {
-      const bool passes = !(gate > a.limit);
-      const float clamped = passes ? gate : a.limit;
-      const float s = sigmoid(a.alpha * clamped);
-      act = clamped * s;
-      if (passes) d_act = s * (1.0F + a.alpha * clamped * (1.0F - s));
-      const bool inside = !(up > a.limit) && !(up < -a.limit);
-      factor = (inside ? up : up > 0.0F ? a.limit : -a.limit) + 1.0F;
-      d_factor = inside ? 1.0F : 0.0F;
-      break;
-    }
-  }
-  return {act * factor, d_act * factor, act * d_factor};
-}
-
-// Rows of gates and ups, with their bias; gate(i) and up(i) know the layout.
-struct GateRow {
-  const core::GateArgs& a;
-  std::vector<float> values = std::vector<float>(2 * a.features);
-  std::vector<float> bias = std::vector<float>(a.bias != nullptr ? 2 * a.features : 0);
-
-  void load(int64_t row) {
-    read(a.gate_up, a.dtype, row * 2 * a.features, 2 * a.features, values.data());
-    if (a.bias == nullptr) return;
-    const int64_t group = group_of(a.offsets, a.groups, row);
-    read(a.bias, a.dtype, group * 2 * a.features, 2 * a.features, bias.data());
-    for (int64_t i = 0; i < 2 * a.features; ++i) values[i] += bias[i];
-  }
-  int64_t gate_at(int64_t i) const { return a.interleaved ? 2 * i : i; }
-  int64_t up_at(int64_t i) const { return a.interleaved ? 2 * i + 1 : a.features + i; }
-  Unit unit(int64_t i) const { return gated_unit(a, values[gate_at(i)], values[up_at(i)]); }
-};
-
-}  // namespace
-
-void gate_forward(const core::GateForwardArgs& args) {
-  const core::GateArgs& a = args.gate;
-  const int64_t rows = grouped_rows(a.offsets, a.groups, a.rows);
-  at::parallel_for(0, rows, grain(2 * a.features), [&](int64_t begin, int64_t end) {
-    GateRow row{a};
-    std::vector<float> h(a.features);
-    for (int64_t r = begin; r < end; ++r) {
-      row.load(r);
-      for (int64_t i = 0; i < a.features; ++i) h[i] = rounded(row.unit(i).h, a.dtype);
-      args.scale[r] = quantize_row(h.data(), a.features, args.data, r * a.features);
-    }
-  });
-}
-
-void gate_backward(const core::GateBackwardArgs& args) {
-  const core::GateArgs& a = args.gate;
-  const int64_t rows = grouped_rows(a.offsets, a.groups, a.rows);
-  at::parallel_for(0, rows, grain(2 * a.features), [&](int64_t begin, int64_t end) {
-    GateRow row{a};
-    std::vector<float> dh(a.features);
-    std::vector<float> weighted(a.features);
-    std::vector<float> d(2 * a.features);
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t slot = args.source[r];
-      const float weight = args.weights[slot];
-      row.load(r);
-      read(args.dh, a.dtype, r * a.features, a.features, dh.data());
-      float dot = 0.0F;
-      for (int64_t i = 0; i < a.features; ++i) {
-        const Unit unit = row.unit(i);
-        const float h = rounded(unit.h, a.dtype);
-        d[row.gate_at(i)] = rounded(weight * dh[i] * unit.d_gate, a.dtype);
-        d[row.up_at(i)] = rounded(weight * dh[i] * unit.d_up, a.dtype);
-        dot += dh[i] * h;
-        weighted[i] = weight * h;
-      }
-      if (args.d_weights != nullptr) args.d_weights[slot] = dot;
-      const int64_t place = r * 2 * a.features;
-      if (args.data != nullptr) {
-        args.scale[r] = quantize_row(d.data(), 2 * a.features, args.data, place);
-      }
-      if (args.d_gate_up != nullptr) {
-        write(args.d_gate_up, a.dtype, place, 2 * a.features, d.data());
-      }
-      if (args.weighted_h != nullptr) {
-        write(args.weighted_h, a.dtype, r * a.features, a.features, weighted.data());
       }
     }
   });
