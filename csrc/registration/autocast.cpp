@@ -3,12 +3,25 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <string>
+
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
+#include "linear/recipe.h"
 
 namespace fp8::autocast {
 namespace {
+
+// A cast of the weight is another tensor in every call, of which delayed scaling can remember
+// nothing: it is dynamic then, as tensorwise is. Said here, since without a graph nothing else
+// tells such a weight from a parameter (linear/delayed.h).
+std::string recipe_of_cast(std::string_view recipe, const at::Tensor& weight,
+                           const at::Tensor& cast) {
+  if (cast.is_same(weight) || !recipe_at(recipe_id(recipe)).delayed) return std::string(recipe);
+  return std::string("tensorwise").append(recipe.substr(std::min(recipe.find(':'), recipe.size())));
+}
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
@@ -16,9 +29,10 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& input_scale) {
   const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
-  return fp8::fused_linear(at::autocast::cached_cast(dtype, x, kDevice),
-                           at::autocast::cached_cast(dtype, weight, kDevice),
-                           at::autocast::cached_cast(dtype, bias, kDevice), recipe, input_scale);
+  const at::Tensor cast = at::autocast::cached_cast(dtype, weight, kDevice);
+  return fp8::fused_linear(at::autocast::cached_cast(dtype, x, kDevice), cast,
+                           at::autocast::cached_cast(dtype, bias, kDevice),
+                           recipe_of_cast(recipe, weight, cast), input_scale);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
@@ -32,10 +46,10 @@ at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fp8::_fused_linear_into", "")
                              .typed<decltype(kernel::_fused_linear_into)>();
-  return op.call(at::autocast::cached_cast(dtype, x, kDevice),
-                 at::autocast::cached_cast(dtype, weight, kDevice),
-                 at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,
-                 stand_in, input_scale);
+  const at::Tensor cast = at::autocast::cached_cast(dtype, weight, kDevice);
+  return op.call(at::autocast::cached_cast(dtype, x, kDevice), cast,
+                 at::autocast::cached_cast(dtype, bias, kDevice),
+                 recipe_of_cast(recipe, weight, cast), main_grad, overwrite, stand_in, input_scale);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>

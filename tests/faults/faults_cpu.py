@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import DELAYED, GROUPED, LAYOUT, LINEAR, QUANTIZE, Fault
+from fault import DELAYED, GROUPED, HISTORIES, LAYOUT, LINEAR, QUANTIZE, Fault
 
 CPU = [
     Fault(
@@ -98,7 +98,7 @@ CPU = [
     ),
     Fault(
         "the weight gradient of down forgets the routing weight",
-        "csrc/cpu/grouped.cpp",
+        "csrc/cpu/grouped_gate.cpp",
         "weighted[i] = weight * h;",
         "weighted[i] = h;",
         f"{GROUPED}/test_moe_experts.py",
@@ -165,5 +165,12 @@ CPU = [
         "history_of(*args.weight, delayed::Operand::kGradOutput, recipe)",
         "history_of(*args.weight, delayed::Operand::kInput, recipe)",
         DELAYED,
+    ),
+    Fault(
+        "a history is made for each cast of a weight by autocast",
+        "csrc/registration/autocast.cpp",
+        "if (cast.is_same(weight) || ",
+        "if (true || ",
+        HISTORIES,
     ),
 ]

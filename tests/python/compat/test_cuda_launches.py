@@ -167,3 +167,31 @@ def test_launches_with_power_of_two_scales(recipe):
         for name in (recipe, f"{recipe}:power_of_two")
     ]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("option", ["", ":power_of_two"])
+def test_launches_of_delayed_scaling(option):
+    """Past the window each tensor is cast in one launch; with a bias dy is read once more, for its
+    sums. Before, there are as many as with dynamic scales."""
+    m, k, n = 2048, 1024, 1536
+    weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
+
+    def step(recipe, with_bias):
+        x = dy.new_ones(m, k, requires_grad=True)
+        leaves = [x, weight, bias] if with_bias else [x, weight]
+        y = OPS.fused_linear(x, weight, bias if with_bias else None, recipe)
+        return torch.autograd.grad(y, leaves, dy)
+
+    def count(recipe, with_bias):
+        return len(ours(launches(lambda: step(recipe, with_bias))))
+
+    dynamic = [count(f"tensorwise{option}", with_bias) for with_bias in (False, True)]
+    assert count(f"delayed{option}", False) == dynamic[0], "the first calls"
+    for _ in range(16):
+        step(f"delayed{option}", False)
+    delayed = [count(f"delayed{option}", with_bias) for with_bias in (False, True)]
+    # x, weight and dy in one launch each, and weight transposed in the backward
+    assert delayed == [4, 5], (dynamic, delayed)
+    assert dynamic == [7, 7], "amax and cast"

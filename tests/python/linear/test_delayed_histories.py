@@ -1,0 +1,174 @@
+"""Recipe `delayed`: which calls have a history, whose it is, and how long it lasts."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import reference
+import torch
+import torch.utils.checkpoint
+from delayed_reference import OPS, WINDOW, is_delayed, layer_past_the_window, randn
+from torch.profiler import ProfilerActivity, profile
+
+import fp8
+
+
+def test_dy_is_dynamic_where_x_needs_no_gradient(device):
+    """The backward knows the layer by its weight, which it does not need then."""
+    layer = layer_past_the_window(device)
+    x = randn(32, 64, dtype=torch.bfloat16, device=device) / 8
+    dy = 100 * randn(32, 48, dtype=torch.bfloat16, device=device)
+    layer(x).backward(dy)
+    exact = dy.double().t() @ x.double()
+    assert reference.sqnr(layer.weight.grad, exact) > 22
+    layer.zero_grad()
+    layer(x.requires_grad_()).backward(dy)
+    assert reference.sqnr(layer.weight.grad, exact) < 10, "delayed where it is known"
+
+
+def test_dy_is_dynamic_where_hooks_hand_over_another_weight(device):
+    layer = layer_past_the_window(device)
+    x = randn(32, 64, dtype=torch.bfloat16, device=device).requires_grad_()
+    dy = 100 * randn(32, 48, dtype=torch.bfloat16, device=device)
+
+    def unpack(tensor):
+        return tensor.detach().clone() if tensor is layer.weight else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        y = layer(x)
+    y.backward(dy)
+    assert reference.sqnr(layer.weight.grad, dy.double().t() @ x.detach().double()) > 22
+    assert reference.sqnr(x.grad, dy.double() @ layer.weight.detach().double()) > 22
+
+
+def test_evaluation_moves_the_window_along(device):
+    layer = layer_past_the_window(device)
+    large = 100 * randn(32, 64, dtype=torch.bfloat16, device=device)
+    exact = large.double() @ layer.weight.detach().double().t()
+    with torch.no_grad():
+        assert reference.sqnr(layer(large), exact) < 10
+        assert reference.sqnr(layer(large), exact) > 25
+
+
+def test_layers_have_histories_of_their_own(device):
+    layer = layer_past_the_window(device)
+    large = 100 * randn(32, 64, dtype=torch.bfloat16, device=device)
+    twin = fp8.Linear.from_linear(layer)
+    twin.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    twin.recipe = "delayed"
+    assert not is_delayed(twin, large)
+    assert is_delayed(layer, large)
+
+
+def test_a_history_goes_with_its_weight(device):
+    """No new weight inherits one, whatever its address."""
+    for _ in range(5):
+        layer = layer_past_the_window(device)
+        large = 100 * randn(32, 64, dtype=torch.bfloat16, device=device)
+        assert is_delayed(layer, large)
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        gc.collect()
+        assert not is_delayed(layer, large)
+        del layer
+
+
+def test_a_weight_that_an_operator_makes_has_no_history(device):
+    base = torch.nn.Parameter(randn(48, 64, device=device))
+    for call in range(WINDOW + 4):
+        x = randn(16, 64, device=device) * 2.0**call
+        ours = OPS.fused_linear(x, base * 1, None, "delayed")
+        assert torch.equal(ours, OPS.fused_linear(x, base * 1, None, "tensorwise")), call
+
+
+@pytest.mark.parametrize("option", ["", ":power_of_two"])
+@pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no_grad"])
+def test_autocast_scales_dynamically(device, with_grad, option):
+    """Its cast of an fp32 weight is another tensor in every call: no history is made for it."""
+    layer = fp8.Linear(64, 48, bias=False, device=device, recipe=f"delayed{option}")
+    for call in range(WINDOW + 4):
+        x = randn(16, 64, device=device) * 2.0**call
+        with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(with_grad):
+            expected = OPS.fused_linear(x, layer.weight, None, f"tensorwise{option}")
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                y = layer(x)
+        assert torch.equal(y, expected), call
+        assert "aten::zeros" not in {event.name for event in recorded.events()}
+
+
+def test_autocast_leaves_a_weight_of_its_dtype_delayed(device):
+    layer = layer_past_the_window(device)
+    with torch.autocast(device, torch.bfloat16):
+        assert is_delayed(layer, 100 * randn(32, 64, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.gpu
+def test_a_weight_that_moves_to_the_gpu_starts_anew():
+    layer = layer_past_the_window("cpu", torch.float32)
+    layer.weight.data = layer.weight.data.cuda()
+    assert not is_delayed(layer, 100 * randn(32, 64, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_scales_dynamically():
+    layer = layer_past_the_window("cuda")
+    x = randn(32, 64, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for factor in (1.0, 64.0, 64.0):
+            x.mul_(factor)
+            graph.replay()
+            assert torch.equal(y, OPS.fused_linear(x, layer.weight.detach().clone()))
+    assert is_delayed(layer, 64 * x)
+
+
+def test_a_compiled_layer_keeps_its_history(device):
+    """What torch.compile calls it with is the parameter itself."""
+    layer = layer_past_the_window(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = (100 * randn(32, 64, dtype=torch.bfloat16, device=device)).requires_grad_()
+    exact = x.detach().double() @ layer.weight.detach().double().t()
+    y = compiled(x)
+    assert reference.sqnr(y.detach(), exact) < 10
+    y.backward(torch.ones_like(y))
+    assert layer.weight.grad.isfinite().all()
+    assert reference.sqnr(compiled(x).detach(), exact) > 25
+
+
+def test_recomputation_moves_the_window_along(device):
+    """Checkpointing calls a layer twice, the second time with the amax of the first."""
+    layer = layer_past_the_window(device)
+    x = (100 * randn(32, 64, dtype=torch.bfloat16, device=device)).requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    dy = randn(32, 48, dtype=torch.bfloat16, device=device)
+    y.backward(dy)
+    assert reference.sqnr(layer.weight.grad, dy.double().t() @ x.detach().double()) > 22
+    exact = x.detach().double() @ layer.weight.detach().double().t()
+    assert reference.sqnr(y.detach(), exact) < 10, "the first call saturated"
+
+
+def test_threads_may_use_one_layer(device):
+    """The order of their calls is theirs, but every amax is kept."""
+    layer = layer_past_the_window(device)
+    xs = [2.0**i * randn(32, 64, dtype=torch.bfloat16, device=device) for i in range(4)]
+
+    def work(x):
+        with torch.no_grad():
+            for _ in range(4):
+                layer(x)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in xs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.no_grad():
+        y = layer(xs[3])
+    assert reference.sqnr(y, xs[3].double() @ layer.weight.detach().double().t()) > 25
