@@ -5,6 +5,7 @@ prints. Nothing is stored in the model: reasons are found again when they are as
 survive copies, pickles and later surgery.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -92,7 +93,9 @@ class Found:
         """The safety rules: why convert must leave this module alone; None if it may change it."""
         module, kind = self.module, type(self.module)
         if kind not in (nn.Linear, Linear):
-            return f"a subclass of nn.Linear: {kind.__name__}"
+            base = "fp8.Linear" if isinstance(module, Linear) else "nn.Linear"
+            before = "; convert before fully_shard" if _is_sharded(module) else ""
+            return f"a subclass of {base}: {kind.__name__}{before}"
         if self.reader is not None:
             return self.reader
         if kind is nn.Linear and "forward" in vars(module):
@@ -157,6 +160,14 @@ def find_linears(model: nn.Module) -> list[Found]:
                 for router in _routers(parent, count):
                     found[router].routed = f"{prefix}.{child_name}" if prefix else child_name
     return list(found.values())
+
+
+def _is_sharded(module: nn.Linear) -> bool:
+    """Whether fully_shard has changed the class of an nn.Linear. Imports nothing for it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or isinstance(module, Linear):
+        return False
+    return isinstance(module, fsdp.FSDPModule)
 
 
 def _number_of_experts(name: str, module: nn.Module | None) -> int:
