@@ -1,5 +1,6 @@
-"""Data parallelism, of two processes: DistributedDataParallel and FSDP2 (`fully_shard`), against
-copies of the model in one process that take the two halves of the batch."""
+"""Data parallelism: DistributedDataParallel and FSDP2 (`fully_shard`), of two processes, against
+copies of the model in one process that take the two halves of the batch. With a single GPU there is
+one process on it: its collectives move nothing, but weights are gathered and freed all the same."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from reference import assert_same_bits
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,37 +24,30 @@ import fp8
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not dist.is_gloo_available(), reason="needs gloo"
 )
-SIZE = 2
-SHAPE = (48, 128)  # of a process's half
+SHAPE = (48, 128)  # of a process's part of the batch
 STEPS = 20  # past the window of the recipe `delayed`
-ON = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(torch.cuda.device_count() < SIZE, reason="needs two GPUs"),
-        ],
-    ),
-]
 
 
-def in_two_processes(work, kind: str, folder: Path) -> None:
+def size(device: str) -> int:
+    return 2 if device.startswith("cpu") else min(2, torch.cuda.device_count())
+
+
+def in_processes(work, device: str, folder: Path) -> None:
     """work(rank, device) in each. What one raises fails the test."""
-    mp.spawn(_join, (work, kind, str(folder / "store")), nprocs=SIZE)
+    mp.spawn(_join, (work, device, str(folder / "store")), nprocs=size(device))
 
 
-def _join(rank: int, work, kind: str, store: str) -> None:
+def _join(rank: int, work, device: str, store: str) -> None:
     torch.set_num_threads(1)
-    if kind == "cuda":
+    if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
+        "nccl" if device == "cuda" else "gloo",
         init_method=f"file://{store}",
         rank=rank,
-        world_size=SIZE,
+        world_size=size(device),
     )
-    work(rank, f"cuda:{rank}" if kind == "cuda" else "cpu")
+    work(rank, f"cuda:{rank}" if device == "cuda" else "cpu")
     dist.barrier()
     # At an orderly end gloo's threads abort the process now and then, also without this library.
     sys.stdout.flush()
@@ -66,12 +61,12 @@ def model(recipe: str, dtype: torch.dtype, device: str) -> nn.Sequential:
     return fp8.convert(layers.to(device, dtype), recipe, filter=lambda *_: True)
 
 
-def halves(step: int, device: str) -> list[torch.Tensor]:
-    """Each process knows both, of different magnitudes, so of different scales."""
+def parts(step: int, device: str) -> list[torch.Tensor]:
+    """Each process knows all, of different magnitudes, so of different scales."""
     torch.manual_seed(step)
     return [
-        (torch.randn(SHAPE) * 2.0 ** (step % 3 + 4 * half)).to(device, torch.bfloat16)
-        for half in range(SIZE)
+        (torch.randn(SHAPE) * 2.0 ** (step % 3 + 4 * part)).to(device, torch.bfloat16)
+        for part in range(size(device))
     ]
 
 
@@ -81,12 +76,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def train(rank: int, device: str, recipe: str, parallel: nn.Module, masters: torch.dtype) -> None:
     """Steps of `parallel`, whose parameters are of the dtype `masters`, beside those of a copy for
-    each half, in bfloat16, whose mean gradient updates the parameters that they share."""
+    each part, in bfloat16, whose mean gradient updates the parameters that they share."""
     shared = list(model(recipe, masters, device).parameters())
-    copies = [model(recipe, torch.bfloat16, device) for _ in range(SIZE)]
+    copies = [model(recipe, torch.bfloat16, device) for _ in range(size(device))]
     optimizer = torch.optim.SGD(parallel.parameters(), lr=2.0**-10)
     for step in range(STEPS if recipe == "delayed" else 3):
-        inputs = halves(step, device)
+        inputs = parts(step, device)
         outputs = []
         for copied, x in zip(copies, inputs, strict=True):
             with torch.no_grad():
@@ -100,7 +95,7 @@ def train(rank: int, device: str, recipe: str, parallel: nn.Module, masters: tor
         y.float().square().mean().backward()
         of_copies = zip(*(copied.parameters() for copied in copies), strict=True)
         for p, actual, of_each in zip(shared, parallel.parameters(), of_copies, strict=True):
-            mean = sum(one.grad.to(masters) for one in of_each) / SIZE
+            mean = sum(one.grad.to(masters) for one in of_each) / size(device)
             assert_same_bits(whole(actual.grad), mean, f"a gradient of step {step}")
             with torch.no_grad():
                 p.sub_(mean, alpha=2.0**-10)
@@ -115,9 +110,13 @@ def _replicated(rank: int, device: str) -> None:
         train(rank, device, recipe, parallel, torch.bfloat16)
 
 
+def mesh_of(device: str) -> DeviceMesh:
+    return init_device_mesh(device.partition(":")[0], (size(device),))
+
+
 def _shard(layers: nn.Sequential, **options) -> nn.Module:
     """Each layer by itself: its weight is gone between forward and backward."""
-    mesh = dist.init_device_mesh(next(layers.parameters()).device.type, (SIZE,))
+    mesh = mesh_of(next(layers.parameters()).device.type)
     for layer in (layers[0], layers[2]):
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(layers, mesh=mesh, **options)
@@ -139,16 +138,15 @@ def _sharded_masters(rank: int, device: str) -> None:
         train(rank, device, recipe, parallel, torch.float32)
 
 
-@pytest.mark.parametrize("kind", ON)
 @pytest.mark.parametrize("work", [_replicated, _sharded, _sharded_masters])
-def test_two_processes_train_as_one_would(work, kind, tmp_path):
-    in_two_processes(work, kind, tmp_path)
+def test_processes_train_as_one_would(work, device, tmp_path):
+    in_processes(work, device, tmp_path)
 
 
 def _around(rank: int, device: str) -> None:
     """What else works on a model that is sharded already."""
     layers = _shard(model("tensorwise", torch.bfloat16, device))
-    x = halves(0, device)[rank]
+    x = parts(0, device)[rank]
     with torch.no_grad():
         expected = model("tensorwise", torch.bfloat16, device)(x)
     with fp8.cached_weights(layers):  # no gain: what a layer multiplies with is another tensor
@@ -171,11 +169,10 @@ def _around(rank: int, device: str) -> None:
     # Where the root alone is sharded its linears are what they were, and are converted.
     root = model("rowwise", torch.bfloat16, device)
     plain = fp8.revert(copy.deepcopy(root))
-    fully_shard(plain, mesh=dist.init_device_mesh(device.partition(":")[0], (SIZE,)))
+    fully_shard(plain, mesh=mesh_of(device))
     fp8.convert(plain, "rowwise", filter=lambda *_: True)
     assert_same_bits(plain(x).detach(), root(x).detach(), "converted late")
 
 
-@pytest.mark.parametrize("kind", ON)
-def test_what_goes_with_a_sharded_model(kind, tmp_path):
-    in_two_processes(_around, kind, tmp_path)
+def test_what_goes_with_a_sharded_model(device, tmp_path):
+    in_processes(_around, device, tmp_path)
