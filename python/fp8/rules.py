@@ -41,11 +41,11 @@ MIN_WORK: Mapping[str, int] = MappingProxyType(
 """Smallest K·N / (K + N), per recipe, for which `worthwhile` lets FP8 run.
 
 From `benchmarks/bench_sizes.py` on an H200 (benchmarks/results/sizes_h200.json), forward + backward
-of one layer alone in steps that follow each other, 8192 tokens, against bf16: from 955 on FP8 is
-1.13 to 1.54 times as fast. At 819 the host decides: 0.83 to 1.02 times there, 1.02 to 1.14 beside a
-faster CPU. Layers at 819 are the k and v projections of grouped-query attention: their input is
-quantized for q already, and among larger layers the host is ahead. blockwise has rowwise's number,
-delayed tensorwise's.
+of one layer alone in steps that follow each other, 8192 tokens, against bf16: layers of more than 9
+million elements, from 955 on, are 1.13 to 1.54 times as fast in FP8. Those of 4.2 million, at 819
+and 1024, are the host's: 0.79 to 1.25 times in runs beside four hosts. At 819 are the k and v
+projections of grouped-query attention: their input is quantized for q already, and among larger
+layers the host is ahead. blockwise has rowwise's number, delayed tensorwise's.
 """
 
 MIN_MEAN_SIZE = 6_000_000
@@ -54,7 +54,7 @@ MIN_MEAN_SIZE = 6_000_000
 A step of small layers is bound by the host, in bf16 too, and FP8 takes up to 1.4 times the host's
 time. What decides is the model: a small layer among large ones costs nothing on the host, which
 runs ahead of the GPU, and gains on it. Again alone, at 8192 tokens, layers of 4.2 million elements
-take 0.79 to 1.25 times bf16's speed, as the host lets them (three hosts, one GPU model); those of
+take 0.79 to 1.25 times bf16's speed, as the host lets them (four hosts, one GPU model); those of
 9.4 million gain beside all. With 4096 tokens FP8 gains from 9 to 14 million on, with 2048 from 15
 to more than 17 million: what pays depends on the tokens of a step, and this rule assumes the
 thousands of a training step.
