@@ -8,7 +8,8 @@
 // null, which is dynamic scaling, where a history would be that of nothing lasting, or would stand
 // still:
 //   - a weight that is the result of an operator (a parametrization, a cast by autocast): the next
-//     step has another one. Where no graph tells, registration/autocast.cpp takes `tensorwise`
+//     step has another one. A cast without a graph, of a frozen weight, does not come here:
+//     registration/autocast.cpp takes `tensorwise`
 //   - the capture of a CUDA graph, whose replays no host counts
 //   - dy, where the backward has another tensor than the forward (saved-tensor hooks): no forward
 //     will come with that one

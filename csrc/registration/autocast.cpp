@@ -15,8 +15,8 @@ namespace fp8::autocast {
 namespace {
 
 // A cast of the weight is another tensor in every call, of which delayed scaling can remember
-// nothing: it is dynamic then, as tensorwise is. Said here, since without a graph nothing else
-// tells such a weight from a parameter (linear/delayed.h).
+// nothing: it is dynamic then, as tensorwise is. Said here, since nothing tells the cast of a
+// frozen weight, which has no graph, from a parameter (linear/delayed.h).
 std::string recipe_of_cast(std::string_view recipe, const at::Tensor& weight,
                            const at::Tensor& cast) {
   if (cast.is_same(weight) || !recipe_at(recipe_id(recipe)).delayed) return std::string(recipe);

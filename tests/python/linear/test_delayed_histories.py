@@ -84,9 +84,11 @@ def test_a_weight_that_an_operator_makes_has_no_history(device):
 
 @pytest.mark.parametrize("option", ["", ":power_of_two"])
 @pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no_grad"])
-def test_autocast_scales_dynamically(device, with_grad, option):
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_autocast_scales_dynamically(device, frozen, with_grad, option):
     """Its cast of an fp32 weight is another tensor in every call: no history is made for it."""
     layer = fp8.Linear(64, 48, bias=False, device=device, recipe=f"delayed{option}")
+    layer.requires_grad_(not frozen)  # the cast of a frozen weight looks like a parameter
     for call in range(WINDOW + 4):
         x = randn(16, 64, device=device) * 2.0**call
         with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(with_grad):
