@@ -12,6 +12,7 @@ namespace fp8::core {
 namespace {
 
 constexpr int kReduceRows = 32;  // rows that a block joins at a time, a lane each
+static_assert(kColGroups == 2 * kRowsPerThread, "lanes of a row, which max_of_one_row relies on");
 
 // The block's maxima of the 64 columns from col0 on, out of each thread's of its eight, to `out`.
 // scratch: kWarps words a column.
