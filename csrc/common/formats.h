@@ -14,6 +14,12 @@
 
 #include "fp8/core.h"
 
+#ifdef __CUDACC__
+#define FP8_HOST_DEVICE __host__ __device__
+#else
+#define FP8_HOST_DEVICE
+#endif
+
 namespace fp8 {
 
 struct E4M3 {
@@ -37,10 +43,32 @@ constexpr bool is_blockwise(core::Granularity granularity) {
          granularity == core::Granularity::kBlock128x128;
 }
 
-// The scale is that of earlier calls, so that x is read once.
+// The scale is that of earlier calls, as a rule, so that x is read once.
 constexpr bool is_delayed(const core::QuantizeArgs& args) {
   return args.amax_history != nullptr && args.amax_call >= core::kAmaxWindow &&
          args.column_sum == nullptr;
+}
+
+// Whether a tensor of amax `own` may be cast with the scale of the amax `used`: see fp8/core.h.
+FP8_HOST_DEVICE constexpr bool suits(float used, float own) {
+  return own == 0.0F || (own <= used && used <= core::kAmaxSlack * own);
+}
+
+// Places of a history: record `call` of a ring, and what it holds.
+FP8_HOST_DEVICE constexpr int history_slot(uint64_t call) {
+  return static_cast<int>(call % core::kAmaxRecords);
+}
+inline constexpr int kHistoryUsed = core::kAmaxRecords;
+inline constexpr int kHistoryFingerprint = 2 * core::kAmaxRecords;
+
+// Mixes the bits of a word (the finalizer of MurmurHash3): a fingerprint is a sum of these, so that
+// it does not depend on the order in which its parts are added.
+FP8_HOST_DEVICE constexpr uint32_t mix_bits(uint32_t word) {
+  word ^= word >> 16;
+  word *= 0x85EBCA6BU;
+  word ^= word >> 13;
+  word *= 0xC2B2AE35U;
+  return word ^ (word >> 16);
 }
 
 constexpr bool is_fp8(core::Dtype dtype) {

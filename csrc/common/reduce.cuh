@@ -1,4 +1,4 @@
-// Maxima across a warp and a block of unsigned integers (bits of non-negative floats).
+// Maxima across a warp and a block of unsigned integers (bits of non-negative floats), and sums.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,17 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #else
   for (int offset = 16; offset > 0; offset /= 2) {
     value = max(value, __shfl_xor_sync(0xFFFFFFFFU, value, offset));
+  }
+  return value;
+#endif
+}
+
+__device__ __forceinline__ uint32_t warp_add(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(0xFFFFFFFFU, value);
+#else
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFU, value, offset);
   }
   return value;
 #endif

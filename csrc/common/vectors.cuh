@@ -91,6 +91,18 @@ __device__ __forceinline__ void infinite_to_nan(Vec8<T>& v) {
   }
 }
 
+// The largest finite |x| as the bits of a float.
+template <typename T>
+__device__ __forceinline__ uint32_t finite_amax_bits(const Vec8<T>& v) {
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t bits = __float_as_uint(v.get(i)) & 0x7FFFFFFFU;
+    if (bits < kExponentBits) amax = max(amax, bits);
+  }
+  return amax;
+}
+
 // Without it the compiler keeps what it has unpacked of v for the next use, in registers that are
 // not there.
 template <typename T, int kCount>
@@ -121,6 +133,13 @@ struct PackedAmax {
         words[i] = __vmaxu2(words[i], v.words[i] & 0x7FFF7FFFU);
       }
     }
+  }
+  // a word that changes, as a rule, with any of the eight
+  __device__ __forceinline__ uint32_t fold() const {
+    uint32_t h = 0;
+#pragma unroll
+    for (int i = 0; i < Vec8<T>::kWords; ++i) h = h * 0x01000193U + words[i];
+    return h;
   }
   // |x| of element i as the bits of a float
   __device__ __forceinline__ uint32_t float_bits(int i) const {

@@ -45,6 +45,21 @@ FP8_CLONES uint32_t max_magnitude(const float* x, int64_t count) {
   return bits;
 }
 
+FP8_CLONES uint32_t max_finite_magnitude(const float* x, int64_t count) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t found = magnitude_bits(x[i]);
+    bits = std::max(bits, found < kExponentBits ? found : 0U);
+  }
+  return bits;
+}
+
+FP8_CLONES uint32_t fold(const uint32_t* x, int64_t count) {
+  uint32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * (2U * static_cast<uint32_t>(i) + 0x9E3779B1U);
+  return sum;
+}
+
 FP8_CLONES void max_magnitude_columns(const float* x, int64_t count, uint32_t* bits) {
   for (int64_t i = 0; i < count; ++i) bits[i] = std::max(bits[i], magnitude_bits(x[i]));
 }
@@ -71,6 +86,12 @@ void widen(const void* x, core::Dtype dtype, int64_t count, float* out) {
 }
 
 uint32_t amax_bits(const float* x, int64_t count) { return max_magnitude(x, count); }
+
+uint32_t finite_amax_bits(const float* x, int64_t count) { return max_finite_magnitude(x, count); }
+
+uint32_t fold_bits(const float* x, int64_t count) {
+  return fold(reinterpret_cast<const uint32_t*>(x), count);
+}
 
 void amax_update(const float* x, int64_t count, uint32_t* column_bits) {
   max_magnitude_columns(x, count, column_bits);

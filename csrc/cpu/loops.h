@@ -10,6 +10,9 @@ namespace fp8::cpu {
 
 void widen(const void* x, core::Dtype dtype, int64_t count, float* out);
 uint32_t amax_bits(const float* x, int64_t count);
+// Of the finite values; and a word that changes, as a rule, with any value.
+uint32_t finite_amax_bits(const float* x, int64_t count);
+uint32_t fold_bits(const float* x, int64_t count);
 void amax_update(const float* x, int64_t count, uint32_t* column_bits);
 void infinite_to_nan(float* x, int64_t count);
 void add_to(const float* x, int64_t count, float* column_sum);

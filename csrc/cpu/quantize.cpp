@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -62,22 +63,78 @@ float tensor_amax(const Input& in) {
   return std::bit_cast<float>(bits);
 }
 
-// Delayed scaling: the amax that makes the scale. Leaves x's own in the history.
-float amax_of_history(const Input& in) {
+// amax of the finite values, and a fingerprint of x.
+struct Report {
+  uint32_t amax = 0;
+  uint32_t print = 0;
+};
+
+Report finite_report(const Input& in) {
   const auto& a = in.args;
-  const auto word = [&a](uint64_t call) -> float& {
-    return a.amax_history[call % core::kAmaxHistorySize];
-  };
-  const float own = tensor_amax(in);
-  word(a.amax_call) = own;
-  word(a.amax_call + 1) = 0.0F;
-  if (!is_delayed(a)) return own;
-  float amax = 0.0F;
-  for (int ago = 1; ago <= core::kAmaxWindow; ++ago) {
-    const float before = word(a.amax_call - ago);
-    if (std::isfinite(before)) amax = std::max(amax, before);
+  return at::parallel_reduce(
+      0, a.rows, grain(a.cols), Report{},
+      [&](int64_t begin, int64_t end, Report found) {
+        std::vector<float> row(a.cols);
+        for (int64_t r = begin; r < end; ++r) {
+          in.widen_row(r, 0, a.cols, row.data());
+          found.amax = std::max(found.amax, finite_amax_bits(row.data(), a.cols));
+          found.print +=
+              mix_bits(fold_bits(row.data(), a.cols) ^ (static_cast<uint32_t>(r) * 0x9E3779B1U));
+        }
+        return found;
+      },
+      [](const Report& x, const Report& y) {
+        return Report{std::max(x.amax, y.amax), x.print + y.print};
+      });
+}
+
+// The words of a history. Threads may share one.
+struct History {
+  const core::QuantizeArgs& args;
+  std::atomic_ref<float> operator()(int part, uint64_t call) const {
+    return std::atomic_ref<float>(args.amax_history[part + history_slot(call)]);
   }
-  return amax;
+  float load(int part, uint64_t call) const {
+    return (*this)(part, call).load(std::memory_order_relaxed);
+  }
+  void leave(float own, float used, uint32_t print) const {
+    (*this)(0, args.amax_call).store(own, std::memory_order_relaxed);
+    (*this)(kHistoryUsed, args.amax_call).store(used, std::memory_order_relaxed);
+    (*this)(kHistoryFingerprint, args.amax_call)
+        .store(std::bit_cast<float>(print), std::memory_order_relaxed);
+  }
+};
+
+// Delayed scaling: the amax that makes the scale, by the rule in fp8/core.h. Leaves a record.
+float delayed_amax(const Input& in) {
+  const auto& a = in.args;
+  const History history{a};
+  if (!is_delayed(a)) {
+    const float own = tensor_amax(in);
+    if (!a.recomputes) history.leave(own, own, 0);
+    return own;
+  }
+  const Report report = finite_report(in);
+  const float own = std::bit_cast<float>(report.amax);
+  float expected = 0.0F;
+  for (int ago = 1; ago <= (a.recomputes ? 1 : core::kAmaxWindow); ++ago) {
+    const float before = history.load(a.recomputes ? kHistoryUsed : 0, a.amax_call - ago);
+    if (std::isfinite(before)) expected = std::max(expected, before);
+  }
+  const float used = suits(expected, own) ? expected : own;
+  if (!a.recomputes) {
+    history.leave(own, used, report.print);
+    return used;
+  }
+  bool taken_at_once = false;
+  for (int ago = 1; ago <= core::kAmaxRecords; ++ago) {
+    const uint64_t call = a.amax_call - ago;  // before the first: words of 0
+    if (history.load(0, call) != own) continue;
+    const auto print = std::bit_cast<uint32_t>(history.load(kHistoryFingerprint, call));
+    if (print == report.print) return history.load(kHistoryUsed, call);
+    taken_at_once |= print == 0;
+  }
+  return taken_at_once ? own : used;
 }
 
 // multiplier(row, widened row) gives each row's quant_multiplier.
@@ -162,7 +219,7 @@ void quantize_tensorwise(const Input& in) {
     if (a.scale != nullptr) *a.scale = *a.static_scale;
   } else {
     const float amax = a.amax != nullptr           ? *a.amax
-                       : a.amax_history != nullptr ? amax_of_history(in)
+                       : a.amax_history != nullptr ? delayed_amax(in)
                                                    : tensor_amax(in);
     multiplier = quant_multiplier(amax, fp8_max(a.dtype), a.power_of_two);
     if (a.scale != nullptr) *a.scale = 1.0F / multiplier;

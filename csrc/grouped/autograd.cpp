@@ -7,6 +7,9 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include <array>
+#include <utility>
+
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "grouped/operands.h"
@@ -61,9 +64,12 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
     const at::Tensor& dy = grads[0];
     if (!dy.defined()) return {none, none, none, none, none};
     const variable_list saved = ctx->get_saved_variables();
-    const bool needs_dx = ctx->saved_data["needs_dx"].toBool();
-    const bool needs_dweight = ctx->saved_data["needs_dweight"].toBool();
-    const bool needs_dbias = ctx->saved_data["needs_dbias"].toBool();
+    // Of what the forward could foresee, what this backward is for: x is input 0, weight 1, offsets
+    // 2, and a bias 3.
+    const bool needs_dx = ctx->saved_data["needs_dx"].toBool() && ctx->needs_input_grad(0);
+    const bool needs_dweight =
+        ctx->saved_data["needs_dweight"].toBool() && ctx->needs_input_grad(1);
+    const bool needs_dbias = ctx->saved_data["needs_dbias"].toBool() && ctx->needs_input_grad(3);
     static const auto op = find<decltype(kernel::_grouped_backward)>("fp8::_grouped_backward");
     const auto [dx, dweight, dbias] = op.call(
         dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
@@ -131,7 +137,7 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     variable_list result(8);
     if (!dy.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    const int64_t wanted = ctx->saved_data["needs"].toInt();
+    const int64_t wanted = asked_for(ctx, ctx->saved_data["needs"].toInt(), saved[5].defined());
     const int64_t may_consume = is_last_use(saved[7]) ? needs::kMayConsume : 0;
     static const auto op = find<decltype(kernel::_moe_backward)>("fp8::_moe_backward");
     const auto [dx, d_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias] =
@@ -149,6 +155,24 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     if ((wanted & needs::kGateUpBias) != 0) result[5] = d_gate_up_bias;
     if ((wanted & needs::kDownBias) != 0) result[6] = d_down_bias;
     return result;
+  }
+
+ private:
+  // Of what the forward could foresee, what this backward is for. An input that is not there has no
+  // number.
+  static int64_t asked_for(const AutogradContext* ctx, int64_t foreseen, bool has_gate_up_bias) {
+    const std::array<std::pair<int64_t, size_t>, 6> inputs{
+        {{needs::kX, 0},
+         {needs::kWeights, 2},
+         {needs::kGateUp, 3},
+         {needs::kDown, 4},
+         {needs::kGateUpBias, 5},
+         {needs::kDownBias, has_gate_up_bias ? 6 : 5}}};
+    int64_t wanted = 0;
+    for (const auto& [bit, input] : inputs) {
+      if ((foreseen & bit) != 0 && ctx->needs_input_grad(input)) wanted |= bit;
+    }
+    return wanted;
   }
 };
 

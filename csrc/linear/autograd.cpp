@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "fp8/ops.h"
+#include "linear/delayed.h"
 #include "linear/linear.h"
 #include "linear/memory.h"
 #include "linear/recipe.h"
@@ -58,7 +59,10 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
     std::optional<memory::EagerScope> shares_input;
-    if (!x.is_leaf()) shares_input.emplace();
+    // A recomputation shares what the forward shared. Under no_grad that was nothing, which shows
+    // where each layer scales by a history of its own.
+    const bool alone = recipe_at(recipe).delayed && delayed::in_reentrant_backward();
+    if (!x.is_leaf() && !alone) shares_input.emplace();
     auto [y, x_t, x_t_scale, weight_amax] =
         op.call(x, weight, bias, recipe, dweight, dx, extras->input_scale);
     const bool fp8_wgrad = recipe_at(recipe).fp8_wgrad;
@@ -85,10 +89,15 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     if (!dy.defined()) return {none, none, none, none, none, none};
     const variable_list saved = ctx->get_saved_variables();
     const int64_t call = ctx->saved_data["call"].toInt();
-    if ((call & kInto) != 0) return backward_into(ctx, dy, saved, call);
-    const auto [dx, dweight, dbias] = unpack(call);
-    const auto [gx, gweight, gbias] = gradients(ctx, dy, saved, call, dweight);
-    return {dx ? gx : none, dweight ? gweight : none, dbias ? gbias : none, none, none, none};
+    const Needs needs = asked_for(ctx, unpack(call));
+    if ((call & kInto) != 0 && needs.dweight) return backward_into(ctx, dy, saved, call, needs);
+    const auto [gx, gweight, gbias] = gradients(ctx, dy, saved, call, needs);
+    return {needs.dx ? gx : none,
+            needs.dweight ? gweight : none,
+            needs.dbias ? gbias : none,
+            none,
+            none,
+            none};
   }
 
   static int64_t pack(const Needs& needs) {
@@ -97,6 +106,13 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
   static Needs unpack(int64_t bits) { return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0}; }
 
  private:
+  // Of what the forward could foresee, what this backward is for: torch.autograd.grad(y, x) and
+  // pipelines that split the backward take part of it.
+  static Needs asked_for(const AutogradContext* ctx, const Needs& foreseen) {
+    return {foreseen.dx && ctx->needs_input_grad(0), foreseen.dweight && ctx->needs_input_grad(1),
+            foreseen.dbias && ctx->needs_input_grad(2)};
+  }
+
   static constexpr int64_t kInto = 8;
   static constexpr int64_t kOverwrite = 16;
   static constexpr int kRecipeShift = 5;
@@ -104,24 +120,18 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
   static std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(AutogradContext* ctx,
                                                                   const at::Tensor& dy,
                                                                   const variable_list& saved,
-                                                                  int64_t call, bool dweight) {
-    const Needs needs = unpack(call);
+                                                                  int64_t call,
+                                                                  const Needs& needs) {
     static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
     return op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
                    optional(saved[3]), ctx->saved_data["in_features"].toSymInt(),
-                   call >> kRecipeShift, needs.dx, dweight, needs.dbias);
+                   call >> kRecipeShift, needs.dx, needs.dweight, needs.dbias);
   }
 
-  // dW into the buffer, but only in a backward that reaches the weight: not in one of
-  // torch.autograd.grad(y, x).
+  // dW into the buffer: only in a backward that reaches the weight.
   static variable_list backward_into(AutogradContext* ctx, const at::Tensor& dy,
-                                     const variable_list& saved, int64_t call) {
+                                     const variable_list& saved, int64_t call, const Needs& needs) {
     const at::Tensor none;
-    const auto [dx, dweight, dbias] = unpack(call);
-    if (!ctx->needs_input_grad(1)) {
-      const auto [gx, gweight, gbias] = gradients(ctx, dy, saved, call, /*dweight=*/false);
-      return {dx ? gx : none, none, dbias ? gbias : none, none, none, none};
-    }
     at::Tensor main_grad = ctx->saved_data["main_grad"].toTensor();
     const auto stand_in = ctx->saved_data["stand_in"].toOptional<at::Tensor>();
     static const auto op =
@@ -129,11 +139,11 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const auto [gx, gbias] =
         op.call(main_grad, dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
                 optional(saved[3]), ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift,
-                dx, dbias, (call & kOverwrite) != 0);
+                needs.dx, needs.dbias, (call & kOverwrite) != 0);
     // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
-    return {dx ? gx : none,
+    return {needs.dx ? gx : none,
             stand_in ? stand_in->detach() : none,
-            dbias ? gbias : none,
+            needs.dbias ? gbias : none,
             none,
             none,
             none};

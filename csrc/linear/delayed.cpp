@@ -1,11 +1,15 @@
 #include "linear/delayed.h"
 
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <mutex>
-#include <unordered_map>
+#include <tuple>
+#include <vector>
 
 #include "common/cuda_context.h"
 
@@ -14,17 +18,36 @@ namespace {
 
 constexpr size_t kOperands = 3;
 
-struct Layer {
-  // Keeps the key's address from being used again, and nothing of the tensor's memory.
-  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> weight;
-  std::array<AmaxHistory, kOperands> histories;
+// A weight by its memory. Not by its tensor: a weak reference to that would be in the way of
+// torch.utils.swap_tensors.
+using Key = std::tuple<const c10::StorageImpl*, int64_t, int64_t>;  // offset and elements within
 
-  explicit Layer(const at::Tensor& of) : weight(of.getIntrusivePtr()) {}
+Key key_of(const at::Tensor& weight) {
+  return {weight.storage().unsafeGetStorageImpl(), weight.storage_offset(), weight.numel()};
+}
+
+struct Layer {
+  // Keeps the key's address from being used again, and nothing of the memory.
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  struct OfStream {
+    const void* stream;
+    std::array<std::shared_ptr<AmaxHistory>, kOperands> histories;
+  };
+  std::vector<OfStream> streams;  // one, as a rule
+
+  explicit Layer(const at::Tensor& weight) : storage(weight.storage().getWeakStorageImpl()) {}
+
+  std::shared_ptr<AmaxHistory>& at(const void* stream, Operand operand) {
+    auto found = std::find_if(streams.begin(), streams.end(),
+                              [&](const OfStream& entry) { return entry.stream == stream; });
+    if (found == streams.end()) found = streams.insert(found, {stream, {}});
+    return found->histories[static_cast<size_t>(operand)];
+  }
 };
 
 struct Layers {
   std::mutex mutex;
-  std::unordered_map<const c10::TensorImpl*, Layer> map;
+  std::map<Key, Layer> map;
   size_t sweep_at = 64;  // entries, at which those of weights that are gone are looked for
 
   // Never destroyed: at process exit CUDA may be gone before the tensors.
@@ -33,39 +56,44 @@ struct Layers {
     return *layers;
   }
   void sweep() {
-    std::erase_if(map, [](const auto& entry) { return entry.second.weight.expired(); });
+    std::erase_if(map, [](const auto& entry) { return entry.second.storage.expired(); });
     sweep_at = std::max<size_t>(64, 2 * map.size());
   }
 };
 
-bool is_capturing([[maybe_unused]] const at::Tensor& weight) {
-#ifdef FP8_WITH_CUDA
-  return weight.is_cuda() && cuda::capture_id(cuda::current_stream(weight)) != 0;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
-AmaxHistory* history(const at::Tensor& weight, Operand operand) {
-  if (!weight.is_leaf() || is_capturing(weight)) return nullptr;
+std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Operand operand) {
+  if (!weight.is_leaf() || !weight.has_storage()) return nullptr;
+  const void* stream = nullptr;
+#ifdef FP8_WITH_CUDA
+  if (weight.is_cuda()) {
+    const cudaStream_t current = cuda::current_stream(weight);
+    if (cuda::capture_id(current) != 0) return nullptr;
+    stream = current;
+  }
+#endif
   Layers& layers = Layers::instance();
   const std::lock_guard lock(layers.mutex);
-  const c10::TensorImpl* impl = weight.unsafeGetTensorImpl();
-  auto found = layers.map.find(impl);
+  const Key key = key_of(weight);
+  auto found = layers.map.find(key);
   if (found == layers.map.end()) {
     if (operand == Operand::kGradOutput) return nullptr;
     if (layers.map.size() >= layers.sweep_at) layers.sweep();
-    found = layers.map.try_emplace(impl, weight).first;
+    found = layers.map.try_emplace(key, weight).first;
   }
-  AmaxHistory& history = found->second.histories[static_cast<size_t>(operand)];
-  if (!history.words.defined() || history.words.device() != weight.device()) {
-    // The weight's memory may have moved: p.data = p.data.cuda()
-    history.words = at::zeros({core::kAmaxHistorySize}, weight.options().dtype(at::kFloat));
-    history.calls.store(0, std::memory_order_relaxed);
+  std::shared_ptr<AmaxHistory>& history = found->second.at(stream, operand);
+  if (!history || history->words.device() != weight.device()) {
+    history = std::make_shared<AmaxHistory>();
+    history->words = at::zeros({core::kAmaxHistorySize}, weight.options().dtype(at::kFloat));
   }
-  return &history;
+  return history;
+}
+
+bool in_backward() { return torch::autograd::get_current_graph_task_id() >= 0; }
+
+bool in_reentrant_backward() {
+  return in_backward() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
 }  // namespace fp8::delayed

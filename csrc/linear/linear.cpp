@@ -29,7 +29,8 @@ namespace {
 using core::Granularity;
 
 // Of delayed scaling; null where scales are dynamic.
-AmaxHistory* history_of(const at::Tensor& weight, delayed::Operand operand, const Recipe& recipe) {
+std::shared_ptr<AmaxHistory> history_of(const at::Tensor& weight, delayed::Operand operand,
+                                        const Recipe& recipe) {
   return recipe.delayed ? delayed::history(weight, operand) : nullptr;
 }
 
@@ -235,6 +236,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   } else {
     request.history = history_of(weight, delayed::Operand::kInput, recipe);
   }
+  const bool recomputes = recipe.delayed && delayed::in_backward();
+  request.recomputes = recomputes;
   const QuantizedMatrix qx = memory::quantize_input(x, request);
   const QuantizedMatrix qw = memory::quantize_weight(
       weight, {.dtype = recipe.forward_dtype,
@@ -242,6 +245,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
                .power_of_two = recipe.power_of_two,
                .delayed = recipe.delayed,
                .history = history_of(weight, delayed::Operand::kWeight, recipe),
+               .recomputes = recomputes,
                .keep_amax = save_weight_amax && tensorwise,
                .overlaps_previous = qx.launched && is_matrix(weight)});
   at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe);

@@ -53,6 +53,9 @@ std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& req
   return id;
 }
 
+// A part of a parameter: as long-lived as that, and a fused optimizer writes it past the counter.
+bool is_view_of_leaf(const at::Tensor& x) { return x.is_view() && x._base().is_leaf(); }
+
 bool covers(const QuantizedMatrix& q, const QuantizeRequest& request) {
   return (!request.data || q.data.defined()) && (!request.data_t || q.data_t.defined()) &&
          (!request.keep_amax || q.amax.defined());
@@ -131,7 +134,9 @@ void drop_inputs() {
 QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& request) {
   drop_gone_inputs();
   std::optional<Identity> id;
-  if (eager_depth > 0 && !request.static_scale.defined()) id = identify(x, request);
+  if (eager_depth > 0 && !request.static_scale.defined() && !is_view_of_leaf(x)) {
+    id = identify(x, request);
+  }
   if (!id) return quantize_matrix(as_matrix(x), request);
   Inputs& inputs = Inputs::instance();
   const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
@@ -201,6 +206,14 @@ std::pair<at::Tensor, at::Tensor> remember_weight(
     made_of = id;
   }
   return cached.forms[form];
+}
+
+void forget_weights() {
+  Weights& weights = Weights::instance();
+  const std::lock_guard lock(weights.mutex);
+  for (auto& [impl, cached] : weights.map) {
+    cached = {.weight = cached.weight, .contexts = cached.contexts};
+  }
 }
 
 void cache_weights(const std::vector<at::Tensor>& added) {

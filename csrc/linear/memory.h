@@ -4,14 +4,15 @@
 // inputs is kept while their tensors live, until the next backward, and reused for the same tensor
 // (identity, version counter, memory) in the same recipe with its options, stream and CUDA graph
 // capture. Only eager calls under autograd take part, and only inputs with a history in the graph:
-// results of other operators, made anew in each step. A long-lived buffer may be filled by
+// results of other operators, made anew in each step, and no part of a parameter. A long-lived
+// buffer may be filled by
 // something that counts no version (a Triton kernel, a graph replay, p.data), so it is quantized in
 // every call. So is an input with a given scale, which is such a buffer, as a rule one of each
 // layer's own: nothing that it made is kept, and nothing that is kept serves it.
 //
 // Weights: kept only inside fp8.cached_weights(model), where the user says that they do not change.
-// A version counter does not see every update of a weight (p.data.copy_, all-gathers), so nothing
-// is assumed outside of it.
+// A version counter does not see every update of a weight (p.data.copy_, all-gathers, fused
+// optimizers), so nothing is assumed outside of it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -58,5 +59,7 @@ void drop_inputs();
 // fp8.cached_weights: contexts may nest and share weights.
 void cache_weights(const std::vector<at::Tensor>& weights);
 void uncache_weights(const std::vector<at::Tensor>& weights);
+// What was made of the weights of the open contexts: they have changed, and no counter says so.
+void forget_weights();
 
 }  // namespace fp8::memory

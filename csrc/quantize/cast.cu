@@ -52,30 +52,39 @@ __device__ __forceinline__ uint32_t row_amax_bits(const CastParams& p, int64_t t
   return max_of<8>(p.row_amax + row, p.rows, p.row_parts);
 }
 
-// amax of the block's tile, a word for each warp; Inf becomes NaN, which no scale of earlier calls
-// hides.
+// amax of the finite values of a warp's part of a tile, and a fingerprint of it: of the maxima of
+// four rows each, which cost nothing more. Inf becomes NaN, which no scale of earlier calls hides.
 template <typename T>
-__device__ __forceinline__ void leave_amax(Vec8<T> (&v)[kRowsPerThread], uint32_t* warp_amax) {
+__device__ __forceinline__ void examine(Vec8<T> (&v)[kRowsPerThread], uint32_t place,
+                                        uint2* warp_report) {
   PackedAmax<T> amax;
   amax.clear();
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) amax.update(v[r]);
-  const uint32_t bits = warp_max(amax.max_float_bits());
-  if (threadIdx.x % 32 == 0) warp_amax[threadIdx.x / 32] = bits;
-  if (bits < kExponentBits) return;
+  const uint32_t print = warp_add(mix_bits(amax.fold() ^ place * 0x9E3779B1U));
+  uint32_t bits = warp_max(amax.max_float_bits());
+  if (bits >= kExponentBits) {
+    bits = 0;
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) infinite_to_nan(v[r]);
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      bits = max(bits, finite_amax_bits(v[r]));
+      infinite_to_nan(v[r]);
+    }
+    bits = warp_max(bits);
+  }
+  if (threadIdx.x % 32 == 0) warp_report[threadIdx.x / 32] = make_uint2(bits, print);
 }
 
-// Adds that to the word of this call. seen: what the word held when the block began; most blocks
-// find nothing larger and leave it alone.
-__device__ __forceinline__ void record_amax(uint32_t* word, uint32_t seen,
-                                            const uint32_t* warp_amax) {
+// The same of the tile, from the first thread; each block has a place of its own.
+__device__ __forceinline__ void report(uint2* tile_report, const uint2* warp_report) {
   if (threadIdx.x != 0) return;
-  uint32_t bits = warp_amax[0];
+  uint2 all = warp_report[0];
 #pragma unroll
-  for (int i = 1; i < kWarps; ++i) bits = max(bits, warp_amax[i]);
-  if (bits > seen) atomicMax(word, bits);
+  for (int i = 1; i < kWarps; ++i) {
+    all.x = max(all.x, warp_report[i].x);
+    all.y += warp_report[i].y;
+  }
+  *tile_report = all;
 }
 
 template <typename T, typename Format, Scaling kScaling, bool kData, bool kDataT>
@@ -117,11 +126,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaling>)
   [[maybe_unused]] uint32_t row_bits = 0;
   if constexpr (kRowwise && kData) row_bits = row_amax_bits(p, tile_begin);
   [[maybe_unused]] float tensor = 0.0F;
-  [[maybe_unused]] uint32_t seen = 0;
+  [[maybe_unused]] auto* warp_report = reinterpret_cast<uint2*>(scratch);
   if constexpr (kDelayed) {
-    tensor = delayed_multiplier(p, Format::kMax);
-    if (threadIdx.x == 0) seen = __ldcg(p.history + p.history_slot);
-    leave_amax(v, scratch);
+    const uint32_t expected = expected_amax(p);
+    if (blockIdx.x == 0 && threadIdx.x == 0) *p.expected = expected;
+    tensor = multiplier_of(p, expected, Format::kMax);
+    const auto tile = static_cast<unsigned>(strip) * tiles_across + static_cast<unsigned>(tile_col);
+    examine(v, tile * kThreads + threadIdx.x, warp_report);
   } else if constexpr (!kRowwise) {
     tensor = tensor_multiplier(p, Format::kMax, scratch);
   }
@@ -179,8 +190,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaling>)
     if constexpr (kDataT) store_turned_tile(p.data_t, tile_row, col0, codes, turned);
   }
   if constexpr (kDelayed) {
-    if constexpr (!kDataT) __syncthreads();  // else there was one since leave_amax
-    record_amax(p.history + p.history_slot, seen, scratch);
+    if constexpr (!kDataT) __syncthreads();  // else there was one since examine
+    report(p.tile_report + blockIdx.x, warp_report);
   }
 }
 

@@ -53,6 +53,9 @@ struct CastParams {
   float* amax_out;
   uint32_t* history;         // [kAmaxHistorySize], or nullptr
   int history_slot;          // of this call
+  bool recomputes;           // x may be that of an earlier call
+  uint2* tile_report;        // delayed: [tiles], amax of the finite values and fingerprint
+  uint32_t* expected;        // delayed: the amax, as bits, that the cast took
   const uint32_t* row_amax;  // rowwise: [row_parts, rows] where data is made
   int row_parts;
   const uint32_t* col_amax;  // rowwise: [col_parts, cols] where data_t is made
@@ -63,6 +66,11 @@ struct CastParams {
 };
 void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granularity granularity,
                  cudaStream_t stream);
+
+// What follows a delayed cast: leaves the record of the call, and casts again where its scale did
+// not suit. `blocks` share the tiles.
+void launch_settle_delayed(const CastParams& params, unsigned blocks, Dtype x_dtype, Dtype dtype,
+                           cudaStream_t stream);
 
 // Both passes in one cooperative launch. `cast` is without column sums; where it asks for maxima,
 // those are the ones that this launch leaves below.

@@ -90,7 +90,9 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
     if (request.amax.defined()) args.amax = request.amax.const_data_ptr<float>();
     if (request.history != nullptr) {
       args.amax_history = request.history->words.mutable_data_ptr<float>();
-      args.amax_call = request.history->calls.fetch_add(1, std::memory_order_relaxed);
+      args.recomputes = request.recomputes;
+      args.amax_call =
+          request.history->calls.fetch_add(request.recomputes ? 0 : 1, std::memory_order_relaxed);
     }
     if (request.keep_amax) {
       result.amax = floats({});

@@ -5,6 +5,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <atomic>
+#include <memory>
 #include <optional>
 
 #include "common/launch.h"
@@ -13,7 +14,7 @@
 namespace fp8 {
 
 // The amaxes of the calls that quantized one operand of one layer, for delayed scaling
-// (core::QuantizeArgs::amax_history). quantize_matrix counts.
+// (core::QuantizeArgs::amax_history), on one stream. quantize_matrix counts.
 struct AmaxHistory {
   at::Tensor words;  // [core::kAmaxHistorySize] fp32
   std::atomic<uint64_t> calls{0};
@@ -24,11 +25,12 @@ struct QuantizeRequest {
   core::Granularity granularity = core::Granularity::kTensorwise;
   bool data = true;
   bool data_t = false;
-  bool power_of_two = false;       // scales that are computed are powers of two
-  at::Tensor static_scale;         // [] fp32, tensorwise: a given scale
-  at::Tensor amax;                 // [] fp32, tensorwise: amax of an earlier call on the same x
-  bool delayed = false;            // what is remembered serves no request that differs in this
-  AmaxHistory* history = nullptr;  // of a delayed scale; null: this call's is dynamic
+  bool power_of_two = false;  // scales that are computed are powers of two
+  at::Tensor static_scale;    // [] fp32, tensorwise: a given scale
+  at::Tensor amax;            // [] fp32, tensorwise: amax of an earlier call on the same x
+  bool delayed = false;       // what is remembered serves no request that differs in this
+  std::shared_ptr<AmaxHistory> history;  // of a delayed scale; null: this call's is dynamic
+  bool recomputes = false;               // x may be that of an earlier call with the history
   bool keep_amax = false;
   bool overlaps_previous = false;            // see core::QuantizeArgs
   std::optional<at::ScalarType> column_sum;  // sums of x's columns in this dtype

@@ -18,6 +18,10 @@ bool has_hopper_launches(const DeviceInfo& device) {
 // MB).
 constexpr int kRowwiseThreads = 128;
 
+// To a multiprocessor, of the launch after a delayed cast: they are many enough to cast again at
+// some speed, and each reads the reports of all tiles.
+constexpr int kSettleBlocks = 2;
+
 // Rows of the tiles that one launch takes.
 int64_t padded_rows(const ResidentPlan& plan) {
   return plan.blocks == 0 ? 0 : plan.tiles / plan.col_tiles * kTileRows;
@@ -35,6 +39,7 @@ struct QuantizePlan {
   size_t row_offset = 0;
   size_t col_offset = 0;
   size_t sum_offset = 0;
+  size_t expected_offset = 0;
   size_t words = 0;
   ResidentPlan resident;  // with blocks: one launch may do for both passes
 };
@@ -50,6 +55,13 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
   plan.one_pass = rowwise && a.data_t.data == nullptr && a.column_sum == nullptr;
   plan.statistics =
       rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr && !is_delayed(a);
+  if (is_delayed(a)) {  // two words for each tile, and one
+    const CastPlan tiles = plan_cast(std::max({a.rows, a.data.rows, a.data_t.ld}),
+                                     std::max({a.cols, a.data.ld, a.data_t.rows}),
+                                     /*per_axis=*/false, device.sm_count);
+    plan.expected_offset = static_cast<size_t>(2 * tiles.col_tiles * tiles.row_tiles);
+    plan.words = plan.expected_offset + 1;
+  }
   if (!plan.statistics) return plan;
   plan.row_amax = rowwise && a.data.data != nullptr;
   plan.col_amax = rowwise && a.data_t.data != nullptr;
@@ -206,7 +218,10 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
       .tensor_parts = 1,
       .amax_out = args.amax_out,
       .history = reinterpret_cast<uint32_t*>(args.amax_history),
-      .history_slot = static_cast<int>(args.amax_call % kAmaxHistorySize),
+      .history_slot = history_slot(args.amax_call),
+      .recomputes = args.recomputes,
+      .tile_report = is_delayed(args) ? static_cast<uint2*>(args.workspace) : nullptr,
+      .expected = is_delayed(args) ? words + plan.expected_offset : nullptr,
       .row_amax = row_amax,
       .row_parts = static_cast<int>(plan.first.row_parts),
       .col_amax = col_amax,
@@ -236,6 +251,11 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
     }
   }
   launch_cast(cast, args.x_dtype, args.dtype, args.granularity, how.stream);
+  if (!is_delayed(args)) return;
+  cast.overlaps_previous = can_overlap;
+  const int64_t blocks = std::min(cast.plan.col_tiles * cast.plan.row_tiles,
+                                  static_cast<int64_t>(how.device.sm_count) * kSettleBlocks);
+  launch_settle_delayed(cast, static_cast<unsigned>(blocks), args.x_dtype, args.dtype, how.stream);
 }
 
 }  // namespace

@@ -83,15 +83,12 @@ __device__ __forceinline__ uint32_t max_of(const uint32_t* source, int64_t step,
   return bits;
 }
 
-// The slots of a history that lie `calls` calls before a slot, and after it.
+// The slot of a history that lies `calls` calls before a slot.
 __device__ __forceinline__ int slot_before(int slot, int calls) {
-  return slot - calls + (slot < calls ? kAmaxHistorySize : 0);
-}
-__device__ __forceinline__ int slot_after(int slot) {
-  return slot + 1 == kAmaxHistorySize ? 0 : slot + 1;
+  return slot - calls + (slot < calls ? kAmaxRecords : 0);
 }
 
-// The tensor's scale, the same in every block; block 0 writes it, and prepares the history.
+// The tensor's scale, the same in every block; block 0 writes it, and the record of the call.
 __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float format_max,
                                                    uint32_t* scratch) {
   const bool writes = blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0;
@@ -108,27 +105,36 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
   if (writes) {
     if (p.scale != nullptr) *p.scale = group.scale;
     if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(bits);
-    if (p.history != nullptr) {
+    if (p.history != nullptr && !p.recomputes) {
       p.history[p.history_slot] = bits;
-      p.history[slot_after(p.history_slot)] = 0;
+      p.history[kHistoryUsed + p.history_slot] = bits;
+      p.history[kHistoryFingerprint + p.history_slot] = 0;  // of x nothing is known here
     }
   }
   return group.quant_multiplier;
 }
 
-// The same where the scale is delayed. Each warp looks the window up by itself: no barrier.
-__device__ __forceinline__ float delayed_multiplier(const CastParams& p, float format_max) {
+// The amax, as bits, whose scale a delayed cast takes before it has seen x: the largest of the
+// window, or where x may be that of an earlier call, that of the newest one. Each warp looks it up
+// by itself: no barrier.
+__device__ __forceinline__ uint32_t expected_amax(const CastParams& p) {
   static_assert(kAmaxWindow < 32);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   uint32_t bits = 0;
-  if (lane < kAmaxWindow) bits = __ldcg(p.history + slot_before(p.history_slot, lane + 1));
-  if (bits >= kExponentBits) bits = 0;  // Inf or NaN says nothing about other calls
-  bits = warp_max(bits);
-  const GroupScale group = scale_from_amax(bits, format_max, p.power_of_two);
+  if (p.recomputes) {
+    bits = __ldcg(p.history + kHistoryUsed + slot_before(p.history_slot, 1));
+  } else if (lane < kAmaxWindow) {
+    bits = __ldcg(p.history + slot_before(p.history_slot, lane + 1));
+  }
+  return warp_max(bits < kExponentBits ? bits : 0);  // Inf or NaN says nothing about other calls
+}
+
+__device__ __forceinline__ float multiplier_of(const CastParams& p, uint32_t amax_bits,
+                                               float format_max) {
+  const GroupScale group = scale_from_amax(amax_bits, format_max, p.power_of_two);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     if (p.scale != nullptr) *p.scale = group.scale;
-    if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(bits);
-    p.history[slot_after(p.history_slot)] = 0;
+    if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(amax_bits);
   }
   return group.quant_multiplier;
 }

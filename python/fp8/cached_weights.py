@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import experts
 from .grouped import GroupedLinear
@@ -18,9 +20,12 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     So do `fp8.GroupedLinear` and the experts modules that run in FP8.
 
     For gradient accumulation (around the micro-batches between two optimizer steps) and for
-    inference. The weights must not change inside: an update that PyTorch counts (in-place
-    operators, optimizers) is noticed and the weight quantized again, one that it does not count
-    (`p.data.copy_()`, an all-gather into the same memory) is not.
+    inference. The weights should not change inside. A change is noticed, and the weight quantized
+    again, where PyTorch counts it (in-place operators, `load_state_dict`, another tensor in
+    `p.data`), and after every step of a `torch.optim.Optimizer`, those included whose fused kernels
+    PyTorch does not count. A write that leaves no trace is not noticed: `p.data.copy_()` or
+    `p.data += delta` (as PEFT merges an adapter), an all-gather into the same memory, NumPy, a
+    fused optimizer's operator called by itself.
 
     Memory: one byte per weight element while the context is open, two when a backward is to
     follow (the transposed copy). All of it is freed at the end. Contexts may nest. Where autocast
@@ -45,7 +50,14 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
         elif experts.in_fp8(module) and experts.refused(module) is None:
             weights += experts.weights_of(module)[::2]
     torch.ops.fp8._cache_weights(weights)
+    # Fused optimizers (AdamW(fused=True)) change weights and no version counter.
+    hook = register_optimizer_step_post_hook(_after_step)
     try:
         yield
     finally:
+        hook.remove()
         torch.ops.fp8._uncache_weights(weights)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    torch.ops.fp8._forget_weights()

@@ -58,14 +58,25 @@ struct Destination {
 // static_scale, quant_multiplier is 1 / static_scale, and values out of range saturate (Inf too;
 // NaN stays NaN).
 //
-// Delayed scaling, with amax_history: the amax that makes the scale is the largest finite one of
-// the last kAmaxWindow calls with this history, so one pass does; 0 where there is none. Values out
-// of range saturate, but Inf becomes NaN. What x's own amax is goes into the history. The first
-// kAmaxWindow calls, and those with column sums, which read x twice anyway, take it at once, as a
-// call without a history does.
+// Delayed scaling, with amax_history. A is the largest amax of the last kAmaxWindow calls with this
+// history, a that of this call's finite values. x is cast with the scale of A, so one pass does,
+// and a second launch looks at a, which the first has found:
+//   a <= A <= kAmaxSlack * a   A was good: nothing saturates, and the smallest values lose no more
+//                              than a factor of kAmaxSlack to underflow
+//   a = 0                      all values are zeros; nothing to lose
+//   otherwise                  x is cast once more, with the scale of a
+// Inf becomes NaN, and neither enters a scale. The first kAmaxWindow calls, and those with column
+// sums, which read x twice anyway, take x's amax at once, as a call without a history does.
+//
+// The history is a ring of records, one for each call: a, the amax that made the scale, and a
+// fingerprint of x (0 where x's amax was taken at once). Where x may be that of an earlier call
+// (`recomputes`: activation checkpointing) the newest record of this a and fingerprint gives the
+// scale, so that a recomputation has the bits of what it repeats; it leaves no record. Without such
+// a record the rule above holds, with A of the newest one.
 inline constexpr int kAmaxWindow = 16;
-inline constexpr int kAmaxHistorySize =
-    kAmaxWindow + 2;  // the window, this call's word, the next's
+inline constexpr float kAmaxSlack = 16.0F;
+inline constexpr int kAmaxRecords = 64;  // calls between a forward and its recomputation, at most
+inline constexpr int kAmaxHistorySize = 3 * kAmaxRecords;  // all a, all used, all fingerprints
 
 struct QuantizeArgs {
   const void* x = nullptr;  // [rows, cols], contiguous columns, any alignment of whole elements
@@ -88,10 +99,12 @@ struct QuantizeArgs {
   const float* amax = nullptr;          // one float: amax known from an earlier call on the same x
   float* amax_out = nullptr;            // one float: the amax that made the scale
   // Delayed scaling, tensorwise only, not together with static_scale or amax. [kAmaxHistorySize]
-  // floats, zeros before the first call; amax_call counts its calls from 0, which run one after the
-  // other on the device: the words are a ring, and each call clears the word of the next one.
+  // floats, zeros before the first call; amax_call is the number of calls before this one, those
+  // that recompute not counted. Calls with one history run one after the other on the device: one
+  // stream.
   float* amax_history = nullptr;
   uint64_t amax_call = 0;
+  bool recomputes = false;
   // Column sums of x, accumulated in fp32 in a fixed order: the bias gradient when x is dy. [cols],
   // optional; not together with static_scale or amax.
   void* column_sum = nullptr;
@@ -111,7 +124,7 @@ struct QuantizeArgs {
 size_t quantize_workspace_bytes(const QuantizeArgs& args);
 
 // At most two launches; without column sums one for rowwise without data_t and for blocks, and one
-// where the tensorwise scale or amax is given or delayed. rows and cols must be positive.
+// where the tensorwise scale or amax is given. rows and cols must be positive.
 void quantize(const QuantizeArgs& args, Stream stream);
 
 // out[r, c] = float(data[r, c]) * scale[r / scale_block_rows * scale_row_stride +

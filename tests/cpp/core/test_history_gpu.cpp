@@ -1,5 +1,5 @@
-// Delayed scaling in fp8_core, on a GPU: codes, scales and the ring of amaxes over two of its
-// turns.
+// Delayed scaling in fp8_core, on a GPU: codes, scales and records over more than a turn of the
+// ring.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -20,9 +20,12 @@ using namespace fp8::core;
 
 namespace {
 
+// Of finite values.
 float amax_of(const std::vector<float>& x) {
   float amax = 0.0F;
-  for (const float v : x) amax = std::max(amax, std::fabs(v));
+  for (const float v : x) {
+    if (std::isfinite(v)) amax = std::max(amax, std::fabs(v));
+  }
   return amax;
 }
 
@@ -49,7 +52,7 @@ int64_t count_wrong(const std::vector<uint8_t>& found, const std::vector<float>&
 
 // One block and many, ragged tiles, each of the three kernels. compute-sanitizer's racecheck runs
 // this case.
-TEST_CASE("a delayed scale is that of the window's largest amax", "[quantize]") {
+TEST_CASE("a delayed scale is that of the window's largest amax where that suits", "[quantize]") {
   const auto [rows, cols] = GENERATE(std::pair<int64_t, int64_t>{1, 1}, std::pair{130, 1040},
                                      std::pair{1000, 530}, std::pair{2500, 72});
   const auto [with_data, with_data_t] =
@@ -75,10 +78,12 @@ TEST_CASE("a delayed scale is that of the window's largest amax", "[quantize]") 
   args.workspace = workspace.data;
 
   std::deque<float> window;
-  for (int call = 0; call < 2 * kAmaxHistorySize + 5; ++call) {
+  int cast_again = 0;
+  constexpr int kCalls = kAmaxRecords + 9;
+  for (int call = 0; call < kCalls; ++call) {
     // Where the largest element lies changes from call to call: any block may have it.
     std::vector<float> host = base;
-    const float factor = std::ldexp(1.0F, (call * 7) % 11 + call / 2 - 16);
+    const float factor = call % 13 == 6 ? 0.0F : std::ldexp(1.0F, (call * 7) % 11 + call / 4 - 16);
     for (float& v : host) v *= factor;
     host[static_cast<size_t>(call) * 7919 % host.size()] = 9.0F * factor;
     const bool infinite = call == 25 && rows > 1;
@@ -89,14 +94,15 @@ TEST_CASE("a delayed scale is that of the window's largest amax", "[quantize]") 
     quantize(args, nullptr);
     check(cudaDeviceSynchronize());
 
-    const float own = infinite ? std::numeric_limits<float>::infinity() : amax_of(host);
+    const float own = amax_of(host);
     float expected = own;
     if (call >= kAmaxWindow) {
-      expected = 0.0F;
-      for (const float amax : window) {
-        if (std::isfinite(amax)) expected = std::max(expected, amax);
-      }
+      expected = *std::max_element(window.begin(), window.end());
       window.pop_front();
+      if (!fp8::suits(expected, own)) {
+        expected = own;
+        ++cast_again;
+      }
     }
     window.push_back(own);
     INFO("call " << call);
@@ -104,10 +110,72 @@ TEST_CASE("a delayed scale is that of the window's largest amax", "[quantize]") 
     REQUIRE(used.host()[0] == expected);
     REQUIRE(scale.host()[0] == 1.0F / multiplier);
     const std::vector<float> ring = history.host();
-    REQUIRE(ring[call % kAmaxHistorySize] == own);
-    REQUIRE(ring[(call + 1) % kAmaxHistorySize] == 0.0F);
+    const int slot = call % kAmaxRecords;
+    REQUIRE(ring[slot] == own);
+    REQUIRE(ring[fp8::kHistoryUsed + slot] == expected);
+    const auto print = std::bit_cast<uint32_t>(ring[fp8::kHistoryFingerprint + slot]);
+    REQUIRE((print == 0) == (call < kAmaxWindow));
     if (with_data) REQUIRE(count_wrong(data.host(), host, rows, cols, multiplier, false) == 0);
     if (with_data_t) REQUIRE(count_wrong(data_t.host(), host, rows, cols, multiplier, true) == 0);
+
+    // The same x again, as activation checkpointing has it: the same scale, and no record.
+    if (call < kAmaxWindow) continue;
+    check(cudaMemset(data.data, 0xEE, data.size));
+    check(cudaMemset(data_t.data, 0xEE, data_t.size));
+    QuantizeArgs again = args;
+    again.amax_call = static_cast<uint64_t>(call) + 1;
+    again.recomputes = true;
+    quantize(again, nullptr);
+    check(cudaDeviceSynchronize());
+    REQUIRE(used.host()[0] == expected);
+    REQUIRE(history.host() == ring);
+    if (with_data) REQUIRE(count_wrong(data.host(), host, rows, cols, multiplier, false) == 0);
+    if (with_data_t) REQUIRE(count_wrong(data_t.host(), host, rows, cols, multiplier, true) == 0);
+  }
+  REQUIRE(cast_again > 8);
+  REQUIRE(cast_again < kCalls - kAmaxWindow - 8);
+}
+
+// Two tensors of one amax, scaled differently: the fingerprint tells which is repeated.
+TEST_CASE("a recomputation finds its own record among those of one amax", "[quantize]") {
+  constexpr int64_t kRows = 300;
+  constexpr int64_t kCols = 160;
+  const std::vector<float> base = random_matrix(kRows * kCols, 11);
+  Buffer<float> x(base);
+  Buffer<uint8_t> data(pad16(kRows) * kCols);
+  Buffer<float> scale(1);
+  const Buffer<float> history(std::vector<float>(kAmaxHistorySize, 0.0F));
+  QuantizeArgs args{
+      .x = x.data, .x_dtype = Dtype::kFloat32, .rows = kRows, .cols = kCols, .ld = kCols};
+  args.data = {data.data, pad16(kRows), kCols};
+  args.scale = scale.data;
+  args.amax_history = history.data;
+  args.amax_call = kAmaxWindow;
+  Buffer<uint8_t> workspace(quantize_workspace_bytes(args) + 16);
+  args.workspace = workspace.data;
+  const auto scale_of = [&](const std::vector<float>& values, uint64_t call, bool recomputes) {
+    check(cudaMemcpy(x.data, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
+    args.amax_call = call;
+    args.recomputes = recomputes;
+    quantize(args, nullptr);
+    check(cudaDeviceSynchronize());
+    return scale.host()[0];
+  };
+  std::vector<float> first = base;
+  std::vector<float> second = base;
+  first[77] = second[kRows * kCols - 5] = 4.0F;
+  first[100] = second[100] = 1.0F;
+  uint64_t call = 0;
+  for (; call < kAmaxWindow; ++call) scale_of(base, call, false);
+  std::vector<float> large = base;
+  large[3] = 40.0F;
+  const float scale_of_first = scale_of(first, call++, false);
+  scale_of(large, call++, false);
+  const float scale_of_second = scale_of(second, call++, false);
+  REQUIRE(scale_of_first != scale_of_second);
+  for (int i = 0; i < 2; ++i) {
+    REQUIRE(scale_of(first, call, true) == scale_of_first);
+    REQUIRE(scale_of(second, call, true) == scale_of_second);
   }
 }
 

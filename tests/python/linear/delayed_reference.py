@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import reference
 import torch
@@ -12,6 +10,12 @@ import fp8
 
 OPS = torch.ops.fp8
 WINDOW = 16
+SLACK = 16.0  # the largest factor between the scale of a call and that of its own amax
+
+
+def suits(used: float, own: float) -> bool:
+    """Whether x of amax `own` may be cast with the scale of `used`."""
+    return own == 0 or own <= used <= SLACK * own
 
 
 class History:
@@ -20,21 +24,30 @@ class History:
     def __init__(self, dtype: torch.dtype, power_of_two: bool = False) -> None:
         self.amaxes: list[float] = []
         self.dtype, self.power_of_two = dtype, power_of_two
+        self.cast_again = 0  # calls whose own amax made the scale
 
-    def amax(self, x: torch.Tensor) -> float:
+    def amax(self, x: np.ndarray) -> float:
         """That which makes the scale of this call."""
-        own = float(np.abs(x.detach().cpu().float().numpy()).max(initial=0))  # propagates NaN
-        before = [a for a in self.amaxes[-WINDOW:] if math.isfinite(a)]
+        own = float(np.abs(x[np.isfinite(x)]).max(initial=0))
+        window = max(self.amaxes[-WINDOW:], default=0.0)
         self.amaxes.append(own)
-        return own if len(self.amaxes) <= WINDOW else max(before, default=0.0)
+        if suits(window, own):
+            return window
+        self.cast_again += 1
+        return own
+
+    def own_amax(self, x: np.ndarray) -> float:
+        own = float(np.abs(x).max(initial=0))  # propagates NaN
+        self.amaxes.append(own if np.isfinite(own) else 0.0)
+        return own
 
     def cast(self, x: torch.Tensor, own: bool = False) -> tuple[torch.Tensor, torch.Tensor, float]:
         """data, scale and the amax. own: the tensor is read for another reason, too."""
-        used = self.amax(x)
-        if own:
-            used = self.amaxes[-1]
         values = x.detach().cpu().float().numpy()
-        if len(self.amaxes) > WINDOW and not own:
+        if own or len(self.amaxes) < WINDOW:
+            used = self.own_amax(values)
+        else:
+            used = self.amax(values)
             values = np.where(np.isinf(values), np.float32("nan"), values)
         code, scale = reference._quantize(
             values, np.asarray(used, dtype=np.float32), self.dtype, self.power_of_two
@@ -52,7 +65,7 @@ def transposed(data: torch.Tensor) -> torch.Tensor:
 
 
 def layer_past_the_window(device, dtype=torch.bfloat16, k=64, n=48, **kwargs):
-    """An fp8.Linear whose scales are delayed from the next call on, x and dy of amax about 4."""
+    """An fp8.Linear whose window is full, of amaxes about 4 for x and dy."""
     layer = fp8.Linear(k, n, bias=False, device=device, dtype=dtype, recipe="delayed", **kwargs)
     for _ in range(WINDOW):
         x = randn(32, k, dtype=dtype, device=device).requires_grad_()
@@ -62,7 +75,7 @@ def layer_past_the_window(device, dtype=torch.bfloat16, k=64, n=48, **kwargs):
 
 
 def is_delayed(layer, x) -> bool:
-    """Whether x, larger than all before, is cast with an earlier scale: it saturates then."""
+    """Whether x, a few times smaller than those before, is cast with an earlier scale."""
     with torch.no_grad():
         y = layer(x)
         dynamic = OPS.fused_linear(x, layer.weight.detach().clone(), None, "tensorwise")
