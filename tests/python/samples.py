@@ -49,7 +49,7 @@ class Sample:
 
 
 # They open and close fp8.cached_weights and compute nothing, so there is nothing to trace.
-STATE_OPS = {"_cache_weights", "_uncache_weights"}
+STATE_OPS = {"_cache_weights", "_forget_weights", "_uncache_weights"}
 
 
 def namespace() -> list[str]:
