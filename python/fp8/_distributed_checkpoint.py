@@ -147,4 +147,4 @@ def _arrive(name: str, scale: Tensor, weight: Tensor) -> None:
     reference = _made_by.get(weight)
     layer = reference() if reference is not None else None
     if layer is not None:
-        layer.take_scale(scale)
+        layer._take_scale(scale)

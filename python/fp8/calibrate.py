@@ -68,7 +68,7 @@ def calibrate(model: nn.Module, *, margin: float = 1.0) -> Iterator[None]:
         layer.register_forward_pre_hook(_observer(observed), with_kwargs=True) for layer in layers
     ]
     for layer in layers:
-        layer.input_scale = None
+        layer._buffers.pop("input_scale", None)  # which stays as persistent as it was
     try:
         try:
             yield

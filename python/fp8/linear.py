@@ -192,7 +192,8 @@ class Linear(nn.Linear):
         """A scale in the state_dict is taken also where this module has none yet. Of another recipe
         it stays an unexpected key."""
         key = f"{prefix}input_scale"
-        if self._may_be_static():
+        persistent = "input_scale" not in self._non_persistent_buffers_set
+        if self._may_be_static() and persistent:
             if key not in state_dict:
                 name = f"{prefix}weight"
                 beside = _distributed_checkpoint.scale_beside(state_dict.get(name), name)
@@ -202,13 +203,13 @@ class Linear(nn.Linear):
             if isinstance(scale, Tensor) and scale.numel() == 1:
                 state_dict[key] = scale = scale.detach().reshape(()).float()
                 if own is None or own.dtype != torch.float32:
-                    self.take_scale(scale)
+                    self._take_scale(scale)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _may_be_static(self) -> bool:
         return check_recipe(self.recipe).granularity == "tensorwise"
 
-    def take_scale(self, scale: Tensor) -> None:
+    def _take_scale(self, scale: Tensor) -> None:
         """Make `scale`, of any device, the static scale, on the device where it belongs."""
         device = _offload.scale_device(self, scale.device)
         self.input_scale = scale.to(device, copy=True)

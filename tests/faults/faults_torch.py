@@ -19,7 +19,7 @@ TORCH = [
     Fault(
         "a scale that was read waits for load_state_dict, which need not come",
         CHECKPOINT,
-        "        layer.take_scale(scale)\n",
+        "        layer._take_scale(scale)\n",
         "        pass\n",
         f"{MODULE}/test_scale_checkpoint.py",
     ),

@@ -43,6 +43,18 @@ def test_register_buffer_sets_the_scale(persistent):
     assert "input_scale" in layer.state_dict()
 
 
+def test_calibrate_keeps_a_scale_out_of_the_state_dict():
+    layer, x = layer_and_input()
+    layer.register_buffer("input_scale", SCALE, persistent=False)
+    calibrate(layer, x)
+    assert not torch.equal(layer.input_scale, SCALE)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    fresh, _ = layer_and_input()
+    layer.load_state_dict(fresh.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"input_scale\""):
+        layer.load_state_dict(fresh.state_dict() | {"input_scale": SCALE})
+
+
 def test_register_buffer_none_and_other_names():
     layer, x = layer_and_input()
     layer.register_buffer("input_scale", None)
