@@ -16,7 +16,7 @@ from ._loader import load as _load
 # The operators must exist before the modules below look them up.
 __version__: str = _load().version
 
-from . import ops, transformers_hook
+from . import _flops, _operators, ops, transformers_hook
 from ._info import info, plan_cache_clear, plan_cache_info
 from .autotune import autotune
 from .cached_weights import cached_weights
@@ -27,6 +27,8 @@ from .linear import Linear
 from .recipe import RECIPES, Recipe
 
 transformers_hook.install()  # Hugging Face's experts_implementation="fp8"
+_flops.install()
+_operators.install()
 
 cmake_prefix_path: str = str(_PACKAGE / "share" / "cmake")
 """For C++: `cmake -DCMAKE_PREFIX_PATH=...`, then `find_package(FP8)` and link `FP8::torch`."""

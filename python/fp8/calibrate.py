@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import _offload
 from .linear import Linear
 from .recipe import check_recipe
 
@@ -67,7 +68,7 @@ def calibrate(model: nn.Module, *, margin: float = 1.0) -> Iterator[None]:
         layer.register_forward_pre_hook(_observer(observed), with_kwargs=True) for layer in layers
     ]
     for layer in layers:
-        layer.input_scale = None
+        layer._buffers.pop("input_scale", None)  # which stays as persistent as it was
     try:
         try:
             yield
@@ -155,6 +156,9 @@ def _scales(
             if layer not in observed:
                 continue
             amax = observed[layer]
+            if amax.is_meta:
+                bad.append(f"{name!r} (on the meta device, without values)")
+                continue
             if not bool(amax.isfinite()):
                 bad.append(f"{name!r} ({amax.item()})")
                 continue
@@ -163,7 +167,7 @@ def _scales(
                 (amax * margin).clamp(max=torch.finfo(torch.float32).max).reshape(1),
                 power_of_two=option,
             )
-            scales[layer] = scale.to(layer.weight.device)
+            scales[layer] = scale.to(_offload.scale_device(layer, amax.device))
     if bad:
         raise ValueError(
             "fp8.calibrate: expected finite inputs, got NaN or Inf in those of " + ", ".join(bad)

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import main_grad
+from . import _distributed_checkpoint, _offload, _operands, main_grad
 from ._collectives import spare_collectives
 from .recipe import Recipe, check_recipe
 
@@ -104,9 +104,17 @@ class Linear(nn.Linear):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        """y: [..., out_features] for input: [..., in_features]; see `fp8.ops.fused_linear`."""
-        weight = self.weight
+        """y: [..., out_features] for input: [..., in_features]; see `fp8.ops.fused_linear`.
+
+        Nested tensors give nested ones of the same structure, as of nn.Linear: jagged ones with
+        the same offsets, strided ones with members of the same leading dimensions.
+        """
         scale = self._buffers.get("input_scale")
+        if scale is not None and scale.dtype is not torch.float32:
+            scale = scale.float()  # something has cast it past _apply: FSDP's buffer_dtype
+        if type(input) is not Tensor or type(weight := self.weight) is not nn.Parameter:
+            unusual: Tensor = _operands.linear(self, input, scale)
+            return unusual
         buffer = getattr(weight, "main_grad", None)
         output: Tensor
         if buffer is not None:
@@ -132,7 +140,12 @@ class Linear(nn.Linear):
     def input_scale(self, scale: Tensor | None) -> None:
         if scale is None:
             self._buffers.pop("input_scale", None)
-            return
+            self._non_persistent_buffers_set.discard("input_scale")
+        else:
+            self._buffers["input_scale"] = checked = self._checked_scale(scale)
+            _offload.store_scale(self, checked)
+
+    def _checked_scale(self, scale: object) -> Tensor:
         if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
             got = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
             raise TypeError(f"fp8.Linear: expected input_scale as a float32 tensor, got {got}")
@@ -141,7 +154,7 @@ class Linear(nn.Linear):
                 f"fp8.Linear: expected input_scale of one element, got shape {list(scale.shape)}"
             )
         check_static(self.recipe, "fp8.Linear: the module")
-        self._buffers["input_scale"] = scale.detach().reshape(())
+        return scale.detach().reshape(())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "input_scale":  # nn.Module would write a buffer that exists past the property
@@ -149,34 +162,62 @@ class Linear(nn.Linear):
         else:
             super().__setattr__(name, value)
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As of nn.Module, `input_scale` included, which is checked as when it is set."""
+        if name == "input_scale":
+            tensor = None if tensor is None else self._checked_scale(tensor)
+            self._buffers.setdefault(name, None)  # else the property counts as in the way
+        super().register_buffer(name, tensor, persistent)
+        if name == "input_scale" and tensor is not None:
+            _offload.store_scale(self, tensor)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What .to, .cuda, .half, ... do; the scale goes along and stays float32."""
         scale = self.input_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.input_scale
         if scale is not None and moved is not None and moved.dtype != torch.float32:
-            self._buffers["input_scale"] = scale.to(moved.device)
+            self._buffers["input_scale"] = scale.to(moved.device, torch.float32)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.input_scale is None and self._may_be_static():
+            weight = destination.get(f"{prefix}weight")
+            _distributed_checkpoint.made_without_scale(self, weight)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """A scale in the state_dict is taken also where this module has none yet. Of another recipe
         it stays an unexpected key."""
-        scale = state_dict.get(f"{prefix}input_scale")
-        tensorwise = check_recipe(self.recipe).granularity == "tensorwise"
-        if tensorwise and self.input_scale is None and _is_scale(scale):
-            self._buffers["input_scale"] = torch.ones((), device=self.weight.device)
+        key = f"{prefix}input_scale"
+        persistent = "input_scale" not in self._non_persistent_buffers_set
+        if self._may_be_static() and persistent:
+            if key not in state_dict:
+                name = f"{prefix}weight"
+                beside = _distributed_checkpoint.scale_beside(state_dict.get(name), name)
+                if beside is not None:  # load_state_dict's own copy of the caller's dict
+                    state_dict[key] = beside
+            scale, own = state_dict.get(key), self.input_scale
+            if isinstance(scale, Tensor) and scale.numel() == 1:
+                state_dict[key] = scale = scale.detach().reshape(()).float()
+                if own is None or own.dtype != torch.float32:
+                    self._take_scale(scale)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _may_be_static(self) -> bool:
+        return check_recipe(self.recipe).granularity == "tensorwise"
+
+    def _take_scale(self, scale: Tensor) -> None:
+        """Make `scale`, of any device, the static scale, on the device where it belongs."""
+        device = _offload.scale_device(self, scale.device)
+        self.input_scale = scale.to(device, copy=True)
 
     def extra_repr(self) -> str:
         """nn.Linear's line, the recipe, and whether the input's scale is static."""
         static = "" if self.input_scale is None else ", input_scale=static"
         return f"{super().extra_repr()}, recipe={self.recipe}{static}"
-
-
-def _is_scale(value: object) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def check_static(recipe: str, what: str) -> None:

@@ -10,6 +10,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from . import _nested
+
 _fused_linear = torch.ops.fp8.fused_linear.default
 _fused_linear_into = torch.ops.fp8._fused_linear_into.default
 
@@ -27,6 +29,10 @@ def linear(
         raise TypeError(
             "fp8.Linear: expected weight.main_grad to be a tensor or None, "
             f"got {type(main_grad).__name__}"
+        )
+    if x.is_nested:
+        return _nested.map_rows(
+            lambda rows: linear(rows, weight, bias, recipe, main_grad, input_scale), x
         )
     y: Tensor
     if not (weight.requires_grad and torch.is_grad_enabled()):

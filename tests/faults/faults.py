@@ -7,5 +7,6 @@ from faults_cpu import CPU
 from faults_cuda import CUDA
 from faults_host import HOST
 from faults_python import PYTHON
+from faults_torch import TORCH
 
-FAULTS: list[Fault] = [*PYTHON, *HOST, *CPU, *CUDA]
+FAULTS: list[Fault] = [*PYTHON, *TORCH, *HOST, *CPU, *CUDA]

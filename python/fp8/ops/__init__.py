@@ -12,11 +12,16 @@ Quantization, with amax = max |x| over a scaling group, in fp32:
     data = saturate(round_to_nearest_even(float(x) · quant_multiplier))
     scale = 1 / quant_multiplier
 
+torch.vmap calls an operator once per example, so its results are those of a loop. Nested tensors
+are taken by `fused_linear` alone. torch.utils.flop_counter counts the products. `MATMUL_OPS` is for
+policies of selective activation checkpointing.
+
 With `power_of_two` quant_multiplier is rounded down to a power of two, and scale is one too
 (between 2^-127 and 2^120). A NaN or Inf in a group makes the group's scale NaN or Inf, so that
 everything computed from the group is non-finite.
 """
 
+from .checkpointing import MATMUL_OPS as MATMUL_OPS
 from .grouped import grouped_linear, moe_experts
 from .linear import fused_linear
 from .matmul import scaled_mm, scaled_mm_accumulate_
@@ -32,7 +37,7 @@ from .quantize import (
     quantize_tensorwise_transpose,
 )
 
-__all__ = [
+__all__ = [  # the operators
     "dequantize",
     "fused_linear",
     "grouped_linear",

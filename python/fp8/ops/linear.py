@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import _nested
 from ..recipe import Recipe
 
 _ops = torch.ops.fp8
@@ -21,7 +22,8 @@ def fused_linear(
 
     Args:
         x: [..., K] bfloat16, float16 or float32; any leading dimensions, none and empty ones
-            included.
+            included. Or a nested tensor, jagged or strided, whose members are such: they are the
+            rows of one call, and the result is nested as x is.
         weight: [N, K] and bias: [N], of x's dtype (under autocast all are cast to the autocast
             dtype).
         recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
@@ -40,6 +42,10 @@ def fused_linear(
         >>> y.shape
         torch.Size([2, 8, 32])
     """
+    if type(x) is not Tensor and x.is_nested:  # jagged; in inference mode it meets no kernel
+        return _nested.map_rows(
+            lambda rows: fused_linear(rows, weight, bias, recipe, input_scale=input_scale), x
+        )
     result: Tensor = _ops.fused_linear.default(
         x, weight, bias, str(recipe), input_scale=input_scale
     )
