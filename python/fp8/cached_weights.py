@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from . import experts
 from .grouped import GroupedLinear
@@ -50,14 +53,19 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
         elif experts.in_fp8(module) and experts.refused(module) is None:
             weights += experts.weights_of(module)[::2]
     torch.ops.fp8._cache_weights(weights)
-    # Fused optimizers (AdamW(fused=True)) change weights and no version counter.
-    hook = register_optimizer_step_post_hook(_after_step)
+    # Fused optimizers (AdamW(fused=True)) change weights and no version counter. Before the step,
+    # too: one that raises half way calls no hook after it.
+    hooks = [
+        register_optimizer_step_pre_hook(_forget_weights),
+        register_optimizer_step_post_hook(_forget_weights),
+    ]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         torch.ops.fp8._uncache_weights(weights)
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _forget_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     torch.ops.fp8._forget_weights()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -100,6 +102,18 @@ def test_a_buffer_is_quantized_in_every_call(device):
     assert not torch.equal(layer(buffer), before)
 
 
+def test_a_part_of_a_parameter_is_quantized_in_every_call(device):
+    """It is no leaf, but lives as long as one; a fused optimizer counts no version."""
+    (layer,) = layers(device, 1)
+    table = torch.nn.Parameter(torch.randn(40, 64, device=device, dtype=torch.bfloat16))
+    table.grad = torch.randn_like(table)
+    x = table[:32]
+    before = layer(x).detach()
+    torch.optim.AdamW([table], lr=1.0, fused=True).step()
+    assert torch.equal(layer(x), layer(x.detach().clone()))
+    assert not torch.equal(layer(x), before)
+
+
 def test_a_backward_ends_the_sharing(device):
     (layer,) = layers(device, 1)
     x = activation(device)
@@ -160,6 +174,80 @@ def test_cached_weights_notice_a_counted_update(device):
         before = layer(x)
         layer.weight.mul_(-1)
         assert not torch.equal(layer(x), before)
+
+
+FUSED = ("Adam", "AdamW", "SGD", "Adagrad")
+
+
+@pytest.mark.parametrize("how", ["fused", "foreach", "plain", "scheduler", "closure", "compiled"])
+@pytest.mark.parametrize("name", FUSED)
+def test_cached_weights_notice_a_step_of_an_optimizer(device, name, how):
+    """Fused ones change a weight without its version counter."""
+    if name == "Adagrad" and device == "cuda" and how != "plain":
+        pytest.skip("PyTorch has no fused Adagrad for CUDA")
+    layer = fp8.Linear(64, 48, device=device)  # fp32: fused SGD leaves bf16 on a CPU as it is
+    grouped = fp8.GroupedLinear(2, 64, 48, device=device)
+    model = torch.nn.ModuleList([layer, grouped])
+    option = {"plain": {}, "foreach": {"foreach": True}}.get(how, {"fused": True})
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, **option)
+    if how == "scheduler":
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # it wraps step
+    x = torch.randn(32, 64, device=device)
+    offsets = torch.tensor([10, 32], dtype=torch.int32, device=device)
+
+    def outputs():
+        return layer(x), grouped(x, offsets)
+
+    def loss():
+        return sum(y.square().mean() for y in outputs())
+
+    step = optimizer.step
+    if how == "closure":
+        step = lambda: optimizer.step(loss)  # noqa: E731
+    if how == "compiled":
+        torch._dynamo.reset()
+        step = torch.compile(optimizer.step, backend="aot_eager")
+    with fp8.cached_weights(model):
+        for _ in range(2):
+            before = [y.detach() for y in outputs()]
+            loss().backward()
+            with fp8.cached_weights(model):
+                step()
+            after = outputs()
+            assert not any(map(torch.equal, before, after))
+    for cached, plain in zip(after, outputs(), strict=True):
+        assert torch.equal(cached, plain)
+
+
+def test_cached_weights_notice_a_step_that_fails_half_way(device):
+    (layer,) = layers(device, 1)
+    x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
+
+    class Fails(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+        def step(self):
+            layer.weight.data.neg_()
+            raise RuntimeError("half way")
+
+    optimizer = Fails(layer.parameters())
+    with fp8.cached_weights(layer):
+        before = layer(x)
+        with pytest.raises(RuntimeError, match="half way"):
+            optimizer.step()
+        assert not torch.equal(layer(x), before)
+
+
+def test_cached_weights_leave_no_hook_behind():
+    hooks = importlib.import_module("torch.optim.optimizer")
+    before = [dict(hooks._global_optimizer_pre_hooks), dict(hooks._global_optimizer_post_hooks)]
+    with fp8.cached_weights(torch.nn.Linear(1, 1)):
+        pass
+    with pytest.raises(KeyError), fp8.cached_weights(torch.nn.Linear(1, 1)):
+        raise KeyError
+    after = [dict(hooks._global_optimizer_pre_hooks), dict(hooks._global_optimizer_post_hooks)]
+    assert after == before
 
 
 def test_cached_weights_are_kept_only_inside(device):
