@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from fault import DELAYED, GROUPED, HISTORIES, LAYOUT, LINEAR, QUANTIZE, Fault
+from fault import (
+    DELAYED,
+    GROUPED,
+    HISTORIES,
+    LAYOUT,
+    LINEAR,
+    MEMORY,
+    QUANTIZE,
+    RECOMPUTATION,
+    SPLIT,
+    Fault,
+)
 
 CPU = [
     Fault(
@@ -148,8 +159,8 @@ CPU = [
     Fault(
         "the window lacks the oldest of its calls",
         "csrc/cpu/quantize.cpp",
-        "for (int ago = 1; ago <= core::kAmaxWindow; ++ago) {",
-        "for (int ago = 1; ago < core::kAmaxWindow; ++ago) {",
+        "ago <= (a.recomputes ? 1 : core::kAmaxWindow)",
+        "ago < (a.recomputes ? 1 : core::kAmaxWindow)",
         DELAYED,
     ),
     Fault(
@@ -158,6 +169,69 @@ CPU = [
         "const Input source{a, is_delayed(a)};",
         "const Input source{a, false};",
         DELAYED,
+    ),
+    Fault(
+        "a delayed scale is the window's, whatever the tensor",
+        "csrc/cpu/quantize.cpp",
+        "const float used = suits(expected, own) ? expected : own;",
+        "const float used = expected;",
+        DELAYED,
+    ),
+    Fault(
+        "a NaN makes the scale of the finite values beside it",
+        "csrc/cpu/loops.cpp",
+        "found < kExponentBits ? found : 0U",
+        "found",
+        DELAYED,
+    ),
+    Fault(
+        "a recomputation is taken for one more call",
+        "csrc/linear/linear.cpp",
+        "recipe.delayed && delayed::in_backward()",
+        "false && delayed::in_backward()",
+        RECOMPUTATION,
+    ),
+    Fault(
+        "a recomputation takes the scale of any call with its amax",
+        "csrc/cpu/quantize.cpp",
+        "if (print == report.print) return",
+        "if (print != 0) return",
+        RECOMPUTATION,
+    ),
+    Fault(
+        "a recomputation of a forward under no_grad shares inputs",
+        "csrc/linear/autograd.cpp",
+        "if (!x.is_leaf() && !alone)",
+        "if (!x.is_leaf())",
+        RECOMPUTATION,
+    ),
+    Fault(
+        "a backward makes an input gradient that nobody asked for",
+        "csrc/linear/autograd.cpp",
+        "foreseen.dx && ctx->needs_input_grad(0)",
+        "foreseen.dx",
+        SPLIT,
+    ),
+    Fault(
+        "a grouped backward makes a weight gradient that nobody asked for",
+        "csrc/grouped/autograd.cpp",
+        'ctx->saved_data["needs_dweight"].toBool() && ctx->needs_input_grad(1)',
+        'ctx->saved_data["needs_dweight"].toBool()',
+        SPLIT,
+    ),
+    Fault(
+        "a mixture's backward makes all gradients",
+        "csrc/grouped/autograd.cpp",
+        "if ((foreseen & bit) != 0 && ctx->needs_input_grad(input)) wanted |= bit;",
+        "if ((foreseen & bit) != 0) wanted |= bit;",
+        SPLIT,
+    ),
+    Fault(
+        "a part of a parameter is remembered as an activation",
+        "csrc/linear/memory.cpp",
+        "return x.is_view() && x._base().is_leaf();",
+        "return false && x.is_view();",
+        MEMORY,
     ),
     Fault(
         "x and dy of a layer share a history",

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from fault import DELAYED, GROUPED, LAYOUT, QUANTIZE, Fault
+from fault import DELAYED, GROUPED, LAYOUT, QUANTIZE, RECOMPUTATION, Fault
 
 CUDA = [
     Fault(
-        "CUDA: the first block alone records the amax of a delayed call",
-        "csrc/quantize/cast.cu",
-        "if (bits > seen) atomicMax(",
-        "if (bits > seen && blockIdx.x == 0) atomicMax(",
+        "CUDA: a delayed scale is the window's, whatever the tensor",
+        "csrc/quantize/settle_delayed.cu",
+        "if (used == expected) return;",
+        "return;",
         DELAYED,
         gpu=True,
     ),
     Fault(
         "CUDA: the window lacks the oldest of its calls",
         "csrc/quantize/tile.cuh",
-        "if (lane < kAmaxWindow) bits",
-        "if (lane < kAmaxWindow - 1) bits",
+        "else if (lane < kAmaxWindow) {",
+        "else if (lane < kAmaxWindow - 1) {",
         DELAYED,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the last tiles do not count for a delayed call's amax",
+        "csrc/quantize/settle_delayed.cu",
+        "batch[i] = tile < count ?",
+        "batch[i] = tile < count - 1 || count == 1 ?",
+        DELAYED,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the second cast hides an infinite value",
+        "csrc/quantize/settle_delayed.cu",
+        "      infinite_to_nan(v[r]);\n",
+        "",
+        DELAYED,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: a recomputation takes the scale of any call with its amax",
+        "csrc/quantize/settle_delayed.cu",
+        "same_amax && print == own.y",
+        "same_amax && print != 0",
+        RECOMPUTATION,
         gpu=True,
     ),
     Fault(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import EXPERTS, Fault
+from fault import EXPERTS, MEMORY, Fault
 
 PYTHON = [
     Fault(
@@ -39,6 +39,20 @@ PYTHON = [
         "        if self.routed is not None:\n",
         "        if False:\n",
         f"{EXPERTS}/test_experts_rules.py",
+    ),
+    Fault(
+        "a step of an optimizer leaves cached weights as they were",
+        "python/fp8/cached_weights.py",
+        "    torch.ops.fp8._forget_weights()\n",
+        "    return\n",
+        MEMORY,
+    ),
+    Fault(
+        "a step that fails half way leaves cached weights as they were",
+        "python/fp8/cached_weights.py",
+        "        register_optimizer_step_pre_hook(_forget_weights),\n",
+        "",
+        MEMORY,
     ),
     Fault(
         "convert changes the config that other models share",

@@ -108,6 +108,43 @@ def test_micro_batches_that_wait_are_told_apart(device, reentrant):
 
 
 @KINDS
+def test_micro_batches_of_one_amax_are_told_apart(device, reentrant):
+    layer = layer_past_the_window(device)
+
+    def batch(amax):
+        x = randn(32, 64, dtype=torch.bfloat16, device=device)
+        return (x.clamp(-2, 2) / 2 * amax).requires_grad_()
+
+    seen = {}
+    hooks = outputs_of(layer, seen)
+    xs = [batch(amax) for amax in (3.0, 40.0, 3.0, 3.0)]  # the first: with another scale
+    ys = [checkpoint(layer, x, use_reentrant=reentrant) for x in xs]
+    for y in ys:
+        y.sum().backward()
+    for hook in hooks:
+        hook.remove()
+    for forward, again in zip(seen[layer][:4], seen[layer][4:], strict=True):
+        assert torch.equal(forward, again)
+
+
+def test_layers_share_nothing_that_a_forward_without_graph_did_not(device):
+    """Under no_grad q, k and v scale one input each by a history of its own."""
+    block = Block(device)
+    for step in range(WINDOW + 4):  # k's and v's histories stay behind
+        block(jumping(step, device) * (1 + step % 3)).sum().backward()
+    for step in range(6):
+        with torch.no_grad():
+            block.k(torch.full((8, 32), 2.0 + step / 3, device=device))
+        seen = {}
+        hooks = outputs_of(block, seen)
+        checkpoint(block, jumping(step, device), use_reentrant=True).sum().backward()
+        for hook in hooks:
+            hook.remove()
+        for forward, again in seen.values():
+            assert torch.equal(forward, again)
+
+
+@KINDS
 def test_a_recomputation_moves_no_window(device, reentrant):
     layer = layer_past_the_window(device)
     small = (randn(32, 64, dtype=torch.bfloat16, device=device) / 3).requires_grad_()
