@@ -41,8 +41,8 @@ class Recipe:
     """One scale per tensor, one per row along the contracted dimension, or one per block: of 128
     elements along it for x and dy, of 128 x 128 for the weight."""
     scaling: Literal["dynamic", "delayed"] = field(init=False, repr=False)
-    """Scales from the tensor itself, or from the largest amax of the 16 calls before (README,
-    "Delayed scaling")."""
+    """Scales from the tensor itself, or from the largest amax of the 16 calls before where that is
+    near (README, "Delayed scaling")."""
     input_dtype: torch.dtype = field(init=False, repr=False)
     weight_dtype: torch.dtype = field(init=False, repr=False)
     grad_output_dtype: torch.dtype = field(init=False, repr=False)
@@ -94,7 +94,7 @@ _FORMATS: Mapping[str, tuple[Any, ...]] = {
     "rowwise_gw_hp": ("rowwise", "dynamic", _E4M3, _E4M3, _E4M3, "high precision", _FPROP),
     # DeepSeek-V3's: an outlier costs its block of 128 elements precision, not its row.
     "blockwise": ("blockwise", "dynamic", _E4M3, _E4M3, _E4M3, "fp8", ()),
-    # tensorwise in one pass over each tensor. A tensor that grows saturates for one call.
+    # tensorwise in one pass over each tensor, as a rule.
     "delayed": ("tensorwise", "delayed", _E4M3, _E4M3, _E5M2, "fp8", _FPROP),
 }
 

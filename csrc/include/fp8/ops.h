@@ -97,9 +97,11 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 // name after a colon: "rowwise:power_of_two" quantizes x, weight and dy with power_of_two.
 //
 // "delayed" takes the scales of x, weight and dy from the largest amax of the 16 calls before with
-// this weight tensor (core::QuantizeArgs::amax_history): values beyond it saturate, Inf becomes
-// NaN. The first 16 calls, and those in which the weight is an operator's result or a CUDA graph is
-// captured, are "tensorwise"; so is dy with a bias gradient, or where x needs none.
+// this weight, and from the tensor's own where that would saturate or be more than 16 times as
+// large (core::QuantizeArgs::amax_history); Inf becomes NaN. A call within a backward repeats the
+// scales of the forward that it recomputes, if it is one. The first 16 calls, and those in which
+// the weight is an operator's result or a CUDA graph is captured, are "tensorwise"; so is dy with a
+// bias gradient, or where x needs none.
 //
 // input_scale ([] fp32 on x's device, with "tensorwise" or "delayed"): static scaling of x, in one
 // pass over it and whatever its amax, as in quantize_tensorwise: values out of range saturate, Inf
