@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gating import forget_gate, gate_of
+from .gating import forget_gate, gate_of, notes_of, watch
 
 NAME = "fp8"
 """The name in transformers' registry."""
@@ -63,6 +63,8 @@ def forward(
     Ids from num_experts on are experts of other processes and contribute nothing. Where the module
     cannot run in FP8 (`refused`), its previous implementation does.
     """
+    if not torch.compiler.is_compiling():
+        notes_of(self).called = True
     up, up_bias, down, down_bias = weights = weights_of(self)
     if _obstacle(*weights) is not None:
         other: Tensor = _previous(self)(self, hidden_states, top_k_index, top_k_weights)
@@ -76,6 +78,8 @@ def forward(
     gate = gate_of(self) if _in_sixteens(down) else None
     y: Tensor
     if gate is not None:
+        if torch.compiler.is_compiling():
+            watch(self, x.new_empty((0, up.size(1))))
         index = top_k_index.to(torch.int64)
         y = _moe_experts(x, index, top_k_weights, up, down, up_bias, down_bias, *gate, recipe)
     else:
@@ -235,9 +239,9 @@ def set_fp8(module: nn.Module, recipe: str, copies: dict[int, Any]) -> None:
         own = copy.copy(config)
         own._experts_implementation_internal = NAME
         copies[id(config)] = own
-    gate_of(module)  # found now, not within a compiled or captured forward
     vars(module)["config"] = copies[id(config)]
     vars(module)[_SETTINGS] = Settings(recipe, config)
+    gate_of(module)  # found now, not within a compiled or captured forward
 
 
 def unset_fp8(module: nn.Module) -> None:
