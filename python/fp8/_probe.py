@@ -119,8 +119,9 @@ class State:
     The module itself is not referred to, so it may refer to the State without a cycle.
     """
 
-    def __init__(self, root: nn.Module, own: str) -> None:
-        """own: an attribute of `root` that is the caller's, and holds this State, say."""
+    def __init__(self, root: nn.Module, method: str, own: tuple[str, ...] = ()) -> None:
+        """method: what was asked. own: attributes of `root` that are the caller's and do not count;
+        one may hold this State."""
         # A mapping (None: the root's attributes), its keys and values from an index on, the index.
         self._mappings: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], int]] = []
         self._lists: list[tuple[Any, tuple[Any, ...]]] = []
@@ -128,12 +129,14 @@ class State:
         self._cells: list[tuple[types.CellType, Any]] = []
         self._kinds: list[tuple[Any, type]] = []
         self._hooks: list[Any] = []
+        self._empty: list[Any] = []  # of the modules' dicts of children and tensors
         self._root_kind = type(root)
         self._root_training = root.training
         self._own = own
         self._seen: dict[int, Any] = {}
         self._root: nn.Module | None = root
         self._visit(root, 0)
+        self._visit(getattr(root, method, None), 0)
         self._root, self._seen = None, {}
         self.hooked = any(self._hooks)
 
@@ -141,14 +144,14 @@ class State:
         """Whether nothing has changed. A few microseconds; no work on tensors."""
         if type(root) is not self._root_kind or root.training is not self._root_training:
             return False
-        if any(self._hooks) is not self.hooked:
+        if any(self._hooks) is not self.hooked or any(self._empty):
             return False
         for mapping, keys, values, start in self._mappings:
             now: Any
             names: Any
             if mapping is None:
                 have = vars(root)
-                names = [name for name in [*have][start:] if name != self._own]
+                names = [name for name in [*have][start:] if name not in self._own]
                 now = [have[name] for name in names]
             else:
                 names, now = [*mapping], mapping.values()
@@ -202,9 +205,13 @@ class State:
         # Of what every module has, only `training`, tensors, children and hooks reach a forward.
         start = len(_INTERNAL) if tuple(have)[: len(_INTERNAL)] == _INTERNAL else 0
         self._note(have, depth, start=start, whole=True)
-        for name in ("_parameters", "_buffers", "_modules"):
-            self._note(have[name], depth)
+        for inner in (have["_parameters"], have["_buffers"], have["_modules"]):
+            if inner:
+                self._note(inner, depth)
+            else:
+                self._empty.append(inner)
         if module is not self._root:
+            self._visit(type(module).forward, depth)
             self._kinds.append((module, type(module)))
             self._names.append((have, "training", have.get("training")))
             self._hooks += [have[name] for name in _HOOKS if name in have]
@@ -228,8 +235,8 @@ class State:
         self._visit(function.__defaults__, depth + 1)
         self._visit(function.__kwdefaults__, depth + 1)
         for name in _names(function.__code__):
-            if name in function.__globals__:
-                value = function.__globals__[name]
+            value = function.__globals__.get(name, _MISSING)
+            if value is not _MISSING and not isinstance(value, types.ModuleType):
                 self._names.append((function.__globals__, name, _stored(value)))
                 self._visit(value, depth + 1)
 
@@ -239,7 +246,7 @@ class State:
         is_root = self._root is not None and have is vars(self._root)
         items = [*have.items()][start:]
         if is_root:
-            items = [item for item in items if item[0] != self._own]
+            items = [item for item in items if item[0] not in self._own]
         keys = tuple(key for key, _ in items)
         values = tuple(_stored(value) for _, value in items)
         self._mappings.append((None if is_root else have, keys, values, start))

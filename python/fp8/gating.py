@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ._probe import State, undisturbed, values_of
 
 _NOTES = "fp8_gate"  # the attribute of a module that has its Notes
+_OWN = (_NOTES, "fp8_settings")
 
 
 class Gate(NamedTuple):
@@ -51,7 +52,7 @@ class Notes:
         found = self._found
         if found is not None and found[0]() is module and found[1].same(module):
             return found[2]
-        state = State(module, _NOTES)
+        state = State(module, "_apply_gate", own=_OWN)
         gate = None if state.hooked else _find(module)  # hooks see every call, and only calls
         self._found = (weakref.ref(module), state, gate)
         return gate

@@ -11,8 +11,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import main_grad
+from ._calls import CALLED, _mark_traced
 from ._collectives import spare_collectives
 from .recipe import Recipe, check_recipe
 
@@ -105,6 +107,10 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """y: [..., out_features] for input: [..., in_features]; see `fp8.ops.fused_linear`."""
+        if is_compiling():
+            self._mark_traced()
+        else:
+            self.__dict__[CALLED] = True
         weight = self.weight
         scale = self._buffers.get("input_scale")
         buffer = getattr(weight, "main_grad", None)
@@ -116,6 +122,8 @@ class Linear(nn.Linear):
         else:
             output = _fused_linear(input, weight, self.bias, self.recipe)
         return output
+
+    _mark_traced = _mark_traced
 
     @property
     def input_scale(self) -> Tensor | None:
@@ -166,7 +174,9 @@ class Linear(nn.Linear):
         scale = state_dict.get(f"{prefix}input_scale")
         tensorwise = check_recipe(self.recipe).granularity == "tensorwise"
         if tensorwise and self.input_scale is None and _is_scale(scale):
-            self._buffers["input_scale"] = torch.ones((), device=self.weight.device)
+            with torch.inference_mode(False):  # a normal tensor, whatever the caller's defaults
+                one = torch.ones((), dtype=torch.float32, device=self.weight.device)
+            self._buffers["input_scale"] = one
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
