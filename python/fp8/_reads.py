@@ -4,11 +4,8 @@ F.linear, say. The class of such a child means nothing to the product.
 Found in the bytecode of forward and of the methods that it reaches through `self`, in which
 attribute chains are plain to see: no source is needed, nothing is run. What goes through getattr,
 `parameters()` or a function that is given the module is not seen.
-
-The patterns hold for the bytecode of Python 3.10 to 3.14; instructions that are unknown end a chain.
 """
 
-import dis
 import functools
 import types
 from collections import defaultdict
@@ -19,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._bytecode import Token, branches, tokens_of
+
 Path = tuple[str, ...]
 """Of a module below `self`: names of children, EACH for any of them."""
 
@@ -27,21 +26,24 @@ EACH = "*"
 _TENSORS = ("weight", "bias")
 
 _METADATA = frozenset(
-    "dtype device shape ndim layout names itemsize nbytes requires_grad requires_grad_ is_leaf "
-    "is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested is_complex is_inference "
-    "is_floating_point is_contiguous dim size numel nelement element_size stride storage_offset "
-    "get_device new_empty new_zeros new_ones new_full new_tensor grad __class__".split()
+    (
+        *("dtype", "device", "layout", "shape", "size", "dim", "ndim", "numel", "nelement"),
+        *("stride", "storage_offset", "is_contiguous", "itemsize", "nbytes", "element_size"),
+        *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device", "names", "is_sparse"),
+        *("is_quantized", "is_nested", "is_complex", "is_floating_point", "is_inference"),
+        *("requires_grad", "requires_grad_", "is_leaf", "grad", "grad_fn", "__class__"),
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
+    )
 )
 """Attributes of a tensor that say nothing of its values."""
 
-_ASKING = frozenset("isinstance hasattr getattr type id len is_tensor is_floating_point".split())
-_LIKE = frozenset("to type_as zeros_like ones_like empty_like rand_like randn_like".split())
-"""Functions whose first argument's values do not matter."""
-
-_NOISE = frozenset(
-    "CACHE EXTENDED_ARG NOP RESUME PRECALL PUSH_NULL COPY_FREE_VARS MAKE_CELL NOT_TAKEN".split()
+_ASKING = frozenset(
+    ("isinstance", "hasattr", "getattr", "type", "id", "len", "is_tensor", "is_floating_point")
 )
-_NONE_JUMPS = ("_IF_NONE", "_IF_NOT_NONE")
+_LIKE = frozenset(
+    ("to", "type_as", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like")
+)
+"""Functions whose first argument's values do not matter."""
 
 
 @dataclass
@@ -57,8 +59,12 @@ class Reads:
     """Names right behind `self`."""
 
 
-def reads_of(kind: type[nn.Module]) -> dict[str, Reads]:
-    """By the name of the method, what forward and the methods that it reaches do."""
+def reads_of(module: nn.Module) -> dict[str, Reads]:
+    """By the name of the method, what forward and the methods that it reaches do.
+
+    A branch that the module's settings rule out does not count: under `if self.q_bias is None:`,
+    say, where there is a q_bias.
+    """
     found: dict[str, Reads] = {}
     waiting = ["forward", "__call__"]
     while waiting:
@@ -66,8 +72,9 @@ def reads_of(kind: type[nn.Module]) -> dict[str, Reads]:
         if name in found:
             continue
         found[name] = total = Reads()
-        for code in _codes(kind, name):
-            reads = _reads_of_code(code, code.co_varnames[0] if code.co_argcount else "")
+        for code in _codes(type(module), name):
+            outcomes = tuple(branch.outcome(module) for branch in branches(code))
+            reads = _reads_of_code(code, outcomes)
             total.weights |= reads.weights
             total.biases |= reads.biases
             total.used |= reads.used
@@ -105,59 +112,16 @@ def _code(attribute: Any) -> types.CodeType | None:
 
 
 @functools.lru_cache(4096)
-def _reads_of_code(code: types.CodeType, self_name: str) -> Reads:
+def _reads_of_code(code: types.CodeType, outcomes: tuple[bool | None, ...]) -> Reads:
     reads = Reads()
-    if self_name:
-        _scan(code, {self_name: {()}}, {}, reads)
+    if code.co_argcount:
+        _scan(code, outcomes, {code.co_varnames[0]: {()}}, {}, reads)
     return reads
-
-
-@dataclass(frozen=True)
-class _Token:
-    kind: str  # load, store, attribute, global, constant, item, is, none, each, other
-    value: Any = None
-
-
-_KINDS = (
-    # What an instruction's name begins with. Those with two operands, of 3.13 and 3.14, are before.
-    (("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF"), "load"),
-    (("STORE_FAST", "STORE_DEREF"), "store"),
-    (("LOAD_ATTR", "LOAD_METHOD"), "attribute"),
-    (("LOAD_GLOBAL", "LOAD_NAME"), "global"),
-    (("LOAD_CONST", "LOAD_SMALL_INT"), "constant"),
-    (("BINARY_SUBSCR",), "item"),
-    (("IS_OP",), "is"),
-    (("FOR_ITER",), "each"),
-)
-
-
-def _tokens(code: types.CodeType) -> list[_Token]:
-    tokens: list[_Token] = []
-    for instruction in dis.get_instructions(code):
-        name, value = instruction.opname, instruction.argval
-        if name in _NOISE or name == "GET_ITER":
-            continue
-        if isinstance(value, tuple) and name.count("_FAST") == 2:  # two of these in one
-            kinds = ["store" if part.startswith("STORE") else "load" for part in _halves(name)]
-            tokens += [_Token(kind, one) for kind, one in zip(kinds, value, strict=True)]
-        elif name.endswith(_NONE_JUMPS):
-            tokens.append(_Token("none"))
-        elif name == "BINARY_OP" and instruction.argrepr == "[]":
-            tokens.append(_Token("item"))
-        else:
-            kind = next((kind for starts, kind in _KINDS if name.startswith(starts)), "other")
-            tokens.append(_Token(kind, value))
-    return tokens
-
-
-def _halves(name: str) -> tuple[str, str]:
-    """LOAD_FAST_LOAD_FAST -> LOAD_FAST, LOAD_FAST."""
-    second = max(name.rfind("LOAD_FAST"), name.rfind("STORE_FAST"))
-    return name[:second], name[second:]
 
 
 def _scan(
     code: types.CodeType,
+    outcomes: tuple[bool | None, ...],
     modules: dict[str, set[Path]],
     tensors: dict[str, set[tuple[Path, str]]],
     reads: Reads,
@@ -165,12 +129,12 @@ def _scan(
     """Adds to `reads`. modules, tensors: what local names stand for, whatever the order of the
     code; those of functions within see them too."""
     modules, tensors = defaultdict(set, modules), defaultdict(set, tensors)
-    tokens = _tokens(code)
+    tokens = tokens_of(code, outcomes)
     for final in (False, True):  # names are gathered first: a loop's end comes before its beginning
         index = 0
         while index < len(tokens):
             token = tokens[index]
-            before = tokens[index - 1] if index else _Token("other")
+            before = tokens[index - 1] if index else Token("other")
             index += 1
             if token.kind != "load":
                 continue
@@ -185,13 +149,14 @@ def _scan(
             own = inner.co_varnames
             _scan(
                 inner,
+                (),
                 {name: paths for name, paths in modules.items() if name not in own},
                 {name: paths for name, paths in tensors.items() if name not in own},
                 reads,
             )
 
 
-def _chain(tokens: list[_Token], index: int) -> tuple[Path, int]:
+def _chain(tokens: list[Token], index: int) -> tuple[Path, int]:
     """The attributes and items from `index` on, and where they end."""
     path: list[str] = []
     while index < len(tokens):
@@ -214,8 +179,8 @@ def _chain(tokens: list[_Token], index: int) -> tuple[Path, int]:
 def _module(
     path: Path,
     start: Path,
-    before: _Token,
-    after: list[_Token],
+    before: Token,
+    after: list[Token],
     modules: dict[str, set[Path]],
     tensors: dict[str, set[tuple[Path, str]]],
     reads: Reads,
@@ -242,8 +207,8 @@ def _tensor(
     path: Path,
     name: str,
     rest: Path,
-    before: _Token,
-    after: list[_Token],
+    before: Token,
+    after: list[Token],
     tensors: dict[str, set[tuple[Path, str]]],
     reads: Reads,
     final: bool,
@@ -263,10 +228,10 @@ def _tensor(
         (reads.weights if name == "weight" else reads.biases).add(path)
 
 
-def _asks(before: _Token, after: list[_Token]) -> bool:
+def _asks(before: Token, after: list[Token]) -> bool:
     """Whether a value is only asked whether it is None, an instance of a class, and so on."""
     if before.kind in ("global", "attribute") and before.value in _ASKING:
         return True
-    if after[:1] == [_Token("none")]:
+    if after[:1] == [Token("none")]:
         return True
-    return after[:1] == [_Token("constant", None)] and [t.kind for t in after[1:]] == ["is"]
+    return after[:1] == [Token("constant", None)] and [t.kind for t in after[1:]] == ["is"]

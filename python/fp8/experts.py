@@ -15,7 +15,7 @@ Elsewhere `mixture` composes it of two grouped_linear and PyTorch's operators. W
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,19 +229,31 @@ def recipe_of(module: nn.Module) -> str:
     return settings.recipe if settings is not None else DEFAULT_RECIPE
 
 
-def set_fp8(module: nn.Module, recipe: str, copies: dict[int, Any]) -> None:
-    """Make one experts module run `fp8`. The implementation is an attribute of a config that all
-    layers share, and maybe other models: the module gets a config of its own, the same for all
-    modules of one call (`copies`, by the identity of what was copied)."""
-    settings = vars(module).get(_SETTINGS)
-    config = settings.config if settings is not None else vars(module)["config"]
-    if id(config) not in copies:
-        own = copy.copy(config)
-        own._experts_implementation_internal = NAME
-        copies[id(config)] = own
-    vars(module)["config"] = copies[id(config)]
+def fp8_configs(modules: Iterable[nn.Module]) -> dict[int, Any]:
+    """For set_fp8: a copy of every config that these modules have (without FP8), by its identity,
+    whose implementation is `fp8`. The implementation is an attribute of a config that all layers
+    share, and maybe other models: the modules get a config of their own, those of one call share
+    it."""
+    copies: dict[int, Any] = {}
+    for module in modules:
+        config = _plain_config(module)
+        if id(config) not in copies:
+            copies[id(config)] = copy.copy(config)
+            copies[id(config)]._experts_implementation_internal = NAME
+    return copies
+
+
+def set_fp8(module: nn.Module, recipe: str, configs: dict[int, Any]) -> None:
+    """Make one experts module run `fp8`, with its config out of fp8_configs."""
+    config = _plain_config(module)
+    vars(module)["config"] = configs[id(config)]
     vars(module)[_SETTINGS] = Settings(recipe, config)
     gate_of(module)  # found now, not within a compiled or captured forward
+
+
+def _plain_config(module: nn.Module) -> Any:
+    settings = vars(module).get(_SETTINGS)
+    return settings.config if settings is not None else vars(module)["config"]
 
 
 def unset_fp8(module: nn.Module) -> None:

@@ -102,7 +102,7 @@ def gate_of(module: nn.Module) -> Gate | None:
 
 
 def watch(module: nn.Module, gate_up: Tensor) -> None:
-    """For a compiler's trace that takes gate_of(module) for a constant: runs a gate_up without rows,
+    """For a compiler's trace that takes gate_of(module) for a constant: runs a gate_up of no rows,
     [0, 2 I], through the gating, so that the trace depends on what that reads, and drops it."""
     module._apply_gate(gate_up)  # type: ignore[operator]
 

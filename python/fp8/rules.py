@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def left_alone(linears: Sequence[Found], recipe: str) -> dict[nn.Linear, str]:
 
 def find_linears(model: nn.Module) -> list[Found]:
     """Every nn.Linear, subclasses included, once each, in the order of model.named_modules()."""
-    found = {
+    found: dict[nn.Module, Found] = {
         module: Found(module, name)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
@@ -175,6 +176,21 @@ def find_linears(model: nn.Module) -> list[Found]:
     for module, why in table.items():
         found[module].reader = why
     return list(found.values())
+
+
+def find_conv1d(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of every Conv1D of transformers, GPT-2's form of a linear layer: its weight
+    is [in_features, out_features]. Imports nothing for it."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if kind is None:
+        return []
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def label(found: Any) -> str:
+    """The first name of a Found or FoundExperts; the others in brackets."""
+    name = found.name or "(model)"
+    return f"{name} [{', '.join(found.aliases)}]" if found.aliases else name
 
 
 def _is_sharded(module: nn.Linear) -> bool:
