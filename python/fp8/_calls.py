@@ -35,7 +35,8 @@ def never_called(model: nn.Module, calls: dict[nn.Module, Any]) -> Collection[nn
     if no layer was: the model has not run yet, or elsewhere.
 
     Layers that share their place, the class of a parent and the name there, with a traced one are
-    taken for called too: compiled code serves all blocks of one class, and is traced in one.
+    taken for called too, and so are layers that were compiled themselves: compiled code serves all
+    modules of one form, and is traced in one.
     """
     missing = [module for module, mark in calls.items() if not mark]
     if len(missing) == len(calls):
@@ -45,7 +46,11 @@ def never_called(model: nn.Module, calls: dict[nn.Module, Any]) -> Collection[nn
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if child in places:
-                    places[child].add((type(parent), name))
+                    places[child].add((type(parent), "" if name.isdigit() else name))
         traced = {place for m, mark in calls.items() if mark == "traced" for place in places[m]}
-        missing = [module for module in missing if not places[module] & traced]
+        missing = [
+            module
+            for module in missing
+            if not places[module] & traced and vars(module).get("_compiled_call_impl") is None
+        ]
     return missing

@@ -144,7 +144,8 @@ def _scan(
                 _module(path + attributes, path, before, after, modules, tensors, reads, final)
             for path, name in sorted(tensors[token.value]):
                 _tensor(path, name, attributes, before, after, tensors, reads, final)
-    for inner in code.co_consts:
+    for token in tokens:  # functions within, where they are made
+        inner = token.value
         if isinstance(inner, types.CodeType):
             own = inner.co_varnames
             _scan(
