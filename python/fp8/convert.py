@@ -48,7 +48,8 @@ def convert(
             `fp8.Recipe`.
         filter: filter(module, name) -> bool, called once per nn.Linear and experts module with its
             name in `model.named_modules()`: True converts, False leaves it as it is. It replaces
-            the default rules, which leave alone `lm_head`, routers, the shapes for which
+            the default rules, which leave alone `lm_head`, routers, modules whose weight is used
+            past their forward too (`its weight is used by` in the summary), the shapes for which
             `fp8.rules.worthwhile` or `fp8.expert_rules.worthwhile` sees no gain, and models of
             small layers (`fp8.rules.MIN_MEAN_SIZE`). The safety rules hold in any case: subclasses
             of nn.Linear, modules whose weight is used without calling them, and weights that are

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fault import Fault
+from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
 from faults_host import HOST
 from faults_python import PYTHON
 
-FAULTS: list[Fault] = [*PYTHON, *HOST, *CPU, *CUDA]
+FAULTS: list[Fault] = [*PYTHON, *CONVERT, *HOST, *CPU, *CUDA]

@@ -334,6 +334,15 @@ def test_gating_is_found_whatever_the_defaults(dtype, device, mode):
         torch.set_default_dtype(before)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_gating_that_makes_constants_is_found_whatever_the_device(device):
+    module = converted()
+    del module._modules["act_fn"]
+    module.act_fn = lambda x: nn.functional.silu(x) * torch.ones(())
+    with torch.device(device):
+        assert experts.gate_of(module).activation == "silu"
+
+
 def test_gating_is_found_within_fake_tensors_and_autocast():
     module = copy.deepcopy(original("mixtral"))
     with torch._subclasses.FakeTensorMode(), torch.autocast("cpu"):

@@ -186,6 +186,7 @@ def test_exported_programs_hold_no_mark(strict):
     assert torch.equal(program.module()(X), layers(X))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_jit_trace_works():
     layers = fp8.convert(Plain(), filter=every)
     assert torch.equal(torch.jit.trace(layers, X)(X), layers(X))
