@@ -18,10 +18,11 @@ __version__: str = _load().version
 
 from . import _flops, _operators, ops, transformers_hook
 from ._info import info, plan_cache_clear, plan_cache_info
+from ._summary import summary
 from .autotune import autotune
 from .cached_weights import cached_weights
 from .calibrate import calibrate, uncalibrate
-from .convert import convert, revert, summary
+from .convert import convert, revert
 from .grouped import GROUPED_RECIPES, GroupedLinear
 from .linear import Linear
 from .recipe import RECIPES, Recipe

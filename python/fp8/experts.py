@@ -15,14 +15,14 @@ Elsewhere `mixture` composes it of two grouped_linear and PyTorch's operators. W
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .gating import forget_gate, gate_of
+from .gating import forget_gate, gate_of, notes_of, watch
 
 NAME = "fp8"
 """The name in transformers' registry."""
@@ -63,6 +63,8 @@ def forward(
     Ids from num_experts on are experts of other processes and contribute nothing. Where the module
     cannot run in FP8 (`refused`), its previous implementation does.
     """
+    if not torch.compiler.is_compiling():
+        notes_of(self).called = True
     up, up_bias, down, down_bias = weights = weights_of(self)
     if _obstacle(*weights) is not None:
         other: Tensor = _previous(self)(self, hidden_states, top_k_index, top_k_weights)
@@ -76,6 +78,8 @@ def forward(
     gate = gate_of(self) if _in_sixteens(down) else None
     y: Tensor
     if gate is not None:
+        if torch.compiler.is_compiling():
+            watch(self, x.new_empty((0, up.size(1))))
         index = top_k_index.to(torch.int64)
         y = _moe_experts(x, index, top_k_weights, up, down, up_bias, down_bias, *gate, recipe)
     else:
@@ -225,19 +229,31 @@ def recipe_of(module: nn.Module) -> str:
     return settings.recipe if settings is not None else DEFAULT_RECIPE
 
 
-def set_fp8(module: nn.Module, recipe: str, copies: dict[int, Any]) -> None:
-    """Make one experts module run `fp8`. The implementation is an attribute of a config that all
-    layers share, and maybe other models: the module gets a config of its own, the same for all
-    modules of one call (`copies`, by the identity of what was copied)."""
-    settings = vars(module).get(_SETTINGS)
-    config = settings.config if settings is not None else vars(module)["config"]
-    if id(config) not in copies:
-        own = copy.copy(config)
-        own._experts_implementation_internal = NAME
-        copies[id(config)] = own
-    gate_of(module)  # found now, not within a compiled or captured forward
-    vars(module)["config"] = copies[id(config)]
+def fp8_configs(modules: Iterable[nn.Module]) -> dict[int, Any]:
+    """For set_fp8: a copy of every config that these modules have (without FP8), by its identity,
+    whose implementation is `fp8`. The implementation is an attribute of a config that all layers
+    share, and maybe other models: the modules get a config of their own, those of one call share
+    it."""
+    copies: dict[int, Any] = {}
+    for module in modules:
+        config = _plain_config(module)
+        if id(config) not in copies:
+            copies[id(config)] = copy.copy(config)
+            copies[id(config)]._experts_implementation_internal = NAME
+    return copies
+
+
+def set_fp8(module: nn.Module, recipe: str, configs: dict[int, Any]) -> None:
+    """Make one experts module run `fp8`, with its config out of fp8_configs."""
+    config = _plain_config(module)
+    vars(module)["config"] = configs[id(config)]
     vars(module)[_SETTINGS] = Settings(recipe, config)
+    gate_of(module)  # found now, not within a compiled or captured forward
+
+
+def _plain_config(module: nn.Module) -> Any:
+    settings = vars(module).get(_SETTINGS)
+    return settings.config if settings is not None else vars(module)["config"]
 
 
 def unset_fp8(module: nn.Module) -> None:

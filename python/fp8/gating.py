@@ -2,17 +2,23 @@
 
 A module's `_apply_gate` is any function of [rows, 2 I], and its class may override it. So it is
 asked: its values on a few numbers are compared with those of each gating that the operator knows.
-A gating that differs anywhere near common values is never taken for another.
+A gating that differs anywhere is never taken for another, nor is one that reads any tensor besides
+its input, so that no parameter is dropped. The answer holds as long as nothing changes of what the
+module is made of (`_probe.State`), which every call looks at.
 """
 
 import math
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_FOUND = "fp8_gate"  # the attribute that keeps the answer; None: not one of those
+from ._probe import State, undisturbed, values_of
+
+_NOTES = "fp8_gate"  # the attribute of a module that has its Notes
+_OWN = (_NOTES, "fp8_settings")
 
 
 class Gate(NamedTuple):
@@ -24,32 +30,109 @@ class Gate(NamedTuple):
     limit: float
 
 
+class Notes:
+    """What is known of one experts module: its gating, and whether it was called.
+
+    A copy, deep or unpickled, knows only of the call: the rest refers to the original's objects.
+    """
+
+    called: bool | str
+    """Whether the module's forward ran; "traced": a compiler ran through it."""
+
+    def __init__(self, called: bool | str = False) -> None:
+        self.called = called
+        # One tuple: threads that call a module at once replace all of it.
+        self._found: tuple[weakref.ref[nn.Module], State, Gate | None] | None = None
+
+    def __reduce__(self) -> tuple[type["Notes"], tuple[bool | str]]:
+        return Notes, (self.called,)
+
+    def gate(self, module: nn.Module) -> Gate | None:
+        """The gating of `module`, which has these notes; asked for anew if anything changed."""
+        found = self._found
+        if found is not None and found[0]() is module and found[1].same(module):
+            return found[2]
+        state = State(module, "_apply_gate", own=_OWN)
+        gate = None if state.hooked else _find(module)  # hooks see every call, and only calls
+        self._found = (weakref.ref(module), state, gate)
+        return gate
+
+    def traced_gate(self) -> tuple[str, bool, float, float] | None:
+        """The gating if it is known and still holds. A compiler calls this while it traces, outside
+        of the trace, and takes the answer for a constant (a plain tuple, as it can unpack)."""
+        self.called = self.called or "traced"
+        if self._found is None:
+            return None
+        owner, state, gate = self._found
+        module = owner()
+        if gate is None or module is None or not state.same(module):
+            return None
+        return (gate.activation, gate.interleaved, gate.alpha, gate.limit)
+
+    traced_gate._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    # What torch.compiler.assume_constant_result sets, which would import the compiler.
+
+
+def notes_of(module: nn.Module) -> Notes:
+    """The module's notes, made where there are none."""
+    notes: Notes | None = vars(module).get(_NOTES)
+    if notes is None:
+        notes = vars(module)[_NOTES] = Notes()
+    return notes
+
+
+def was_called(module: nn.Module) -> bool | str:
+    """What `Notes.called` says."""
+    notes: Notes | None = vars(module).get(_NOTES)
+    return notes.called if notes is not None else False
+
+
 def gate_of(module: nn.Module) -> Gate | None:
-    """The module's gating; None if the operator does not have it. Found once per module."""
-    have = vars(module)
-    if _FOUND not in have:
-        if not getattr(module, "has_gate", True) or torch.compiler.is_compiling():
-            return None  # a tensor's values cannot be looked at while compiling
-        have[_FOUND] = _find(module)
-    gate: Gate | None = have[_FOUND]
-    return gate
+    """The module's gating; None if the operator does not have it. In a few microseconds, unless the
+    module has changed since it was last asked for.
+
+    While a compiler traces, values cannot be looked at: None, unless it was found before.
+    """
+    if not getattr(module, "has_gate", True):
+        return None
+    if torch.compiler.is_compiling():
+        known: Notes | None = vars(module).get(_NOTES)
+        return known.traced_gate() if known is not None else None  # type: ignore[return-value]
+    return notes_of(module).gate(module)
+
+
+def watch(module: nn.Module, gate_up: Tensor) -> None:
+    """For a compiler's trace that takes gate_of(module) for a constant: runs a gate_up of no rows,
+    [0, 2 I], through the gating, so that the trace depends on what that reads, and drops it."""
+    module._apply_gate(gate_up)  # type: ignore[operator]
 
 
 def forget_gate(module: nn.Module) -> None:
-    """Takes back what gate_of noted on the module."""
-    vars(module).pop(_FOUND, None)
+    """Takes back what was noted on the module."""
+    vars(module).pop(_NOTES, None)
 
 
 def _find(module: nn.Module) -> Gate | None:
-    # Gates and ups in either layout pass the limits in use (7 to 10), on both sides.
-    probe = torch.cat([torch.linspace(-13, 17, 64), torch.linspace(19, -15, 64)])[None]
-    try:
-        with torch.no_grad():
-            values = module._apply_gate(probe.clone())  # type: ignore[operator]
-    except Exception:
-        return None  # it wants something else than numbers: one of its own, in any case
-    if not isinstance(values, Tensor) or values.shape != (1, 64):
-        return None
+    with undisturbed():
+        probe = _numbers()
+        values = values_of(module._apply_gate, probe)  # type: ignore[arg-type]
+        if values is None or values.shape != (probe.size(0), probe.size(1) // 2):
+            return None
+        return _recognize(probe, values, module)
+
+
+def _numbers() -> Tensor:
+    """[2, 128]: gates and ups, in halves or in pairs, that pass on both sides the limits in use
+    (7 to 10, first row) and any other below float16's maximum (second row)."""
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    near = torch.cat([torch.linspace(-13, 17, 64, **kind), torch.linspace(19, -15, 64, **kind)])
+    # These signs go together in every way, in halves as in pairs.
+    signs = torch.tensor([[1, 1, -1, -1], [1, -1, -1, 1]], **kind).repeat(1, 16)
+    far = signs * torch.logspace(1.3, 4.8, 64, **kind)
+    return torch.stack([near, far.flatten()])
+
+
+def _recognize(probe: Tensor, values: Tensor, module: nn.Module) -> Gate | None:
     alpha = _number(module, ("alpha", "swiglu_alpha"), 1.702)
     limit = _number(module, ("limit", "swiglu_limit"), 7.0)
     for interleaved in (False, True):

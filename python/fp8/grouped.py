@@ -6,6 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ._calls import CALLED, _mark_traced
 
 GROUPED_RECIPES: tuple[str, ...] = (
     "rowwise",
@@ -90,8 +93,14 @@ class GroupedLinear(nn.Module):
         [num_groups] int32 on the same device, the row that ends each group. Rows past the last
         offset give zeros, and have a gradient of zero. See `fp8.ops.grouped_linear`.
         """
+        if is_compiling():
+            self._mark_traced()
+        else:
+            self.__dict__[CALLED] = True
         output: Tensor = _grouped_linear(input, self.weight, offsets, self.bias, self.recipe)
         return output
+
+    _mark_traced = _mark_traced
 
     def extra_repr(self) -> str:
         """Groups, features, bias and recipe."""

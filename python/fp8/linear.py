@@ -11,8 +11,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import _distributed_checkpoint, _offload, _operands, main_grad
+from ._calls import CALLED, _mark_traced
 from ._collectives import spare_collectives
 from .recipe import Recipe, check_recipe
 
@@ -109,6 +111,10 @@ class Linear(nn.Linear):
         Nested tensors give nested ones of the same structure, as of nn.Linear: jagged ones with
         the same offsets, strided ones with members of the same leading dimensions.
         """
+        if is_compiling():
+            self._mark_traced()
+        else:
+            self.__dict__[CALLED] = True
         scale = self._buffers.get("input_scale")
         if scale is not None and scale.dtype is not torch.float32:
             scale = scale.float()  # something has cast it past _apply: FSDP's buffer_dtype
@@ -124,6 +130,8 @@ class Linear(nn.Linear):
         else:
             output = _fused_linear(input, weight, self.bias, self.recipe)
         return output
+
+    _mark_traced = _mark_traced
 
     @property
     def input_scale(self) -> Tensor | None:
@@ -212,7 +220,8 @@ class Linear(nn.Linear):
     def _take_scale(self, scale: Tensor) -> None:
         """Make `scale`, of any device, the static scale, on the device where it belongs."""
         device = _offload.scale_device(self, scale.device)
-        self.input_scale = scale.to(device, copy=True)
+        with torch.inference_mode(False):  # a normal tensor, whatever the caller's mode
+            self.input_scale = scale.to(device, copy=True)
 
     def extra_repr(self) -> str:
         """nn.Linear's line, the recipe, and whether the input's scale is static."""

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._readers import readers
 from .experts import is_experts
 from .linear import Linear
 from .recipe import Recipe, check_recipe
@@ -88,6 +90,7 @@ class Found:
     name: str  # as model.named_modules() has it; "" for the model itself
     aliases: list[str] = field(default_factory=list)  # further names of the same module
     reader: str | None = None  # who uses its weight without calling it
+    also_read: str | None = None  # who uses its weight, where something calls it too
     routed: str | None = None  # the experts for which it chooses
 
     def refused(self) -> str | None:
@@ -115,6 +118,8 @@ class Found:
         for name in (self.name, *self.aliases):
             if name.rpartition(".")[2] in HEAD_NAMES:
                 return "output head, kept in high precision by default"
+        if self.also_read is not None:
+            return f"its weight is used by {self.also_read} too, past its forward"
         if self.routed is not None:
             return f"router of {self.routed}, kept in high precision by default"
         return worthwhile(self.module.in_features, self.module.out_features, recipe)
@@ -140,11 +145,12 @@ def left_alone(linears: Sequence[Found], recipe: str) -> dict[nn.Linear, str]:
 
 def find_linears(model: nn.Module) -> list[Found]:
     """Every nn.Linear, subclasses included, once each, in the order of model.named_modules()."""
-    found = {
+    found: dict[nn.Module, Found] = {
         module: Found(module, name)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
+    table: dict[nn.Module, str] = {}
     for prefix, parent in model.named_modules():
         for child_name, child in parent._modules.items():
             if not isinstance(child, nn.Linear):
@@ -154,13 +160,37 @@ def find_linears(model: nn.Module) -> list[Found]:
                 found[child].aliases.append(name)
             for kind, children, why in READ_PAST_FORWARD:
                 if isinstance(parent, kind) and child_name in children:
-                    found[child].reader = f"{child_name} of a {kind.__name__}: {why}"
+                    table[child] = f"{child_name} of a {kind.__name__}: {why}"
         for child_name, child in parent._modules.items():
             count = _number_of_experts(child_name, child)
             if count > 1:
                 for router in _routers(parent, count):
                     found[router].routed = f"{prefix}.{child_name}" if prefix else child_name
+    for module, reader in readers(model).items():
+        if module not in found:
+            continue
+        if reader.called:
+            found[module].also_read = reader.where
+        else:
+            found[module].reader = f"its weight is used by {reader.where} without calling it"
+    for module, why in table.items():
+        found[module].reader = why
     return list(found.values())
+
+
+def find_conv1d(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of every Conv1D of transformers, GPT-2's form of a linear layer: its weight
+    is [in_features, out_features]. Imports nothing for it."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if kind is None:
+        return []
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def label(found: Any) -> str:
+    """The first name of a Found or FoundExperts; the others in brackets."""
+    name = found.name or "(model)"
+    return f"{name} [{', '.join(found.aliases)}]" if found.aliases else name
 
 
 def _is_sharded(module: nn.Linear) -> bool:

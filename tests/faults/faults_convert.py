@@ -1,0 +1,168 @@
+"""Faults in conversion: gatings, weights read past forward, marks of calls, defaults, rollback."""
+
+from __future__ import annotations
+
+from fault import EXPERTS, Fault
+
+GATING = f"{EXPERTS}/test_gating.py"
+DEFAULTS = f"{EXPERTS}/test_experts_defaults.py"
+READS = "tests/python/module/test_convert_reads.py"
+CALLS = "tests/python/module/test_never_called.py"
+LOADING = "tests/python/module/test_convert_defaults.py"
+
+CONVERT = [
+    Fault(
+        "a gating that was found once is never looked at again",
+        "python/fp8/gating.py",
+        "found[0]() is module and found[1].same(module)",
+        "found[0]() is module",
+        GATING,
+    ),
+    Fault(
+        "compiled code takes a gating that no longer holds",
+        "python/fp8/gating.py",
+        "module is None or not state.same(module)",
+        "module is None",
+        GATING,
+    ),
+    Fault(
+        "compiled code does not depend on what the gating reads",
+        "python/fp8/experts.py",
+        "            watch(self, x.new_empty((0, up.size(1))))\n",
+        "            pass\n",
+        GATING,
+    ),
+    Fault(
+        "a gating with a parameter is taken for one without",
+        "python/fp8/_probe.py",
+        "if drew or origins.foreign or not",
+        "if drew or not",
+        GATING,
+    ),
+    Fault(
+        "the probe draws from the caller's generator",
+        "python/fp8/_probe.py",
+        "            torch.set_rng_state(generator)\n",
+        "            pass\n",
+        GATING,
+    ),
+    Fault(
+        "a hook on the activation is passed over",
+        "python/fp8/gating.py",
+        "None if state.hooked else _find(module)",
+        "_find(module)",
+        GATING,
+    ),
+    Fault(
+        "what a closure holds may change unnoticed",
+        "python/fp8/_probe.py",
+        "            self._cells.append((cell, _stored(_content(cell))))\n",
+        "",
+        GATING,
+    ),
+    Fault(
+        "a limit beyond those in use is not seen",
+        "python/fp8/gating.py",
+        "torch.stack([near, far.flatten()])",
+        "torch.stack([near, near])",
+        GATING,
+    ),
+    Fault(
+        "the default device reaches the probe",
+        "python/fp8/_probe.py",
+        '        stack.enter_context(torch.device("cpu"))\n',
+        "",
+        GATING,
+    ),
+    Fault(
+        "fake tensors reach the probe",
+        "python/fp8/_probe.py",
+        "        stack.enter_context(_disable_current_modes())\n",
+        "",
+        GATING,
+    ),
+    Fault(
+        "a copy takes along what the original's gating was found from",
+        "python/fp8/gating.py",
+        "found[0]() is module and found[1]",
+        "found[1]",
+        GATING,
+    ),
+    Fault(
+        "a failed conversion leaves some layers converted",
+        "python/fp8/convert.py",
+        "    except BaseException:\n",
+        "    except Warning:\n",
+        DEFAULTS,
+    ),
+    Fault(
+        "Conv1D is passed over in silence",
+        "python/fp8/rules.py",
+        "    if kind is None:\n        return []\n    return [(name, module)",
+        "    if True:\n        return []\n    return [(name, module)",
+        DEFAULTS,
+    ),
+    Fault(
+        "a weight that is read and not called is converted",
+        "python/fp8/rules.py",
+        '            found[module].reader = f"its weight',
+        '            found[module].also_read = f"its weight',
+        READS,
+    ),
+    Fault(
+        "a weight's dtype counts as its values",
+        "python/fp8/_reads.py",
+        "if rest[0] in _METADATA or",
+        "if",
+        READS,
+    ),
+    Fault(
+        "branches that the settings rule out count",
+        "python/fp8/_bytecode.py",
+        "return _reached(instructions, {}) - _reached(instructions, known)",
+        "return set()",
+        READS,
+    ),
+    Fault(
+        "a local name hides the layer",
+        "python/fp8/_reads.py",
+        "        modules[after[0].value].add(path)\n",
+        "        pass\n",
+        READS,
+    ),
+    Fault(
+        "a layer that was never called goes unsaid",
+        "python/fp8/_calls.py",
+        "    missing = [module for module, mark in calls.items() if not mark]\n",
+        "    missing: list[nn.Module] = []\n",
+        CALLS,
+    ),
+    Fault(
+        "a compiler traces the mark",
+        "python/fp8/linear.py",
+        "        if is_compiling():\n",
+        "        if False:\n",
+        CALLS,
+    ),
+    Fault(
+        "blocks that share compiled code seem never called",
+        "python/fp8/_calls.py",
+        'if "traced" in calls.values():',
+        "if False:",
+        CALLS,
+    ),
+    Fault(
+        "the default dtype reaches a scale that is loaded",
+        "python/fp8/linear.py",
+        "torch.ones((), dtype=torch.float32, device=self.weight.device)",
+        "torch.ones((), device=self.weight.device)",
+        LOADING,
+    ),
+    Fault(
+        "revert changes some layers before it complains",
+        "python/fp8/convert.py",
+        '    check_model("revert", model)\n    converted = []\n',
+        '    check_model("revert", model)\n    model[0].input_scale = None\n    converted = []\n',
+        LOADING,
+    ),
+]
