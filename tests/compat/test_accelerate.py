@@ -109,10 +109,18 @@ def test_offload_then_calibrate(how, tmp_path):
     """The scale is that of the model that was not offloaded, in the call and in the state_dict."""
     model, x = convert(net()), data()
     plain = copy.deepcopy(model)
+    before = output(plain, x)
     offload(model, how, tmp_path)
-    for m in (plain, model):
+
+    def fix(m: nn.Module) -> None:
         with torch.no_grad(), fp8.calibrate(m):
             m(x)
+
+    if not noticed(partial(fix, model), "fp8.calibrate", (RuntimeError, ValueError)):
+        assert "buffers" in how  # accelerate's list of buffers is older than the scale
+        assert torch.equal(output(model, x), before)
+        return
+    fix(plain)
     for (name, ours), theirs in zip(
         converted_layers(model).items(), converted_layers(plain).values(), strict=True
     ):
@@ -313,6 +321,27 @@ def test_accelerator_trains_as_with_linear(precision, when):
         accelerator.free_memory()
     assert results[1] == pytest.approx(results[0], rel=0.05)
     assert warned[1] <= warned[0], warned[1] - warned[0]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_revert_after_unwrapping(keep):
+    """A model that is one linear layer: unwrapped, its own forward stays on the instance."""
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    layer = convert(randomize(nn.Linear(64, 64)))
+    x = data()
+    exact = output(fp8.revert(copy.deepcopy(layer)), x)
+    wrapped = accelerator.prepare(layer)
+    assert relative(output(wrapped, x), exact) < 0.08
+    layer = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=keep)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fp8.revert(layer)
+    if keep:  # still wrapped in autocast: that is said
+        assert type(layer) is nn.Linear or caught
+    else:
+        assert type(layer) is nn.Linear
+        assert torch.equal(output(layer, x), exact)
+    accelerator.free_memory()
 
 
 def test_accelerator_saves_and_loads_its_state(tmp_path):

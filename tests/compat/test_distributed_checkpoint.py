@@ -175,6 +175,23 @@ def test_scales_by_torch_save_and_safetensors(tmp_path):
         assert_loaded(model, source)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scales_that_were_cast_with_the_checkpoint(assign, dtype):
+    """As scripts do that halve a file: a scale arrives in float32, whatever the file has."""
+    source = calibrated()
+    state = {n: t.to(dtype) for n, t in source.state_dict().items()}
+    model = fresh() if dtype == torch.float64 else fresh().to(dtype)
+    if assign and dtype == torch.float64:
+        state |= {n: t.float() for n, t in state.items() if not n.endswith("input_scale")}
+    model.load_state_dict(state, assign=assign)
+    for name, layer in converted_layers(model).items():
+        assert layer.input_scale.dtype == torch.float32
+        expected = converted_layers(source)[name].input_scale
+        assert torch.allclose(layer.input_scale, expected, rtol=2**-8)
+    model(data().to(model[0].weight.dtype))
+
+
 def test_deepcopy_keeps_scales():
     source = calibrated()
     assert_loaded(copy.deepcopy(source), source)

@@ -19,6 +19,7 @@ from converted import (
     step,
 )
 from tiny_transformers import CAUSAL, FAMILIES, MIXTURES, inputs, loss, make
+from torch import nn
 
 import fp8
 
@@ -60,6 +61,19 @@ def test_summary_names_every_layer_that_multiplies_by_a_matrix(family):
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear", "Conv1D"):
             assert name in text, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_that_is_called_is_converted(family):
+    """Code that asks a weight for its dtype, or its device, does not read past the forward."""
+    model = convert(make(family))
+    called = set()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for module in linears.values():
+        module.register_forward_hook(lambda m, *_: called.add(m))
+    model(**inputs(family))
+    for name, module in linears.items():
+        assert isinstance(module, fp8.Linear) or module not in called, name
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
