@@ -80,7 +80,8 @@ def test_every_linear_that_is_called_is_converted(family):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "t5", "bert", "vit"])
 def test_gradient_checkpointing_changes_no_bit(family, recipe, use_reentrant):
-    """20 steps: past the window of `delayed`, with a batch that outgrows it."""
+    """20 steps: past the window of `delayed`, with weights that outgrow it. One step of T5, which
+    adds the gradients of shared tensors in another order when it recomputes."""
     models = [convert(make(family), recipe) for _ in range(2)]
     models[1].gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
@@ -88,7 +89,7 @@ def test_gradient_checkpointing_changes_no_bit(family, recipe, use_reentrant):
             if family != "vit":
                 model.enable_input_require_grads()
     given = inputs(family)
-    steps = 20 if recipe == "delayed" else 1
+    steps = 20 if recipe == "delayed" and family != "t5" else 1
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3) for m in models]
     for index in range(steps):
         if index == 17:
@@ -96,7 +97,7 @@ def test_gradient_checkpointing_changes_no_bit(family, recipe, use_reentrant):
                 for model in models:
                     next(iter(converted_layers(model).values())).weight.mul_(3)
         results = [step(m, lambda m: m(**given).loss) for m in models]
-        assert_same(*results, 1e-2 if family == "t5" else 0.0)  # it shares a weight: other sums
+        assert_same(*results, 1e-5 if family == "t5" else 0.0)
         for optimizer in optimizers:
             optimizer.step()
 
