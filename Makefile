@@ -20,6 +20,7 @@ BIN :=
 PY := $(shell $(PYTHON) -c "import sys; print(sys.executable)")
 INSTALLED :=
 LINTERS :=
+PACKAGES :=
 else
 BIN := $(abspath $(VENV))/bin/
 PY := $(BIN)python
@@ -27,6 +28,9 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Stamps are named after what they stand for: other requirements, another stamp.
 INSTALLED := $(VENV)/.installed-$(shell sha256sum <requirements.txt | cut -c1-12)
 LINTERS := $(VENV)/.linters-$(shell sha256sum <requirements-lint.txt | cut -c1-12)
+# A folder of their own, which only test-compat sees: the other tests run without these packages.
+SITE := build/compat-site
+PACKAGES := $(SITE)/.installed-$(shell cat requirements.txt requirements-compat.txt | sha256sum | cut -c1-12)
 endif
 export PATH := $(PATH):/usr/local/cuda/bin
 export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -40,7 +44,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo demo-moe loss-curves test test-gpu test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -66,6 +70,9 @@ test: _catch2  ## every test that this machine can run
 
 test-gpu: _tests_built  ## the tests that need a GPU; fails where there is none
 	@PYTHON=$(PY) CTEST=$(BIN)ctest PYTEST_ARGS='$(ARGS)' scripts/test.sh gpu
+
+test-compat: build $(PACKAGES)  ## models, trainers and tools of other packages, at pinned versions
+	@PYTHONPATH="$$PYTHONPATH$(if $(SITE),:$(CURDIR)/$(SITE))" $(PY) -m pytest tests/compat $(ARGS)
 
 test-asan: $(INSTALLED)  ## the host code's C++ tests under AddressSanitizer and UBSan
 	@$(call host_tests,asan,address$(comma)undefined)
@@ -141,6 +148,13 @@ $(INSTALLED): | $(BIN)python
 $(LINTERS): | $(INSTALLED)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-lint.txt
 	@rm -f $(VENV)/.linters-* && touch $@
+
+# Without what these packages depend on: requirements.txt has it, and its torch stays as it is.
+$(PACKAGES): requirements-compat.txt | $(INSTALLED)
+	@rm -rf $(SITE)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(SITE) \
+	  -r requirements-compat.txt
+	@touch $@
 
 $(BIN)python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
