@@ -208,12 +208,18 @@ std::pair<at::Tensor, at::Tensor> remember_weight(
   return cached.forms[form];
 }
 
-void forget_weights() {
+void forget_weights(const std::vector<at::Tensor>& changed) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
-  for (auto& [impl, cached] : weights.map) {
+  const auto forget = [](CachedWeight& cached) {
     cached = {.weight = cached.weight, .contexts = cached.contexts};
+  };
+  for (const at::Tensor& weight : changed) {
+    const auto found = weights.map.find(weight.unsafeGetTensorImpl());
+    if (found != weights.map.end()) forget(found->second);
   }
+  if (!changed.empty()) return;
+  for (auto& entry : weights.map) forget(entry.second);
 }
 
 void cache_weights(const std::vector<at::Tensor>& added) {

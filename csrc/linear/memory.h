@@ -59,7 +59,8 @@ void drop_inputs();
 // fp8.cached_weights: contexts may nest and share weights.
 void cache_weights(const std::vector<at::Tensor>& weights);
 void uncache_weights(const std::vector<at::Tensor>& weights);
-// What was made of the weights of the open contexts: they have changed, and no counter says so.
-void forget_weights();
+// What was made of these weights, none: of all, in the open contexts. They may have changed, and no
+// counter says so.
+void forget_weights(const std::vector<at::Tensor>& changed);
 
 }  // namespace fp8::memory

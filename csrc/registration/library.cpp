@@ -82,7 +82,7 @@ TORCH_LIBRARY(fp8, m) {
   // What fp8.cached_weights opens and closes: no device, no gradient.
   m.def("_cache_weights(Tensor[] weights) -> ()", &fp8::memory::cache_weights);
   m.def("_uncache_weights(Tensor[] weights) -> ()", &fp8::memory::uncache_weights);
-  m.def("_forget_weights() -> ()", &fp8::memory::forget_weights);
+  m.def("_forget_weights(Tensor[] weights) -> ()", &fp8::memory::forget_weights);
   m.def(
       "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
       " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"

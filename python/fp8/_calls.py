@@ -1,4 +1,5 @@
-"""The mark that the forward of fp8.Linear and fp8.GroupedLinear leaves, and who has none.
+"""Which forward a module has, the mark that those of fp8.Linear and fp8.GroupedLinear leave, and
+who has none.
 
 A layer without it, in a model where others have it, does not run in FP8 at all: something reads
 its weight and does the product itself. The mark costs some ten nanoseconds a call. A compiler must
@@ -28,6 +29,16 @@ _mark_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def forget_call(module: nn.Module) -> None:
     """Takes the mark back."""
     vars(module).pop(CALLED, None)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether `forward` was replaced on the instance. Not by itself, as accelerate leaves it there
+    when it takes its hook off: the method of the class, bound to the module."""
+    own = vars(module).get("forward")
+    if own is None:
+        return False
+    of_class = getattr(own, "__func__", None) is type(module).forward
+    return not (of_class and getattr(own, "__self__", None) is module)
 
 
 def never_called(model: nn.Module, calls: dict[nn.Module, Any]) -> Collection[nn.Module]:

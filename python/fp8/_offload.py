@@ -33,6 +33,9 @@ def store_scale(module: nn.Module, scale: Tensor) -> None:
             continue
         if scale.is_meta or "input_scale" in module._non_persistent_buffers_set:
             continue  # no value; not offloaded
+        devices = getattr(hook, "original_devices", None)
+        if isinstance(devices, dict):  # what comes back when the hook is taken off
+            devices.setdefault("input_scale", torch.device("cpu"))
         store: Any = hook.weights_map
         key = "input_scale"
         while hasattr(store, "dataset") and hasattr(store, "prefix"):

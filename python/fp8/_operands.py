@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import _nested, main_grad
+from ._watched import WatchedParameter
 
 if TYPE_CHECKING:
     from .linear import Linear
@@ -26,7 +27,7 @@ def linear(layer: "Linear", input: Any, scale: Tensor | None) -> Any:
     weight: Any = layer.weight
     if isinstance(weight, fx.Proxy):  # traced, of an input that is a constant
         return _traced(layer, weight.tracer, input, scale)
-    if type(weight) in (nn.Parameter, Tensor):
+    if type(weight) in (nn.Parameter, Tensor, WatchedParameter):
         return _product(layer, input, weight, scale)
     try:
         return _product(layer, input, weight, scale)

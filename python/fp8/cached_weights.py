@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
 from . import experts
+from ._watched import watched
 from .grouped import GroupedLinear
 from .linear import Linear
 
@@ -24,15 +25,21 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
 
     For gradient accumulation (around the micro-batches between two optimizer steps) and for
     inference. The weights should not change inside. A change is noticed, and the weight quantized
-    again, where PyTorch counts it (in-place operators, `load_state_dict`, another tensor in
-    `p.data`), and after every step of a `torch.optim.Optimizer`, those included whose fused kernels
-    PyTorch does not count. A write that leaves no trace is not noticed: `p.data.copy_()` or
-    `p.data += delta` (as PEFT merges an adapter), an all-gather into the same memory, NumPy, a
-    fused optimizer's operator called by itself.
+    again,
+
+    - where PyTorch counts it: in-place operators, `load_state_dict`, another tensor in `p.data`;
+    - after every step of a `torch.optim.Optimizer`, those included whose fused kernels count
+      nothing;
+    - after `p.data` was read, through which it may be written (PEFT's merging of adapters,
+      averages of weights that are copied in).
+
+    Not noticed is a write through an alias that was made before: of a tensor that `p.data` gave
+    earlier, by a collective, by NumPy; nor an operator of a fused optimizer called by itself.
 
     Memory: one byte per weight element while the context is open, two when a backward is to
     follow (the transposed copy). All of it is freed at the end. Contexts may nest. Where autocast
-    casts the weights, the cast copies are what is quantized, and nothing is cached.
+    casts the weights, the cast copies are what is quantized, and nothing is cached. While it is
+    open, the class of the parameters is a subclass of nn.Parameter.
 
     Raises TypeError if `model` is not an nn.Module.
 
@@ -46,7 +53,7 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
         raise TypeError(
             f"fp8.cached_weights: expected an nn.Module, got {type(model).__name__}: {model!r:.80}"
         )
-    weights = []
+    weights: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, Linear | GroupedLinear):
             weights.append(module.weight)
@@ -60,7 +67,8 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
         register_optimizer_step_post_hook(_forget_weights),
     ]
     try:
-        yield
+        with watched(weights):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -68,4 +76,4 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _forget_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    torch.ops.fp8._forget_weights()
+    torch.ops.fp8._forget_weights([])

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import experts, transformers_hook
-from ._calls import forget_call
+from ._calls import forget_call, has_own_forward
 from ._collectives import spare_collectives
 from .expert_rules import FoundExperts, find_experts
 from .grouped import check_grouped_recipe
@@ -97,7 +97,10 @@ def convert(
         transformers_hook.register()
     configs = experts.fp8_configs(able)
     with _all_or_nothing([*chosen, *able]):
+        for module in model.modules():
+            forget_call(module)  # "never called" is said of what ran after this
         for module in chosen:
+            vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
             module.__class__ = Linear
             vars(module)["recipe"] = recipe
         for mixture in able:
@@ -135,6 +138,7 @@ def revert(model: ModelT) -> ModelT:
     with _all_or_nothing([*converted, *mixtures]):
         for module in converted:
             vars(module).pop("recipe", None)
+            vars(module).pop("forward", None)
             forget_call(module)
             module.input_scale = None
             module.__class__ = nn.Linear  # type: ignore[assignment]
@@ -146,7 +150,7 @@ def revert(model: ModelT) -> ModelT:
 def _obstacle(module: Linear) -> str | None:
     if type(module) is not Linear:
         return f"its class is {type(module).__name__}, a subclass"
-    if "forward" in vars(module):
+    if has_own_forward(module):
         return "its forward was replaced on the instance"
     return None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import _distributed_checkpoint, _offload, _operands, main_grad
-from ._calls import CALLED, _mark_traced
+from ._calls import CALLED, _mark_traced, has_own_forward
 from ._collectives import spare_collectives
 from .recipe import Recipe, check_recipe
 
@@ -90,14 +90,15 @@ class Linear(nn.Linear):
                 "fp8.Linear.from_linear: expected an nn.Linear itself, no subclass, "
                 f"got {type(linear).__name__}"
             )
-        if "forward" in vars(linear):
+        if has_own_forward(linear):
             raise TypeError(
                 "fp8.Linear.from_linear: forward was replaced on this instance and would be lost"
             )
         new = cls.__new__(cls)
         for key, value in vars(linear).items():
             # Parameters, buffers and hooks sit in containers; only the containers are new.
-            vars(new)[key] = value.copy() if isinstance(value, dict | set) else value
+            if key != "forward":  # the class's own, if it is there
+                vars(new)[key] = value.copy() if isinstance(value, dict | set) else value
         if isinstance(linear, Linear) and linear.input_scale is not None:
             check_static(name, "fp8.Linear.from_linear: the module")
         new._compiled_call_impl = None  # what linear.compile() made is bound to `linear`

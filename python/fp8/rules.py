@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._calls import has_own_forward
 from ._readers import readers
 from .experts import is_experts
 from .linear import Linear
@@ -102,7 +103,7 @@ class Found:
             return f"a subclass of {base}: {kind.__name__}{before}"
         if self.reader is not None:
             return self.reader
-        if kind is nn.Linear and "forward" in vars(module):
+        if kind is nn.Linear and has_own_forward(module):
             return "its forward was replaced on the instance; convert before that"
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -239,6 +241,77 @@ def test_cached_weights_notice_a_step_that_fails_half_way(device):
         assert not torch.equal(layer(x), before)
 
 
+def _add_to_data(weight):
+    weight.data += 1
+
+
+WRITES = {
+    "copy": lambda weight: weight.data.copy_(-weight),
+    "add": _add_to_data,
+    "set": lambda weight: setattr(weight, "data", -weight.detach()),
+    "foreach": lambda weight: torch._foreach_neg_([weight.data]),
+    "vector": lambda weight: torch.nn.utils.vector_to_parameters(torch.randn(48 * 64), [weight]),
+}
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["linear", "grouped"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_cached_weights_notice_what_is_written_through_data(device, write, grouped):
+    """As adapters are merged, averages copied in, and older optimizers write."""
+    if grouped:
+        layer = fp8.GroupedLinear(1, 64, 48, device=device)
+        offsets = (torch.tensor([32], dtype=torch.int32, device=device),)
+    else:
+        layer, offsets = fp8.Linear(64, 48, device=device), ()
+    x = torch.randn(32, 64, device=device)
+    with torch.no_grad():
+        with fp8.cached_weights(layer), fp8.cached_weights(layer):
+            for _ in range(2):
+                before = layer(x, *offsets)
+                write(layer.weight)
+                inside = layer(x, *offsets)
+                assert not torch.equal(inside, before)
+        assert torch.equal(layer(x, *offsets), inside)
+
+
+def test_cached_weights_leave_parameters_as_they_were(device):
+    """In the context they are a subclass; copies and pickles are not, nor are they afterwards."""
+    layer = fp8.Linear(64, 48, device=device)
+    layer.weight.main_grad = torch.ones(1)
+    weight = layer.weight
+    with fp8.cached_weights(layer):
+        assert layer.weight is weight
+        assert isinstance(weight, torch.nn.Parameter)
+        assert weight.data_ptr() == weight.data.data_ptr()
+        copied = copy.deepcopy(layer)
+        pickled = pickle.loads(pickle.dumps(layer))
+        for other in (copied, pickled):
+            assert type(other.weight) is torch.nn.Parameter
+            assert torch.equal(other.weight, weight)
+        assert torch.equal(pickled.weight.main_grad, weight.main_grad)
+        assert "Parameter containing" in repr(weight)
+        assert type(weight + 1) is torch.Tensor
+        assert type(weight.detach()) is torch.Tensor
+        layer.weight = torch.nn.Parameter(torch.zeros(48, 64, device=device))
+    assert type(weight) is type(layer.weight) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_cached_weights_of_a_compiled_layer(device, inside):
+    torch._dynamo.reset()
+    layer = fp8.Linear(64, 48, device=device)
+    x = torch.randn(32, 64, device=device)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    if not inside:
+        compiled(x)
+    for _ in range(2):
+        with fp8.cached_weights(layer):
+            assert torch.equal(compiled(x), layer(x))
+            layer.weight.data.neg_()
+            assert torch.equal(compiled(x), layer(x))
+        assert torch.equal(compiled(x), layer(x))
+
+
 def test_cached_weights_leave_no_hook_behind():
     hooks = importlib.import_module("torch.optim.optimizer")
     before = [dict(hooks._global_optimizer_pre_hooks), dict(hooks._global_optimizer_post_hooks)]
@@ -251,14 +324,15 @@ def test_cached_weights_leave_no_hook_behind():
 
 
 def test_cached_weights_are_kept_only_inside(device):
-    """A change that no version counter sees is missed inside, as documented, and seen after."""
+    """A change that leaves no trace is missed inside, as documented, and seen after."""
     (layer,) = layers(device, 1)
+    alias = layer.weight.data
     x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
         with fp8.cached_weights(layer):
             with fp8.cached_weights(layer):
                 before = layer(x)
-            layer.weight.data.mul_(-1)
+            alias.mul_(-1)
             assert torch.equal(layer(x), before)
         assert not torch.equal(layer(x), before)
 
