@@ -1,5 +1,6 @@
-"""When and where the long checks last passed: a small JSON file each beside the benchmarks' results,
-status_CHECK_GPU.json (or _cpu), from which the README's table is made.
+"""When and where the long checks last passed: a small JSON file each, beside benchmark results.
+
+From these, status_CHECK_GPU.json (or _cpu), the README's table is made.
 
 `make fuzz` and `make soak` call write(). For `make test-gpu` and `make sanitize` their scripts run
 this file:
@@ -61,7 +62,18 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"status_{check}_{slug(head['gpu']) if head['gpu'] else 'cpu'}.json"
     path.write_text(json.dumps(run, indent=1) + "\n")
+    if folder == RESULTS:
+        show(ROOT / "README.md")
     return path
+
+
+def show(document: Path) -> None:
+    """Puts the table of what is in RESULTS into the README."""
+    import readme  # which imports this module
+
+    markers = readme.CHECKS
+    text = readme.replace_between(document.read_text(), table(load(RESULTS)), markers)
+    document.write_text(text)
 
 
 def load(folder: Path) -> list[Row]:
@@ -146,7 +158,9 @@ def main() -> int:
     parser.add_argument("--log", nargs="*", default=[], metavar="NAME=STATUS=FILE")
     parser.add_argument("--status", type=int, default=0, help="exit status of the whole")
     options = parser.parse_args()
-    counts, failures = from_junit(options.junit) if options.junit else from_logs(options.log)
+    reports = [path for path in options.junit if path.is_file()]
+    sanitize = options.check == "sanitize"
+    counts, failures = from_logs(options.log) if sanitize else from_junit(reports)
     if options.status and not failures:  # it ended before a test could say so
         failures = [{"what": options.check, "error": f"exit status {options.status}"}]
     command = f"make {options.check}"

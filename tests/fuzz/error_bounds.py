@@ -193,15 +193,14 @@ def product(a: Operand, b: Operand, way: Accumulation) -> Approx:
     return approx(value, torch.where(beyond & (k > 0), math.inf, error))
 
 
-def high_precision(a: Approx, b: Approx, gpu_casts: bool) -> Approx:
+def high_precision(a: Approx, b: Approx, relative: float = 0.0) -> Approx:
     """aᵀ · b of [T, M] and [T, N], summed in fp32 by torch's own products, which may take subnormal
-    numbers for zero. gpu_casts: operands lose 2^-8 each first, since a grouped product on a GPU is
-    made in bf16."""
+    numbers for zero. relative: what they lose beyond that, relative to the sum of magnitudes."""
     value = a.value.t() @ b.value
     large_a, large_b = a.largest(), b.largest()
     magnitude = large_a.t() @ large_b
     error = a.value.abs().t() @ b.error + a.error.t() @ large_b
-    relative = (a.value.shape[0] + 2) * _U + (2.0**-7 if gpu_casts else 0.0)
+    relative += (a.value.shape[0] + 2) * _U
     beyond = magnitude > 0.99 * _FLT_MAX
     flushed = 2.0**-126 * (1 + large_a.sum(0)[:, None] + large_b.sum(0))
     error = error + relative * magnitude + flushed

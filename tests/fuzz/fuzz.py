@@ -18,6 +18,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def main(arguments: list[str]) -> int:
     seconds = options.seconds or SECONDS[devices[0]]
     names = [n for n in options.ops or FAMILIES if n not in options.without]
     families = [FAMILIES[name] for name in names]
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors")
     # Small problems: threads that wait for each other on a shared machine take most of the time.
     torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // 4)))
     LAST_CASE.parent.mkdir(parents=True, exist_ok=True)

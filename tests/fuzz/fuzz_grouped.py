@@ -60,7 +60,8 @@ def columns(a: Approx, b: Approx, recipe: str, ways: Ways) -> Approx:
         zeros = torch.zeros(a.value.shape[1], b.value.shape[1], dtype=torch.float64)
         return approx(zeros, zeros)
     if recipe.endswith("gw_hp"):
-        return ways.stored(error_bounds.high_precision(a, b, ways.gpu))
+        cast = 2.0**-7 if ways.gpu else 0.0  # of both operands to bf16
+        return ways.stored(error_bounds.high_precision(a, b, cast))
     return ways.stored(product(quantized(a.t(), "rows"), quantized(b.t(), "rows"), ways.backward))
 
 

@@ -2,10 +2,11 @@
 
     python tests/soak/soak.py --steps 2000 --seed 7
 
-20,000 steps where there is a GPU, 2,000 on a CPU, or what 280 s allow. Looked at, about 40 times a run: memory, handles,
-plans and tensors (footprint.py says what may grow by how much); every loss is finite. At the end
-each model's loss is that of bf16, up to 15%, and on a CPU the first steps of a second run with the
-same seed have the same bits. A failure names the step and the seed; exit code 1.
+20,000 steps where there is a GPU, 2,000 on a CPU, or what 280 s allow. Looked at, about 40 times
+a run: memory, handles, plans and tensors (footprint.py says what may grow by how much); and that
+every loss is finite. At the end each model's loss is that of bf16, up to 15%, and on a CPU the
+first steps of a second run with the same seed have the same bits. A failure names the step and the
+seed; exit code 1.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LOOKS = 40
 # FP8 keeps 28 dB or more of every operand: its noise adds a few percent to what the targets' own
 # leaves of the loss (trainees.NOISE).
 LOSS_RATIO = 1.15
-ACCUMULATES, EVALUATES, REPLACES = 25, 10, 2000  # every so many steps
+ACCUMULATES, EVALUATES = 25, 10  # every so many steps
+REPLACES = 10  # so many times a run
 
 
 class Soak:
@@ -65,7 +67,8 @@ class Soak:
             if step % EVALUATES == 0:
                 with torch.no_grad():
                     trainee.model(batches[0][0])
-        if step % REPLACES == REPLACES - 1:  # weights that end, with all that hangs on them
+        every = max(1, self.steps // REPLACES)
+        if step % every == every - 1:  # weights that end, with all that hangs on them
             for trainee in trainees.make(self.device, torch.bfloat16, step):
                 for _ in range(18):
                     trainee.step(batches[:1])
