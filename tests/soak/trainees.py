@@ -79,7 +79,12 @@ class Trainee:
 
     def __init__(self, name: str, peer: str, model: nn.Module) -> None:
         self.name, self.peer, self.model = name, peer, model
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        # Experts, bf16's too, go astray with the plain one when a batch has one row.
+        self.optimizer = (
+            torch.optim.Adam(model.parameters(), lr=0.002, betas=(0.9, 0.99))
+            if isinstance(model, Experts)
+            else torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        )
 
     def step(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
         """One update from the gradients of all batches. The last one's loss, on its device."""
