@@ -44,7 +44,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize fuzz soak bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -95,6 +95,12 @@ test-sdist: wheel  ## the source distribution, built by pip in a clean environme
 sanitize: build  ## compute-sanitizer over every op; needs a GPU
 	@PYTHON=$(PY) scripts/sanitize.sh
 
+fuzz: build  ## any operator, any input, against a reference: 3 minutes, on a GPU 5
+	@$(PY) tests/fuzz/fuzz.py $(ARGS)
+
+soak: build  ## thousands of steps in every recipe: memory, handles, losses; on a GPU 5 minutes
+	@$(PY) tests/soak/soak.py $(ARGS)
+
 bench: build  ## every benchmark, the README's tables and the plots; needs a GPU, 8 minutes
 	@status=0; PYTHON=$(PY) scripts/bench.sh $(ARGS) || status=$$?; [ $$status -ne 2 ] || exit 2; \
 	  $(PY) benchmarks/report.py --readme --plots >/dev/null; exit $$status
@@ -113,10 +119,10 @@ tidy: build $(LINTERS)  ## clang-tidy on all host code; lint takes the part with
 format: $(INSTALLED) $(LINTERS)  ## let the formatters write
 	@scripts/lint.sh --fix
 
-clean:  ## remove what was built
+clean:  ## remove what was built; distclean: the virtual environment too
 	rm -rf build dist python/*.egg-info python/fp8/{include,lib,share} python/fp8/_C*.so python/fp8/_build.py
 
-distclean: clean  ## and the virtual environment
+distclean: clean
 	rm -rf $(if $(strip $(VENV)),$(VENV))
 
 # setarch -R: ThreadSanitizer stops where the kernel spreads addresses further than it knows.

@@ -6,20 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_block
+import status
 import tables
 from runs import ROOT, Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+CHECKS = ("<!-- checks:begin -->", "<!-- checks:end -->")
 PLOTS = {"linear": "Speed of one layer over M", "breakdown": "Where a step's time goes"}
 
 
-def replace_between(document: str, table: str) -> str:
+def replace_between(document: str, table: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """The document with `table` between the markers. Raises ValueError when they are missing."""
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    first, last = markers
+    head, begin, rest = document.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the document lacks the lines {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+        raise ValueError(f"the document lacks the lines {first} and {last}")
+    return f"{head}{first}\n{table}\n{last}{tail}"
 
 
 def describe(facts: Row) -> str:
@@ -52,6 +55,7 @@ def sections(runs: dict[str, Row], folder: Path) -> str:
 def write(runs: dict[str, Row], folder: Path) -> Path:
     readme = ROOT / "README.md"
     readme.write_text(replace_between(readme.read_text(), sections(runs, folder)))
+    status.show(readme)
     return readme
 
 

@@ -5,7 +5,8 @@ against earlier runs.
     python benchmarks/report.py --readme --plots     # write README.md's tables and the PNG plots
     python benchmarks/report.py --check OTHER        # compare ratios with another folder of results
 
-The README's tables stand between the lines `<!-- bench:begin -->` and `<!-- bench:end -->`.
+The README's tables stand between the lines `<!-- bench:begin -->` and `<!-- bench:end -->`; that
+of the checks (status.py) between `<!-- checks:begin -->` and `<!-- checks:end -->`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def load(folder: Path) -> dict[str, Row]:
     are of an earlier form, and named on stderr."""
     runs = {}
     for path in sorted(folder.glob("*.json")):
+        if path.name.startswith("status_"):  # of a check: status.py
+            continue
         run = read(path)
         lacking = regressions.lacking(run)
         if run["benchmark"] not in TABLES or lacking:

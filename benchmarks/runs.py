@@ -32,7 +32,8 @@ def import_fp8() -> Any:
 
 
 def git_commit() -> str:
-    """Short hash, with + when the tree has changes. FP8_COMMIT says it where the tree is a copy."""
+    """Short hash, with + when the tree has changes, but for what runs write there: results and the
+    README's tables. FP8_COMMIT says it where the tree is a copy."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -41,7 +42,8 @@ def git_commit() -> str:
     if named := os.environ.get("FP8_COMMIT"):
         return named
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        ours = ("--", ".", ":!benchmarks/results", ":!README.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", *ours)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

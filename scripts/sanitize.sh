@@ -5,6 +5,7 @@
 # a transposed weight) and the passes around grouped products. Those run without torch because racecheck itself dies of
 # the grouped matmul of ATen between them ("The Sanitizer failed to handle a hardware exception"), with or without a
 # kernel of ours in the process.
+# Every step runs, whatever came of those before; what came of them goes to benchmarks/results (benchmarks/status.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -12,19 +13,32 @@ command -v compute-sanitizer >/dev/null || {
   echo "sanitize: compute-sanitizer (CUDA Toolkit) is not on the PATH" >&2
   exit 1
 }
-ours=(--error-exitcode 9 --kernel-name "kernel_substring=fp8")  # not cuBLAS's and ATen's
-echo "== memcheck"
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck "${ours[@]}" \
-  "$python" tests/sanitize/op_sweep.py
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck "${ours[@]}" \
-  "$python" tests/sanitize/op_sweep.py --grouped
-echo "== racecheck"
-compute-sanitizer --tool racecheck "${ours[@]}" "$python" tests/sanitize/op_sweep.py --no-matmul
+logs=build/sanitize
+rm -rf "$logs" && mkdir -p "$logs"
+begin=$(date +%s)
+steps=()
+failed=0
+step() { # step NAME COMMAND...: compute-sanitizer's tool is the name's first word
+  local name=$1 status=0
+  shift
+  echo "== $name"
+  compute-sanitizer --tool "${name%% *}" --error-exitcode 9 \
+    --kernel-name "kernel_substring=fp8" "$@" 2>&1 | tee "$logs/${name// /-}.log" || status=$? # not cuBLAS's and ATen's
+  steps+=("$name=$status=$logs/${name// /-}.log")
+  [ "$status" = 0 ] || failed=1
+}
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+step "memcheck" "$python" tests/sanitize/op_sweep.py
+step "memcheck grouped" "$python" tests/sanitize/op_sweep.py --grouped
+unset PYTORCH_NO_CUDA_MEMORY_CACHING
+step "racecheck" "$python" tests/sanitize/op_sweep.py --no-matmul
 core=build/tests/cpp/test_core_gpu
 if [ -x "$core" ]; then
   torch=$("$python" -c 'import torch; print(torch.__path__[0])')
   LD_LIBRARY_PATH=python/fp8/lib:$torch/lib:$torch/../nvidia/cu13/lib \
-    compute-sanitizer --tool racecheck "${ours[@]}" "$core" '[quantize],[grouped]'
+    step "racecheck passes" "$core" '[quantize],[grouped]'
 else
   echo "racecheck of column sums and grouped passes left out: the C++ tests are not built (no Catch2 header)"
 fi
+"$python" benchmarks/status.py sanitize --begin "$begin" --status "$failed" --log "${steps[@]}"
+exit "$failed"

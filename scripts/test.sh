@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests of an already built tree: `make test` and `make test-gpu` call it.
 #   scripts/test.sh all   C++ and Python, everything that this machine can run
-#   scripts/test.sh gpu   the tests that need a GPU; fails where there is none
+#   scripts/test.sh gpu   the tests that need a GPU; fails where there is none. Writes what came of them to
+#                         benchmarks/results, or to build/status where PYTEST_ARGS chose among them
 # PYTHON is the interpreter, CTEST is ctest, PYTEST_ARGS goes to pytest. The GPU's tests are host work for the most part:
 # TEST_JOBS processes (default: a quarter of the cores, at most 8) share them and the GPU.
 set -euo pipefail
@@ -17,6 +18,19 @@ if [ "$mode" = gpu ] && [ "$gpu" = 0 ]; then
   exit 1
 fi
 
+reports=$PWD/build/test-gpu/reports
+record() { # also where a test failed and the script ends
+  local status=$?
+  "$python" benchmarks/status.py test-gpu --begin "$begin" --status "$status" \
+    --arguments="${PYTEST_ARGS:-}" --junit "$reports"/*.xml
+  exit "$status"
+}
+if [ "$mode" = gpu ]; then
+  rm -rf "$reports" && mkdir -p "$reports"
+  begin=$(date +%s)
+  trap record EXIT
+fi
+
 run_ctest() { "$ctest" --test-dir build --output-on-failure --no-tests=error -j "$(nproc)" "$@"; }
 count_ctest() { "$ctest" --test-dir build -N "$@" | sed -n 's/^Total Tests: //p'; }
 
@@ -29,7 +43,7 @@ if [ "$cpp_tests" = 0 ]; then
   fi
   echo "C++ tests left out: no Catch2 header here (set CATCH2_INCLUDE_DIR to its folder)"
 elif [ "$mode" = gpu ]; then
-  run_ctest -L gpu -j 1
+  run_ctest -L gpu -j 1 --output-junit "$reports/ctest.xml"
 elif [ "$gpu" = 1 ]; then
   run_ctest -j 1
 else
@@ -47,7 +61,7 @@ pids=()
 for ((i = 1; i <= jobs; ++i)); do
   # A folder each for what autotune keeps: its tests remove it.
   FP8_CACHE_DIR=$PWD/build/test-gpu/cache-$i "$python" -m pytest -m gpu --require-gpu --shard="$i/$jobs" --durations=8 \
-    -o cache_dir="$PWD/build/test-gpu/pytest-$i" ${pytest_args[@]+"${pytest_args[@]}"} &>"build/test-gpu-$i.log" &
+    -o cache_dir="$PWD/build/test-gpu/pytest-$i" --junitxml="$reports/pytest-$i.xml" ${pytest_args[@]+"${pytest_args[@]}"} &>"build/test-gpu-$i.log" &
   pids+=($!)
 done
 status=0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import EXPERTS, MEMORY, Fault
+from fault import CHECKS, EXPERTS, MEMORY, Fault
 
 PYTHON = [
     Fault(
@@ -102,5 +102,47 @@ PYTHON = [
         'set(CMAKE_INSTALL_RPATH "$ORIGIN;',
         'set(CMAKE_INSTALL_RPATH "/opt/build;$ORIGIN;',
         "tests/python/build/test_build_libraries.py",
+    ),
+    Fault(
+        "make fuzz takes any value for right",
+        "tests/fuzz/error_bounds.py",
+        "    if bool(bad.any()):\n",
+        "    if False:\n",
+        f"{CHECKS}/test_fuzz.py",
+    ),
+    Fault(
+        "a smaller case of make fuzz fails for another reason",
+        "tests/fuzz/case_fields.py",
+        "found is not None and kind_of(found) == kind",
+        "found is not None",
+        f"{CHECKS}/test_fuzz.py",
+    ),
+    Fault(
+        "a case of make fuzz depends on those before it",
+        "tests/fuzz/fuzz.py",
+        'rng = random.Random(f"{seed}/{index}")',
+        "rng = random",
+        f"{CHECKS}/test_fuzz.py",
+    ),
+    Fault(
+        "make soak lets anything grow",
+        "tests/soak/footprint.py",
+        "if now[name] - before[name] > allowed",
+        "if False",
+        f"{CHECKS}/test_soak.py",
+    ),
+    Fault(
+        "a check that failed is recorded as passed",
+        "benchmarks/status.py",
+        '"passed": not failures,',
+        '"passed": True,',
+        f"{CHECKS}/test_status.py",
+    ),
+    Fault(
+        "a failing test is counted as passed",
+        "benchmarks/status.py",
+        'if e.tag in ("failure", "error")',
+        'if e.tag == "failure"',
+        f"{CHECKS}/test_status.py",
     ),
 ]

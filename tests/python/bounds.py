@@ -72,15 +72,20 @@ def accumulation_of(device: str, fast_accum: bool) -> Accumulation:
     return "fast" if fast_accum else "split"
 
 
-def bound(result: Product, out_dtype: torch.dtype, accumulation: Accumulation) -> Tensor:
-    """Largest |error| allowed for each output element."""
-    steps = math.ceil(result.k / 32)
-    relative = (result.k + 8) * _U
+def relative_error(k: int, accumulation: Accumulation) -> float:
+    """Of a sum of k products before it is rounded to its dtype, relative to S above."""
+    steps = math.ceil(k / 32)
+    relative = (k + 8) * _U
     if accumulation == "split":
         relative += 33 * 4 * _T
     elif accumulation == "fast":
         relative += min(1.0, 32 * _T * steps) + _T * steps
-    error = relative * result.magnitude
+    return relative
+
+
+def bound(result: Product, out_dtype: torch.dtype, accumulation: Accumulation) -> Tensor:
+    """Largest |error| allowed for each output element."""
+    error = relative_error(result.k, accumulation) * result.magnitude
     half_ulp, half_smallest = _ROUNDING[out_dtype]
     return error + half_ulp * (result.exact.abs() + error) + half_smallest
 
