@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fp8
 
@@ -77,14 +78,18 @@ def main() -> None:
         y = torch.ops.fp8.fused_linear(x, weight, input_scale=scale)
         y.backward(torch.randn_like(y))
         calls += 2
-    # Delayed scales begin after 16 calls with one weight.
+    # Delayed scales begin after 16 calls with one weight. The last calls are cast again, hold values
+    # that are not finite, and are recomputed.
     for tokens, k, n in SHAPES[:2] if matmul else ():
         weight = torch.randn(n, k, device="cuda", requires_grad=True)
-        for _ in range(18):
-            x = torch.randn(tokens, k, device="cuda", requires_grad=True)
-            y = torch.ops.fp8.fused_linear(x, weight, None, "delayed")
+        for call in range(20):
+            x = torch.randn(tokens, k, device="cuda") * (1e3 if call > 17 else 1)
+            if call == 19:
+                x[0, 0] = torch.inf
+            args = (x.requires_grad_(), weight, None, "delayed")
+            y = checkpoint(torch.ops.fp8.fused_linear, *args, use_reentrant=call % 2 == 0)
             y.backward(torch.randn_like(y))
-            calls += 2
+            calls += 3
     # Rows that start off 16 bytes, and rows longer than the registers of a block hold.
     odd = torch.randn(9, 1031, device="cuda", dtype=torch.bfloat16)[:, 1:]
     long = torch.randn(3, 40_000, device="cuda", dtype=torch.bfloat16)

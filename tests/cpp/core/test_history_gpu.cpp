@@ -120,8 +120,8 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
 
     // The same x again, as activation checkpointing has it: the same scale, and no record.
     if (call < kAmaxWindow) continue;
-    check(cudaMemset(data.data, 0xEE, data.size));
-    check(cudaMemset(data_t.data, 0xEE, data_t.size));
+    check(cudaMemset(data.data, 0xEE, data.count));
+    check(cudaMemset(data_t.data, 0xEE, data_t.count));
     QuantizeArgs again = args;
     again.amax_call = static_cast<uint64_t>(call) + 1;
     again.recomputes = true;
