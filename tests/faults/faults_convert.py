@@ -152,10 +152,10 @@ CONVERT = [
         CALLS,
     ),
     Fault(
-        "the default dtype reaches a scale that is loaded",
+        "the caller's inference mode reaches a scale that is loaded",
         "python/fp8/linear.py",
-        "torch.ones((), dtype=torch.float32, device=self.weight.device)",
-        "torch.ones((), device=self.weight.device)",
+        "with torch.inference_mode(False):  # a normal tensor, whatever",
+        "if True:  # whatever",
         LOADING,
     ),
     Fault(

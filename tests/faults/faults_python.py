@@ -43,7 +43,7 @@ PYTHON = [
     Fault(
         "a step of an optimizer leaves cached weights as they were",
         "python/fp8/cached_weights.py",
-        "    torch.ops.fp8._forget_weights()\n",
+        "    torch.ops.fp8._forget_weights([])\n",
         "    return\n",
         MEMORY,
     ),
@@ -53,6 +53,27 @@ PYTHON = [
         "        register_optimizer_step_pre_hook(_forget_weights),\n",
         "",
         MEMORY,
+    ),
+    Fault(
+        "what is written through .data leaves cached weights as they were",
+        "python/fp8/_watched.py",
+        "        torch.ops.fp8._forget_weights([self])\n        plain",
+        "        plain",
+        MEMORY,
+    ),
+    Fault(
+        "the class's own forward on an instance is taken for another",
+        "python/fp8/_calls.py",
+        "return not (of_class and",
+        "return not (False and",
+        "tests/python/module/test_instance_forward.py",
+    ),
+    Fault(
+        "convert leaves the forward of nn.Linear on the instance",
+        "python/fp8/convert.py",
+        'vars(module).pop("forward", None)  # that of the class it was: see has_own_forward',
+        "pass",
+        "tests/python/module/test_instance_forward.py",
     ),
     Fault(
         "convert changes the config that other models share",
