@@ -144,8 +144,15 @@ at::Tensor multiply_columns(const Operand& a, const Operand& b, const at::Tensor
 at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,
                                    const at::Tensor& offsets) {
   if (a.is_cpu()) return multiply_high_precision_cpu(a, b, offsets);
-  // The kernel that needs no offsets on the host is bf16's.
-  return at::_grouped_mm(a.to(at::kBFloat16).t(), b.to(at::kBFloat16), offsets).to(a.scalar_type());
+  // The kernel that needs no offsets on the host is bf16's. It wants rows that follow each other
+  // and begin on 16 bytes, which a part of a larger tensor, or a row that is repeated, need not do.
+  const auto operand = [](const at::Tensor& t) {
+    const at::Tensor rows = t.to(at::kBFloat16);
+    const bool dense = rows.stride(1) == 1 && rows.stride(0) == rows.size(1) &&
+                       reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
+    return dense ? rows : rows.clone(at::MemoryFormat::Contiguous);
+  };
+  return at::_grouped_mm(operand(a).t(), operand(b), offsets).to(a.scalar_type());
 }
 
 }  // namespace fp8::grouped

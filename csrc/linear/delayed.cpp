@@ -48,16 +48,14 @@ struct Layer {
 struct Layers {
   std::mutex mutex;
   std::map<Key, Layer> map;
-  size_t sweep_at = 64;  // entries, at which those of weights that are gone are looked for
-
   // Never destroyed: at process exit CUDA may be gone before the tensors.
   static Layers& instance() {
     static auto* layers = new Layers;
     return *layers;
   }
+  // Those of weights that are gone. Where a layer is new, so that what is gone is replaced at most.
   void sweep() {
     std::erase_if(map, [](const auto& entry) { return entry.second.storage.expired(); });
-    sweep_at = std::max<size_t>(64, 2 * map.size());
   }
 };
 
@@ -79,7 +77,7 @@ std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Operand operand) 
   auto found = layers.map.find(key);
   if (found == layers.map.end()) {
     if (operand == Operand::kGradOutput) return nullptr;
-    if (layers.map.size() >= layers.sweep_at) layers.sweep();
+    layers.sweep();
     found = layers.map.try_emplace(key, weight).first;
   }
   std::shared_ptr<AmaxHistory>& history = found->second.at(stream, operand);

@@ -6,6 +6,7 @@
 #include <bit>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstring>
 #include <deque>
 #include <limits>
 #include <utility>
@@ -128,7 +129,8 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
     quantize(again, nullptr);
     check(cudaDeviceSynchronize());
     REQUIRE(used.host()[0] == expected);
-    REQUIRE(history.host() == ring);
+    const std::vector<float> after = history.host();  // fingerprints may be the bits of a NaN
+    REQUIRE(std::memcmp(after.data(), ring.data(), ring.size() * sizeof(float)) == 0);
     if (with_data) REQUIRE(count_wrong(data.host(), host, rows, cols, multiplier, false) == 0);
     if (with_data_t) REQUIRE(count_wrong(data_t.host(), host, rows, cols, multiplier, true) == 0);
   }

@@ -87,15 +87,23 @@ def test_grouped_linear_without_elements(device, counts, k, n, recipe):
     assert weight.grad.shape == weight.shape
 
 
-def test_grouped_linear_strided_rows(device):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_grouped_linear_strided_rows(device, recipe):
     p = reference.problem(ROUTINGS["random"], 64, 48, device=device)
     wide = torch.cat([p.x, p.x], 1)
-    views = {"slice": wide[:, :64], "every other": wide.repeat_interleave(2, 1)[:, ::2][:, :64]}
-    expected = reference.run(p, "rowwise")
-    for view in views.values():
-        for name, a, b in zip(
-            expected._fields, reference.run(p._replace(x=view), "rowwise"), expected, strict=True
-        ):
+    off = torch.cat([p.x.flatten()[:1], p.x.flatten()])  # rows begin off 16 bytes
+    row = p._replace(x=p.x[:1].expand_as(p.x).contiguous())
+    views = [
+        (p, wide[:, :64]),
+        (p, wide.repeat_interleave(2, 1)[:, ::2][:, :64]),
+        (p, off[1:].view_as(p.x)),
+        (p, p.x.t().contiguous().t()),
+        (row, p.x[:1].expand_as(p.x)),
+    ]
+    for dense, view in views:
+        expected = reference.run(dense, recipe)
+        found = reference.run(dense._replace(x=view), recipe)
+        for name, a, b in zip(expected._fields, found, expected, strict=True):
             assert_same_bits(a, b, name)
 
 

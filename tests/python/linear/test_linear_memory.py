@@ -250,7 +250,9 @@ WRITES = {
     "add": _add_to_data,
     "set": lambda weight: setattr(weight, "data", -weight.detach()),
     "foreach": lambda weight: torch._foreach_neg_([weight.data]),
-    "vector": lambda weight: torch.nn.utils.vector_to_parameters(torch.randn(48 * 64), [weight]),
+    "vector": lambda weight: torch.nn.utils.vector_to_parameters(
+        torch.randn(48 * 64, device=weight.device), [weight]
+    ),
 }
 
 
