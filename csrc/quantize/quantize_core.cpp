@@ -55,12 +55,12 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
   plan.one_pass = rowwise && a.data_t.data == nullptr && a.column_sum == nullptr;
   plan.statistics =
       rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr && !is_delayed(a);
-  if (is_delayed(a)) {  // two words for each tile, and one
+  if (a.amax_history != nullptr) {  // two words for each tile, and one; in the first calls, too
     const CastPlan tiles = plan_cast(std::max({a.rows, a.data.rows, a.data_t.ld}),
                                      std::max({a.cols, a.data.ld, a.data_t.rows}),
                                      /*per_axis=*/false, device.sm_count);
-    plan.expected_offset = static_cast<size_t>(2 * tiles.col_tiles * tiles.row_tiles);
-    plan.words = plan.expected_offset + 1;
+    plan.expected_offset = static_cast<size_t>(round_up(2 * tiles.col_tiles * tiles.row_tiles, 4));
+    plan.words = plan.expected_offset + 4;
   }
   if (!plan.statistics) return plan;
   plan.row_amax = rowwise && a.data.data != nullptr;
