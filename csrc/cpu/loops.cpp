@@ -56,7 +56,10 @@ FP8_CLONES uint32_t max_finite_magnitude(const float* x, int64_t count) {
 
 FP8_CLONES uint32_t fold(const uint32_t* x, int64_t count) {
   uint32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += x[i] * (2U * static_cast<uint32_t>(i) + 0x9E3779B1U);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t word = (x[i] ^ (x[i] >> 15)) * 0x2C1B3C6DU;  // else twice x could give x's sum
+    sum += (word ^ (word >> 13)) * (2U * static_cast<uint32_t>(i) + 0x9E3779B1U);
+  }
   return sum;
 }
 

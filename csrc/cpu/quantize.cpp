@@ -10,6 +10,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "common/formats.h"
@@ -97,6 +98,19 @@ struct History {
   float load(int part, uint64_t call) const {
     return (*this)(part, call).load(std::memory_order_relaxed);
   }
+  // What the newest record of the same amax and fingerprint used; else one of the same amax whose
+  // call took that at once.
+  std::optional<float> find(float own, uint32_t print) const {
+    bool taken_at_once = false;
+    for (int ago = 1; ago <= core::kAmaxRecords; ++ago) {
+      const uint64_t call = args.amax_call - ago;  // before the first: words of 0
+      if (load(0, call) != own) continue;
+      const auto found = std::bit_cast<uint32_t>(load(kHistoryFingerprint, call));
+      if (found == print) return load(kHistoryUsed, call);
+      taken_at_once |= found == 0;
+    }
+    return taken_at_once ? std::optional(own) : std::nullopt;
+  }
   void leave(float own, float used, uint32_t print) const {
     (*this)(0, args.amax_call).store(own, std::memory_order_relaxed);
     (*this)(kHistoryUsed, args.amax_call).store(used, std::memory_order_relaxed);
@@ -104,6 +118,23 @@ struct History {
         .store(std::bit_cast<float>(print), std::memory_order_relaxed);
   }
 };
+
+// The amax whose scale a delayed cast would take before it has seen x: quantize/tile.cuh.
+float expected_amax(const History& history) {
+  const auto& a = history.args;
+  float largest = 0.0F;
+  for (int ago = 1; ago <= core::kAmaxWindow; ++ago) {
+    const float before = history.load(0, a.amax_call - ago);
+    if (std::isfinite(before)) largest = std::max(largest, before);
+  }
+  const float used = history.load(kHistoryUsed, a.amax_call - 1);
+  const auto print = [&](uint64_t ago) {
+    return std::bit_cast<uint32_t>(history.load(kHistoryFingerprint, a.amax_call - ago));
+  };
+  const bool same_amax = history.load(0, a.amax_call - 1) == history.load(0, a.amax_call - 2);
+  const bool repeats = a.recomputes || (same_amax && print(1) != 0 && print(1) == print(2));
+  return repeats && std::isfinite(used) ? used : largest;
+}
 
 // Delayed scaling: the amax that makes the scale, by the rule in fp8/core.h. Leaves a record.
 float delayed_amax(const Input& in) {
@@ -116,25 +147,11 @@ float delayed_amax(const Input& in) {
   }
   const Report report = finite_report(in);
   const float own = std::bit_cast<float>(report.amax);
-  float expected = 0.0F;
-  for (int ago = 1; ago <= (a.recomputes ? 1 : core::kAmaxWindow); ++ago) {
-    const float before = history.load(a.recomputes ? kHistoryUsed : 0, a.amax_call - ago);
-    if (std::isfinite(before)) expected = std::max(expected, before);
-  }
-  const float used = suits(expected, own) ? expected : own;
-  if (!a.recomputes) {
-    history.leave(own, used, report.print);
-    return used;
-  }
-  bool taken_at_once = false;
-  for (int ago = 1; ago <= core::kAmaxRecords; ++ago) {
-    const uint64_t call = a.amax_call - ago;  // before the first: words of 0
-    if (history.load(0, call) != own) continue;
-    const auto print = std::bit_cast<uint32_t>(history.load(kHistoryFingerprint, call));
-    if (print == report.print) return history.load(kHistoryUsed, call);
-    taken_at_once |= print == 0;
-  }
-  return taken_at_once ? own : used;
+  const float expected = expected_amax(history);
+  const float used =
+      history.find(own, report.print).value_or(suits(expected, own) ? expected : own);
+  if (!a.recomputes) history.leave(own, used, report.print);
+  return used;
 }
 
 // multiplier(row, widened row) gives each row's quant_multiplier.

@@ -115,18 +115,23 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
 }
 
 // The amax, as bits, whose scale a delayed cast takes before it has seen x: the largest of the
-// window, or where x may be that of an earlier call, that of the newest one. Each warp looks it up
-// by itself: no barrier.
+// window; where the last two calls had one x, or this may have that of an earlier call, what the
+// last call used. Each warp looks it up by itself: no barrier.
 __device__ __forceinline__ uint32_t expected_amax(const CastParams& p) {
   static_assert(kAmaxWindow < 32);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   uint32_t bits = 0;
-  if (p.recomputes) {
-    bits = __ldcg(p.history + kHistoryUsed + slot_before(p.history_slot, 1));
-  } else if (lane < kAmaxWindow) {
-    bits = __ldcg(p.history + slot_before(p.history_slot, lane + 1));
-  }
-  return warp_max(bits < kExponentBits ? bits : 0);  // Inf or NaN says nothing about other calls
+  if (lane < kAmaxWindow) bits = __ldcg(p.history + slot_before(p.history_slot, lane + 1));
+  const int last = slot_before(p.history_slot, 1);
+  const uint32_t used = __ldcg(p.history + kHistoryUsed + last);
+  const uint32_t print = __ldcg(p.history + kHistoryFingerprint + last);
+  const int before = slot_before(p.history_slot, 2);
+  const bool repeats =
+      p.recomputes || (print != 0 && print == __ldcg(p.history + kHistoryFingerprint + before) &&
+                       __ldcg(p.history + last) == __ldcg(p.history + before));
+  if (bits >= kExponentBits) bits = 0;  // Inf or NaN says nothing about other calls
+  const uint32_t largest = warp_max(bits);
+  return repeats && used < kExponentBits ? used : largest;
 }
 
 __device__ __forceinline__ float multiplier_of(const CastParams& p, uint32_t amax_bits,

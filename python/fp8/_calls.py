@@ -43,14 +43,14 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def never_called(model: nn.Module, calls: dict[nn.Module, Any]) -> Collection[nn.Module]:
     """Of the layers of `model` in FP8, each with its mark: those that were not called. None of them
-    if no layer was: the model has not run yet, or elsewhere.
+    if no layer was and no parameter has a gradient: the model has not run yet, or elsewhere.
 
     Layers that share their place, the class of a parent and the name there, with a traced one are
     taken for called too, and so are layers that were compiled themselves: compiled code serves all
     modules of one form, and is traced in one.
     """
     missing = [module for module, mark in calls.items() if not mark]
-    if len(missing) == len(calls):
+    if len(missing) == len(calls) and all(p.grad is None for p in model.parameters()):
         return ()
     if "traced" in calls.values():
         places: dict[nn.Module, set[tuple[type, str]]] = {module: set() for module in calls}

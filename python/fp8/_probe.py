@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _torch_modules
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -27,6 +28,12 @@ _MAX_DEPTH = 5
 _INTERNAL = tuple(vars(nn.Module()))
 """What nn.Module.__init__ puts first into every module."""
 
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    _torch_modules._global_forward_hooks,
+    _torch_modules._global_forward_pre_hooks,
+    _torch_modules._global_backward_hooks,
+    _torch_modules._global_backward_pre_hooks,
+)
 _HOOKS = tuple(name for name in _INTERNAL if name.endswith(("_hooks", "_pre_hooks")))
 _MISSING = object()
 
@@ -128,7 +135,7 @@ class State:
         self._names: list[tuple[Any, str, Any]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
         self._kinds: list[tuple[Any, type]] = []
-        self._hooks: list[Any] = []
+        self._hooks: list[Any] = [*_GLOBAL_HOOKS]
         self._empty: list[Any] = []  # of the modules' dicts of children and tensors
         self._root_kind = type(root)
         self._root_training = root.training
@@ -234,10 +241,16 @@ class State:
             self._visit(_content(cell), depth + 1)
         self._visit(function.__defaults__, depth + 1)
         self._visit(function.__kwdefaults__, depth + 1)
-        for name in _names(function.__code__):
+        names = _names(function.__code__)
+        for name in names:
             value = function.__globals__.get(name, _MISSING)
-            if value is not _MISSING and not isinstance(value, types.ModuleType):
-                self._names.append((function.__globals__, name, _stored(value)))
+            if value is _MISSING:
+                continue
+            self._names.append((function.__globals__, name, _stored(value)))
+            if isinstance(value, types.ModuleType | type):  # what may be read of it: settings.mode
+                have = vars(value)
+                self._names += [(have, n, _stored(have[n])) for n in names if n in have]
+            else:
                 self._visit(value, depth + 1)
 
     def _note(self, have: Any, depth: int, *, start: int = 0, whole: bool = False) -> None:

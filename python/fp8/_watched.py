@@ -5,7 +5,8 @@ What is written through `p.data` moves no version counter: `p.data += delta`,
 nn.Parameter that has the codes made of it forgotten whenever `.data` is read.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,31 +33,41 @@ class WatchedParameter(nn.Parameter):
         torch.ops.fp8._forget_weights([self])
         _data.__set__(self, value)
 
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """An nn.Parameter: who makes another one of this type means that (accelerate)."""
+        return nn.Parameter(data, requires_grad)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self._as_parameter(nn.Parameter.__deepcopy__, memo)
+        copy: Any = nn.Parameter.__deepcopy__
+        return copy(self, memo)  # of type(self)(...): a plain one
 
     def __reduce_ex__(self, proto: Any) -> Any:
-        return self._as_parameter(nn.Parameter.__reduce_ex__, proto)
+        return nn.Parameter.__reduce_ex__(self, proto)  # type: ignore[no-untyped-call]
 
-    def _as_parameter(self, method: Callable[..., Any], *args: Any) -> Any:
-        self.__class__ = nn.Parameter  # type: ignore[assignment]
-        try:
-            return method(self, *args)
-        finally:
-            self.__class__ = WatchedParameter
+
+_lock = threading.Lock()
+_watchers: dict[int, tuple[nn.Parameter, int]] = {}  # by id: the parameter, contexts that watch it
 
 
 @contextmanager
 def watched(weights: Iterable[Tensor]) -> Iterator[None]:
-    """The plain nn.Parameters among `weights` are WatchedParameters while it is open."""
-    changed = []
-    try:
+    """The plain nn.Parameters among `weights` are WatchedParameters while it, or another context
+    that began meanwhile, is open."""
+    mine: list[Any] = []
+    with _lock:
         for weight in weights:
-            if type(weight) is nn.Parameter:
+            if type(weight) in (nn.Parameter, WatchedParameter):
                 weight.__class__ = WatchedParameter
-                changed.append(weight)
+                _, count = _watchers.get(id(weight), (weight, 0))
+                _watchers[id(weight)] = (weight, count + 1)  # type: ignore[assignment]
+                mine.append(weight)
+    try:
         yield
     finally:
-        for weight in changed:
-            if type(weight) is WatchedParameter:
-                weight.__class__ = nn.Parameter  # type: ignore[assignment]
+        with _lock:
+            for weight in mine:
+                _, count = _watchers.pop(id(weight))
+                if count > 1:
+                    _watchers[id(weight)] = (weight, count - 1)
+                elif type(weight) is WatchedParameter:
+                    weight.__class__ = nn.Parameter  # type: ignore[assignment]

@@ -33,7 +33,8 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     - after `p.data` was read, through which it may be written (PEFT's merging of adapters,
       averages of weights that are copied in).
 
-    Not noticed is a write through an alias that was made before: of a tensor that `p.data` gave
+    Not noticed is a write through the `.data` of a view or of a detached tensor (`p[0].data`,
+    `state_dict()["weight"].data`; without `.data` it is), or through an alias that was made
     earlier, by a collective, by NumPy; nor an operator of a fused optimizer called by itself.
 
     Memory: one byte per weight element while the context is open, two when a backward is to

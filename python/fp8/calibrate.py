@@ -138,9 +138,11 @@ def _observer(observed: dict[nn.Module, Tensor]) -> Any:
             if module not in observed:
                 observed[module] = torch.zeros((), dtype=torch.float32, device=x.device)
         with torch.no_grad():
-            amax = torch.linalg.vector_norm(x.detach(), math.inf, dtype=torch.float32)
-            running = observed[module]
-            torch.maximum(running, amax.to(running.device), out=running)  # NaN stays
+            for part in x.detach().unbind() if x.is_nested else (x.detach(),):
+                if part.numel():
+                    amax = torch.linalg.vector_norm(part, math.inf, dtype=torch.float32)
+                    running = observed[module]
+                    torch.maximum(running, amax.to(running.device), out=running)  # NaN stays
 
     return observe
 

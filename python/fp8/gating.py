@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import gelu, silu  # as they were when this was imported
 
 from ._probe import State, undisturbed, values_of
 
@@ -115,41 +115,72 @@ def forget_gate(module: nn.Module) -> None:
 def _find(module: nn.Module) -> Gate | None:
     with undisturbed():
         probe = _numbers()
-        values = values_of(module._apply_gate, probe)  # type: ignore[arg-type]
+        apply: Any = module._apply_gate
+        values = values_of(apply, probe)
         if values is None or values.shape != (probe.size(0), probe.size(1) // 2):
             return None
-        return _recognize(probe, values, module)
+        gate = _recognize(probe, values, module)
+        return gate if gate is not None and _has_gradient_of(gate, apply, probe) else None
 
 
 def _numbers() -> Tensor:
-    """[2, 128]: gates and ups, in halves or in pairs, that pass on both sides the limits in use
-    (7 to 10, first row) and any other below float16's maximum (second row)."""
+    """[4, 128]: gates and ups, in halves or in pairs, that pass on both sides the limits in use
+    (7 to 10, first row) and any other below float16's maximum (second row), and gates near 0 (the
+    third in halves, the last in pairs)."""
     kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     near = torch.cat([torch.linspace(-13, 17, 64, **kind), torch.linspace(19, -15, 64, **kind)])
     # These signs go together in every way, in halves as in pairs.
     signs = torch.tensor([[1, 1, -1, -1], [1, -1, -1, 1]], **kind).repeat(1, 16)
     far = signs * torch.logspace(1.3, 4.8, 64, **kind)
-    return torch.stack([near, far.flatten()])
+    small = signs[0] * torch.logspace(-4, 0, 64, **kind)
+    large = torch.full_like(small, 3.5)
+    halves, pairs = torch.cat([small, large]), torch.stack([small, large], 1).flatten()
+    return torch.stack([near, far.flatten(), halves, pairs])
+
+
+def _gated(gate: Gate, gate_up: Tensor) -> Tensor:
+    """[rows, I] of [rows, 2 I]: what the operator computes, by the usual functions."""
+    if gate.interleaved:
+        g, up = gate_up[:, ::2], gate_up[:, 1::2]
+    else:
+        g, up = gate_up.chunk(2, dim=-1)
+    if gate.activation == "silu":
+        return silu(g) * up
+    if gate.activation == "clamped_silu":
+        g = g.clamp(max=gate.limit)
+        return g * torch.sigmoid(gate.alpha * g) * (up.clamp(-gate.limit, gate.limit) + 1)
+    return gelu(g, approximate="tanh" if gate.activation == "gelu_tanh" else "none") * up
 
 
 def _recognize(probe: Tensor, values: Tensor, module: nn.Module) -> Gate | None:
     alpha = _number(module, ("alpha", "swiglu_alpha"), 1.702)
     limit = _number(module, ("limit", "swiglu_limit"), 7.0)
     for interleaved in (False, True):
-        gate, up = (probe[:, ::2], probe[:, 1::2]) if interleaved else probe.chunk(2, dim=-1)
-        clamped = gate.clamp(max=limit)
-        known = {
-            "silu": F.silu(gate) * up,
-            "gelu": F.gelu(gate) * up,
-            "gelu_tanh": F.gelu(gate, approximate="tanh") * up,
-            "clamped_silu": clamped
-            * torch.sigmoid(alpha * clamped)
-            * (up.clamp(-limit, limit) + 1),
-        }
-        for activation, expected in known.items():
-            if torch.allclose(values.float(), expected, rtol=1e-5, atol=1e-6):
-                return Gate(activation, interleaved, alpha, limit)
+        for activation in ("silu", "gelu", "gelu_tanh", "clamped_silu"):
+            gate = Gate(activation, interleaved, alpha, limit)
+            if torch.allclose(values.float(), _gated(gate, probe), rtol=1e-5, atol=1e-6):
+                return gate
     return None
+
+
+def _has_gradient_of(gate: Gate, apply: Any, probe: Tensor) -> bool:
+    """Whether the values are the same, too, where a gradient is asked for, and so is that: a gating
+    may detach, have a backward of its own, or ask whether its input requires a gradient."""
+    with torch.enable_grad():
+        asked = probe.clone().requires_grad_()
+        values = values_of(apply, asked)
+        if values is None or not values.requires_grad:
+            return False
+        expected = _gated(gate, asked)
+        if not torch.allclose(values.float(), expected, rtol=1e-5, atol=1e-6):
+            return False
+        weights = torch.linspace(0.5, 1.5, expected.numel(), dtype=torch.float32, device="cpu")
+        (wanted,) = torch.autograd.grad(expected, asked, weights.view_as(expected))
+        try:
+            (found,) = torch.autograd.grad(values, asked, weights.view_as(values).to(values.dtype))
+        except Exception:
+            return False
+    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _number(module: nn.Module, names: tuple[str, ...], default: float) -> float:

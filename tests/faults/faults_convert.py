@@ -63,8 +63,29 @@ CONVERT = [
     Fault(
         "a limit beyond those in use is not seen",
         "python/fp8/gating.py",
+        "torch.stack([near, far.flatten(), halves, pairs])",
+        "torch.stack([near, near, halves, pairs])",
+        GATING,
+    ),
+    Fault(
+        "a gating that differs near zero is taken for another",
+        "python/fp8/gating.py",
+        "torch.stack([near, far.flatten(), halves, pairs])",
         "torch.stack([near, far.flatten()])",
-        "torch.stack([near, near])",
+        GATING,
+    ),
+    Fault(
+        "a gating with a gradient of its own is taken for another",
+        "python/fp8/gating.py",
+        "gate is not None and _has_gradient_of(gate, apply, probe)",
+        "gate is not None",
+        GATING,
+    ),
+    Fault(
+        "an attribute of a module that a gating reads does not count",
+        "python/fp8/_probe.py",
+        "self._names += [(have, n, _stored(have[n])) for n in names if n in have]",
+        "pass",
         GATING,
     ),
     Fault(

@@ -159,8 +159,8 @@ CPU = [
     Fault(
         "the window lacks the oldest of its calls",
         "csrc/cpu/quantize.cpp",
-        "ago <= (a.recomputes ? 1 : core::kAmaxWindow)",
-        "ago < (a.recomputes ? 1 : core::kAmaxWindow)",
+        "ago <= core::kAmaxWindow; ++ago",
+        "ago < core::kAmaxWindow; ++ago",
         DELAYED,
     ),
     Fault(
@@ -173,8 +173,8 @@ CPU = [
     Fault(
         "a delayed scale is the window's, whatever the tensor",
         "csrc/cpu/quantize.cpp",
-        "const float used = suits(expected, own) ? expected : own;",
-        "const float used = expected;",
+        "suits(expected, own) ? expected : own",
+        "expected",
         DELAYED,
     ),
     Fault(
@@ -194,8 +194,15 @@ CPU = [
     Fault(
         "a recomputation takes the scale of any call with its amax",
         "csrc/cpu/quantize.cpp",
-        "if (print == report.print) return",
-        "if (print != 0) return",
+        "if (found == print) return",
+        "if (found != 0) return",
+        RECOMPUTATION,
+    ),
+    Fault(
+        "a tensor that comes again is scaled anew",
+        "csrc/cpu/quantize.cpp",
+        "history.find(own, report.print)",
+        "(a.recomputes ? history.find(own, report.print) : std::nullopt)",
         RECOMPUTATION,
     ),
     Fault(

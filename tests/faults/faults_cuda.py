@@ -16,8 +16,8 @@ CUDA = [
     Fault(
         "CUDA: the window lacks the oldest of its calls",
         "csrc/quantize/tile.cuh",
-        "else if (lane < kAmaxWindow) {",
-        "else if (lane < kAmaxWindow - 1) {",
+        "if (lane < kAmaxWindow) bits",
+        "if (lane < kAmaxWindow - 1) bits",
         DELAYED,
         gpu=True,
     ),

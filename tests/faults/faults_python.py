@@ -99,8 +99,8 @@ PYTHON = [
     Fault(
         "a clamped gating is taken for SiLU",
         "python/fp8/gating.py",
-        "torch.stack([near, far.flatten()])",
-        "torch.stack([near / 4, near / 4])",
+        "torch.stack([near, far.flatten(), halves, pairs])",
+        "torch.stack([near / 4, near / 4, halves, pairs])",
         f"{EXPERTS}/test_experts_convert.py",
     ),
     Fault(

@@ -232,7 +232,8 @@ MOE = Family(
         "x_kind": Choice(*KINDS, plain=0.2),
         "w_kind": Choice("normal", *KINDS, plain=0.5),
         "b_kind": Choice(*KINDS, plain=0.5),
-        "dy_kind": Choice(*KINDS, plain=0.3),
+        # Not at the end of float32: docs/guarantees.md, "Not promised"
+        "dy_kind": Choice(*(kind for kind in KINDS if kind not in ("huge", "extreme")), plain=0.3),
         "x_layout": Choice(*LAYOUTS, plain=0.3),
         "w_layout": Choice(*DENSE, plain=0.3),
         "b_layout": Choice(*LAYOUTS, plain=0.3),

@@ -59,7 +59,8 @@ struct Destination {
 // NaN stays NaN).
 //
 // Delayed scaling, with amax_history. A is the largest amax of the last kAmaxWindow calls with this
-// history, a that of this call's finite values. x is cast with the scale of A, so one pass does,
+// history (or what made the scale of the last one, where that had the same x as the one before
+// it), a the amax of this call's finite values. x is cast with the scale of A, so one pass does,
 // and a second launch looks at a, which the first has found:
 //   a <= A <= kAmaxSlack * a   A was good: nothing saturates, and the smallest values lose no more
 //                              than a factor of kAmaxSlack to underflow
@@ -69,10 +70,10 @@ struct Destination {
 // sums, which read x twice anyway, take x's amax at once, as a call without a history does.
 //
 // The history is a ring of records, one for each call: a, the amax that made the scale, and a
-// fingerprint of x (0 where x's amax was taken at once). Where x may be that of an earlier call
-// (`recomputes`: activation checkpointing) the newest record of this a and fingerprint gives the
-// scale, so that a recomputation has the bits of what it repeats; it leaves no record. Without such
-// a record the rule above holds, with A of the newest one.
+// fingerprint of x (0 where x's amax was taken at once). An x that has a record keeps its scale: so
+// one tensor, as a weight in the calls of a step, has one scale, and where x may be that of an
+// earlier call (`recomputes`: activation checkpointing) a recomputation has the bits of what it
+// repeats. That leaves no record; where it finds none, A is that of the newest one.
 inline constexpr int kAmaxWindow = 16;
 inline constexpr float kAmaxSlack = 16.0F;
 inline constexpr int kAmaxRecords = 64;  // calls between a forward and its recomputation, at most

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <limits>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -79,6 +80,7 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
   args.workspace = workspace.data;
 
   std::deque<float> window;
+  std::set<float> at_once;  // an x of such an amax may be one of those
   int cast_again = 0;
   constexpr int kCalls = kAmaxRecords + 9;
   for (int call = 0; call < kCalls; ++call) {
@@ -100,12 +102,13 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
     if (call >= kAmaxWindow) {
       expected = *std::max_element(window.begin(), window.end());
       window.pop_front();
-      if (!fp8::suits(expected, own)) {
+      if (at_once.contains(own) || !fp8::suits(expected, own)) {
         expected = own;
         ++cast_again;
       }
     }
     window.push_back(own);
+    if (call < kAmaxWindow) at_once.insert(own);
     INFO("call " << call);
     const float multiplier = fp8::quant_multiplier(expected, 448.0F, power_of_two);
     REQUIRE(used.host()[0] == expected);

@@ -56,9 +56,10 @@ def test_evaluation_moves_the_window_along(device):
     layer = layer_past_the_window(device)
     small = randn(32, 64, dtype=torch.bfloat16, device=device) / 3
     with torch.no_grad():
-        for _ in range(WINDOW):
-            assert is_delayed(layer, small)
-        assert not is_delayed(layer, small), "the window holds this amax and no other"
+        for call in range(WINDOW):
+            assert is_delayed(layer, small.roll(call, 0))
+        assert not is_delayed(layer, small.roll(WINDOW, 0)), "the window holds no other amax"
+        assert is_delayed(layer, small), "what was seen keeps its scale"
 
 
 def test_layers_have_histories_of_their_own(device):
@@ -187,13 +188,19 @@ def test_a_compiled_layer_keeps_its_history(device):
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager")
     x = (randn(32, 64, dtype=torch.bfloat16, device=device) / 3).requires_grad_()
-    dynamic = OPS.fused_linear(x.detach(), layer.weight.detach().clone(), None, "tensorwise")
-    for _ in range(WINDOW):
-        y = compiled(x)
-        assert not torch.equal(y, dynamic)
+
+    def is_dynamic(x, y):
+        weight = layer.weight.detach().clone()
+        return torch.equal(OPS.fused_linear(x.detach(), weight, None, "tensorwise"), y)
+
+    for call in range(WINDOW):
+        other = x.roll(call, 0)
+        y = compiled(other)
+        assert not is_dynamic(other, y)
     y.backward(torch.ones_like(y))
     assert layer.weight.grad.isfinite().all()
-    assert torch.equal(compiled(x), dynamic)
+    other = x.roll(WINDOW, 0)
+    assert is_dynamic(other, compiled(other))
 
 
 def test_threads_may_use_one_layer(device):

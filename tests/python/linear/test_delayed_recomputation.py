@@ -148,10 +148,63 @@ def test_layers_share_nothing_that_a_forward_without_graph_did_not(device):
 def test_a_recomputation_moves_no_window(device, reentrant):
     layer = layer_past_the_window(device)
     small = (randn(32, 64, dtype=torch.bfloat16, device=device) / 3).requires_grad_()
-    for _ in range(WINDOW - 1):
-        checkpoint(layer, small, use_reentrant=reentrant).sum().backward()
-    assert is_delayed(layer, small), "the 16th call with this amax: the window has one more"
-    assert not is_delayed(layer, small)
+    for call in range(WINDOW - 1):
+        x = small.detach().roll(call, 0).requires_grad_()
+        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    x = small.detach()
+    assert is_delayed(layer, x.roll(20, 0)), "the 16th call: the window has one more"
+    assert not is_delayed(layer, x.roll(21, 0))
+
+
+@KINDS
+@pytest.mark.parametrize("calls", [3, 5, 12])
+def test_a_layer_that_runs_often_in_a_step_while_its_weight_shrinks(device, calls, reentrant):
+    """The same weight in each, though the window of amaxes moves on between the calls."""
+    plain = fp8.Linear(32, 32, bias=False, device=device, recipe="delayed")
+    checked = copy.deepcopy(plain)
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=1e-2, weight_decay=4.0) for m in (plain, checked)
+    ]
+    for step in range(12):
+        x = randn(24, 32, device=device)
+        for layer, optimizer in zip((plain, checked), optimizers, strict=True):
+            y = (x * 1).requires_grad_()
+            for _ in range(calls):
+                if layer is plain:
+                    y = torch.tanh(plain(y * 2))
+                else:
+                    y = checkpoint(lambda z: torch.tanh(checked(z * 2)), y, use_reentrant=reentrant)
+            y.square().mean().backward()
+            optimizer.step()
+        assert torch.equal(plain.weight.grad, checked.weight.grad), step
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+
+@KINDS
+@pytest.mark.parametrize("waiting", [3, 5])
+def test_pipelined_micro_batches_while_the_weight_shrinks(device, waiting, reentrant):
+    plain = fp8.Linear(32, 32, bias=False, device=device, recipe="delayed")
+    checked = copy.deepcopy(plain)
+    for step in range(14):
+        xs = [randn(24, 32, device=device) * 2.0 ** (i % 3) for i in range(waiting)]
+        grads = []
+        for layer in (plain, checked):
+            leaves = [x.clone().requires_grad_() for x in xs]
+            run = (
+                layer
+                if layer is plain
+                else lambda x: checkpoint(checked, x, use_reentrant=reentrant)
+            )
+            outputs = [run(x) for x in leaves]
+            for y in outputs:
+                y.square().mean().backward()
+            grads.append([layer.weight.grad.clone(), *(x.grad for x in leaves)])
+            layer.zero_grad()
+            with torch.no_grad():
+                layer.weight.mul_(0.95)
+        for a, b in zip(*grads, strict=True):
+            assert torch.equal(a, b), step
 
 
 def test_a_layer_that_is_used_three_times_in_a_region(device):

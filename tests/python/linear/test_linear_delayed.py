@@ -254,8 +254,10 @@ def test_a_static_input_scale_leaves_weight_and_gradient_delayed(device):
         y = layer(x)
         assert not torch.equal(y, dynamic), "the weight's scale is that of before"
         for _ in range(WINDOW):
-            y = layer(x)
-        assert torch.equal(y, dynamic)
+            assert not torch.equal(layer(x), dynamic), "one tensor keeps its scale"
+            layer.weight.copy_(layer.weight.roll(1, 0))  # another one, of the same amax
+        dynamic = dynamic.roll(WINDOW, 1)
+        assert torch.equal(layer(x), dynamic)
 
 
 def test_private_backward_wants_the_amax(device):

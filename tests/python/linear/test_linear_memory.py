@@ -298,6 +298,22 @@ def test_cached_weights_leave_parameters_as_they_were(device):
     assert type(weight) is type(layer.weight) is torch.nn.Parameter
 
 
+def test_cached_weights_watch_until_the_last_context_ends(device):
+    layer = fp8.Linear(64, 48, device=device)
+    x = torch.randn(32, 64, device=device)
+    first, second = fp8.cached_weights(layer), fp8.cached_weights(layer)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight.data.mul_(-3)
+        assert not torch.equal(layer(x), before)
+    assert type(type(layer.weight)(layer.weight.detach())) is torch.nn.Parameter
+    second.__exit__(None, None, None)
+    assert type(layer.weight) is torch.nn.Parameter
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_cached_weights_of_a_compiled_layer(device, inside):
     torch._dynamo.reset()

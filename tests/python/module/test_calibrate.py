@@ -284,3 +284,12 @@ def test_calibrate_does_not_synchronize_in_a_batch():
             torch.cuda.set_sync_debug_mode("default")
     amax = max(x.float().abs().max().item() for x in data)
     assert torch.equal(model[0].input_scale, scale_of(amax, "cuda"))
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_calibrate_observes_nested_inputs(layout):
+    layer = fp8.Linear(16, 8)
+    parts = [torch.randn(3, 16), 7 * torch.ones(5, 16)]
+    with torch.no_grad(), fp8.calibrate(layer):
+        layer(torch.nested.nested_tensor(parts, layout=layout))
+    assert layer.input_scale.item() == pytest.approx(7 / 448)

@@ -200,3 +200,24 @@ def test_layers_that_are_compiled_one_by_one_are_silent():
             layer.compile(backend="aot_eager", fullgraph=True)
     layers(X)
     assert never(layers) == []
+
+
+def test_a_model_that_trains_past_all_of_its_layers(recwarn):
+    """None was called, but gradients say that the model ran."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+        def forward(self, x):
+            for _, layer in enumerate(self.layers):
+                x = nn.functional.linear(x, layer.weight, layer.bias)
+            return x
+
+    model = fp8.convert(Reads(), filter=lambda module, name: True)
+    assert "never called" not in fp8.summary(model)
+    model(torch.randn(2, 16)).sum().backward()
+    if any(isinstance(layer, fp8.Linear) for layer in model.layers):
+        with pytest.warns(UserWarning, match="never called"):
+            assert "never called" in fp8.summary(model)
