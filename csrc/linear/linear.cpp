@@ -86,7 +86,8 @@ void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
     at::addmm_out(out, out, dy.t(), x, beta);
     return;
   }
-  if (main_grad.scalar_type() == at::kFloat && gpu) {
+  // cuBLAS refuses some outputs of other strides (seen with one of [1, 2] on an H200).
+  if (main_grad.scalar_type() == at::kFloat && gpu && main_grad.is_contiguous()) {
     at::addmm_out(out, out, dy.t(), x, at::kFloat, beta);
     return;
   }

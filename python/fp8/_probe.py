@@ -247,11 +247,17 @@ class State:
             if value is _MISSING:
                 continue
             self._names.append((function.__globals__, name, _stored(value)))
-            if isinstance(value, types.ModuleType | type):  # what may be read of it: settings.mode
-                have = vars(value)
-                self._names += [(have, n, _stored(have[n])) for n in names if n in have]
+            if isinstance(value, types.ModuleType | type):
+                self._note_names(vars(value), names)
             else:
                 self._visit(value, depth + 1)
+
+    def _note_names(self, have: Mapping[str, Any], names: set[str], levels: int = 3) -> None:
+        """What code with these names may read of a module or class: settings.mode, nn.f.silu."""
+        for name in names & have.keys():
+            self._names.append((have, name, _stored(have[name])))
+            if isinstance(have[name], types.ModuleType) and levels > 1:
+                self._note_names(vars(have[name]), names, levels - 1)
 
     def _note(self, have: Any, depth: int, *, start: int = 0, whole: bool = False) -> None:
         if len(have) > _MAX_ITEMS and not whole:

@@ -84,8 +84,8 @@ CONVERT = [
     Fault(
         "an attribute of a module that a gating reads does not count",
         "python/fp8/_probe.py",
-        "self._names += [(have, n, _stored(have[n])) for n in names if n in have]",
-        "pass",
+        "self._note_names(vars(value), names)\n",
+        "pass\n",
         GATING,
     ),
     Fault(

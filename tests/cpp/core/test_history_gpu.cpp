@@ -9,6 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <limits>
+#include <map>
 #include <set>
 #include <utility>
 #include <vector>
@@ -81,6 +82,7 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
 
   std::deque<float> window;
   std::set<float> at_once;  // an x of such an amax may be one of those
+  std::map<std::vector<float>, std::pair<int, float>> seen;  // x -> its last call, and what it used
   int cast_again = 0;
   constexpr int kCalls = kAmaxRecords + 9;
   for (int call = 0; call < kCalls; ++call) {
@@ -102,13 +104,17 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
     if (call >= kAmaxWindow) {
       expected = *std::max_element(window.begin(), window.end());
       window.pop_front();
-      if (at_once.contains(own) || !fp8::suits(expected, own)) {
+      const auto same = seen.find(host);
+      if (same != seen.end() && call - same->second.first <= kAmaxRecords) {
+        expected = same->second.second;  // it keeps its scale
+      } else if (at_once.contains(own) || !fp8::suits(expected, own)) {
         expected = own;
         ++cast_again;
       }
     }
     window.push_back(own);
     if (call < kAmaxWindow) at_once.insert(own);
+    if (call >= kAmaxWindow) seen[host] = {call, expected};
     INFO("call " << call);
     const float multiplier = fp8::quant_multiplier(expected, 448.0F, power_of_two);
     REQUIRE(used.host()[0] == expected);
@@ -137,7 +143,7 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
     if (with_data) REQUIRE(count_wrong(data.host(), host, rows, cols, multiplier, false) == 0);
     if (with_data_t) REQUIRE(count_wrong(data_t.host(), host, rows, cols, multiplier, true) == 0);
   }
-  REQUIRE(cast_again > 8);
+  REQUIRE(cast_again > 4);
   REQUIRE(cast_again < kCalls - kAmaxWindow - 8);
 }
 
@@ -171,7 +177,9 @@ TEST_CASE("a recomputation finds its own record among those of one amax", "[quan
   first[77] = second[kRows * kCols - 5] = 4.0F;
   first[100] = second[100] = 1.0F;
   uint64_t call = 0;
-  for (; call < kAmaxWindow; ++call) scale_of(base, call, false);
+  std::vector<float> small = base;  // of another amax: theirs is taken at once
+  for (float& v : small) v *= 0.5F;
+  for (; call < kAmaxWindow; ++call) scale_of(small, call, false);
   std::vector<float> large = base;
   large[3] = 40.0F;
   const float scale_of_first = scale_of(first, call++, false);
