@@ -5,6 +5,7 @@ from __future__ import annotations
 from fault import EXPERTS, Fault
 
 GATING = f"{EXPERTS}/test_gating.py"
+GRADIENTS = f"{EXPERTS}/test_gating_gradients.py"
 DEFAULTS = f"{EXPERTS}/test_experts_defaults.py"
 READS = "tests/python/module/test_convert_reads.py"
 CALLS = "tests/python/module/test_never_called.py"
@@ -72,21 +73,21 @@ CONVERT = [
         "python/fp8/gating.py",
         "torch.stack([near, far.flatten(), halves, pairs])",
         "torch.stack([near, far.flatten()])",
-        GATING,
+        GRADIENTS,
     ),
     Fault(
         "a gating with a gradient of its own is taken for another",
         "python/fp8/gating.py",
         "gate is not None and _has_gradient_of(gate, apply, probe)",
         "gate is not None",
-        GATING,
+        GRADIENTS,
     ),
     Fault(
         "an attribute of a module that a gating reads does not count",
         "python/fp8/_probe.py",
         "self._note_names(vars(value), names)\n",
         "pass\n",
-        GATING,
+        GRADIENTS,
     ),
     Fault(
         "the default device reaches the probe",

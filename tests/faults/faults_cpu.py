@@ -173,8 +173,8 @@ CPU = [
     Fault(
         "a delayed scale is the window's, whatever the tensor",
         "csrc/cpu/quantize.cpp",
-        "suits(expected, own) ? expected : own",
-        "expected",
+        "suits(found, own) ? found : own",
+        "found",
         DELAYED,
     ),
     Fault(

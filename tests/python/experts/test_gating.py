@@ -11,33 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import experts_of, make, relative, routing, transformers
+from converted_experts import call, converted, original
+from tiny_models import relative, transformers
 from torch import nn
 
-import fp8
 from fp8 import experts
 from fp8._probe import State
-
-
-@functools.cache
-def original(family: str) -> nn.Module:
-    return next(iter(experts_of(make(family)).values()))
-
-
-def converted(family: str = "mixtral") -> nn.Module:
-    """An experts module in FP8 that has run once, so that its gating is known."""
-    module = copy.deepcopy(original(family))
-    fp8.convert(module, filter=lambda module, name: True)
-    module(*call(module))
-    assert experts.gate_of(module) is not None
-    return module
-
-
-def call(module):
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(12, 64, generator=generator)
-    torch.manual_seed(1)
-    return hidden, *routing(12, 2, module.num_experts)
 
 
 def exact(module):
@@ -440,78 +419,3 @@ def test_compiled_layers_share_their_code():
     for layer in layers * 2:
         layer(*call(layer))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-class Calls(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-class OwnBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return nn.functional.silu(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 0.01
-
-
-def _hooked(x):
-    y = nn.functional.silu(x)
-    if y.requires_grad:
-        y.register_hook(lambda grad: grad * 2)
-    return y
-
-
-OF_ANOTHER_GRADIENT = {
-    "detached": lambda x: nn.functional.silu(x).detach(),
-    "a part detached": lambda x: (y := nn.functional.silu(x)) * 0.1 + y.detach() * 0.9,
-    "a backward of its own": OwnBackward.apply,
-    "a hook on the result": _hooked,
-    "other values where a gradient is asked for": lambda x: (
-        torch.relu(x) if x.requires_grad else nn.functional.silu(x)
-    ),
-    "zero near zero": lambda x: nn.functional.silu(x) * (x.abs() > 0.1),
-}
-
-
-@pytest.mark.parametrize("activation", OF_ANOTHER_GRADIENT.values(), ids=OF_ANOTHER_GRADIENT)
-def test_a_gating_of_equal_values_and_another_gradient_is_its_own(activation):
-    module = converted()
-    module.act_fn = Calls(activation)
-    assert experts.gate_of(module) is None
-
-
-class Settings:
-    mode = 0
-
-
-def _by_settings(x):
-    return nn.functional.silu(x) if Settings.mode == 0 else torch.relu(x)
-
-
-def test_settings_that_a_gating_reads_are_looked_at(monkeypatch):
-    module = converted()
-    module.act_fn = Calls(_by_settings)
-    assert experts.gate_of(module).activation == "silu"
-    monkeypatch.setattr(Settings, "mode", 1)
-    assert experts.gate_of(module) is None
-    monkeypatch.setattr(Settings, "mode", 0)
-    assert experts.gate_of(module).activation == "silu"
-
-
-def test_a_hook_on_all_modules_runs():
-    module = converted()
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(m))
-    try:
-        module(*call(module))
-        assert module.act_fn in seen
-    finally:
-        handle.remove()
-    assert experts.gate_of(module) is not None

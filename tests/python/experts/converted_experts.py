@@ -1,0 +1,34 @@
+"""An experts module in FP8 whose gating is known, and what it is called with."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from tiny_models import experts_of, make, routing
+from torch import nn
+
+import fp8
+from fp8 import experts
+
+
+@functools.cache
+def original(family: str) -> nn.Module:
+    return next(iter(experts_of(make(family)).values()))
+
+
+def converted(family: str = "mixtral") -> nn.Module:
+    """An experts module in FP8 that has run once, so that its gating is known."""
+    module = copy.deepcopy(original(family))
+    fp8.convert(module, filter=lambda module, name: True)
+    module(*call(module))
+    assert experts.gate_of(module) is not None
+    return module
+
+
+def call(module):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(12, 64, generator=generator)
+    torch.manual_seed(1)
+    return hidden, *routing(12, 2, module.num_experts)
