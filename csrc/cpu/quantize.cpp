@@ -102,7 +102,7 @@ struct History {
   // call took that at once.
   std::optional<float> find(float own, uint32_t print) const {
     bool taken_at_once = false;
-    for (int ago = 1; ago <= core::kAmaxRecords; ++ago) {
+    for (int ago = 1; ago < core::kAmaxRecords; ++ago) {
       const uint64_t call = args.amax_call - ago;  // before the first: words of 0
       if (load(0, call) != own) continue;
       const auto found = std::bit_cast<uint32_t>(load(kHistoryFingerprint, call));

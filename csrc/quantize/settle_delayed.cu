@@ -36,14 +36,16 @@ __device__ __forceinline__ uint2 whole_report(const uint2* tiles, int64_t count,
 }
 
 // What the newest record of the same amax and fingerprint used, as bits; else one of the same amax
-// whose call took that at once.
+// whose call took that at once. The oldest place of the ring is left out: the first block writes
+// this call's record there, while others may still be looking.
 __device__ __forceinline__ bool find_record(const CastParams& p, const uint2& own, uint32_t* used) {
   static_assert(kAmaxRecords % 32 == 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   bool taken_at_once = false;
   for (int newer = 0; newer < kAmaxRecords; newer += 32) {
-    const uint32_t* record = p.history + slot_before(p.history_slot, newer + lane + 1);
-    const bool same_amax = __ldcg(record) == own.x;
+    const int ago = newer + lane + 1;
+    const uint32_t* record = p.history + slot_before(p.history_slot, ago);
+    const bool same_amax = ago < kAmaxRecords && __ldcg(record) == own.x;
     const uint32_t print = __ldcg(record + kHistoryFingerprint);
     const unsigned found = __ballot_sync(0xFFFFFFFFU, same_amax && print == own.y);
     taken_at_once |= __any_sync(0xFFFFFFFFU, same_amax && print == 0);

@@ -105,7 +105,7 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
       expected = *std::max_element(window.begin(), window.end());
       window.pop_front();
       const auto same = seen.find(host);
-      if (same != seen.end() && call - same->second.first <= kAmaxRecords) {
+      if (same != seen.end() && call - same->second.first < kAmaxRecords) {
         expected = same->second.second;  // it keeps its scale
       } else if (at_once.contains(own) || !fp8::suits(expected, own)) {
         expected = own;
@@ -147,49 +147,84 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
   REQUIRE(cast_again < kCalls - kAmaxWindow - 8);
 }
 
-// Two tensors of one amax, scaled differently: the fingerprint tells which is repeated.
-TEST_CASE("a recomputation finds its own record among those of one amax", "[quantize]") {
-  constexpr int64_t kRows = 300;
-  constexpr int64_t kCols = 160;
-  const std::vector<float> base = random_matrix(kRows * kCols, 11);
-  Buffer<float> x(base);
-  Buffer<uint8_t> data(pad16(kRows) * kCols);
-  Buffer<float> scale(1);
-  const Buffer<float> history(std::vector<float>(kAmaxHistorySize, 0.0F));
+namespace {
+
+// Calls of one history with matrices of 300 x 160, which come from the host.
+struct Calls {
+  static constexpr int64_t kRows = 300;
+  static constexpr int64_t kCols = 160;
+  std::vector<float> base = random_matrix(kRows * kCols, 11);
+  Buffer<float> x{base};
+  Buffer<uint8_t> data{pad16(kRows) * kCols};
+  Buffer<float> scale{1};
+  Buffer<float> history{std::vector<float>(kAmaxHistorySize, 0.0F)};
   QuantizeArgs args{
       .x = x.data, .x_dtype = Dtype::kFloat32, .rows = kRows, .cols = kCols, .ld = kCols};
-  args.data = {data.data, pad16(kRows), kCols};
-  args.scale = scale.data;
-  args.amax_history = history.data;
-  args.amax_call = kAmaxWindow;
-  Buffer<uint8_t> workspace(quantize_workspace_bytes(args) + 16);
-  args.workspace = workspace.data;
-  const auto scale_of = [&](const std::vector<float>& values, uint64_t call, bool recomputes) {
+  Buffer<uint8_t> workspace{1 << 16};
+
+  Calls() {
+    args.data = {data.data, pad16(kRows), kCols};
+    args.scale = scale.data;
+    args.amax_history = history.data;
+    args.amax_call = kAmaxWindow;
+    REQUIRE(quantize_workspace_bytes(args) <= workspace.count);
+    args.workspace = workspace.data;
+  }
+
+  std::vector<float> scaled(float factor) const {
+    std::vector<float> values = base;
+    for (float& v : values) v *= factor;
+    return values;
+  }
+
+  float scale_of(const std::vector<float>& values, uint64_t call, bool recomputes) {
     check(cudaMemcpy(x.data, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
     args.amax_call = call;
     args.recomputes = recomputes;
     quantize(args, nullptr);
     check(cudaDeviceSynchronize());
     return scale.host()[0];
-  };
-  std::vector<float> first = base;
-  std::vector<float> second = base;
-  first[77] = second[kRows * kCols - 5] = 4.0F;
+  }
+};
+
+}  // namespace
+
+// Two tensors of one amax, scaled differently: the fingerprint tells which is repeated.
+TEST_CASE("a recomputation finds its own record among those of one amax", "[quantize]") {
+  Calls calls;
+  std::vector<float> first = calls.base;
+  std::vector<float> second = calls.base;
+  first[77] = second[second.size() - 5] = 4.0F;
   first[100] = second[100] = 1.0F;
   uint64_t call = 0;
-  std::vector<float> small = base;  // of another amax: theirs is taken at once
-  for (float& v : small) v *= 0.5F;
-  for (; call < kAmaxWindow; ++call) scale_of(small, call, false);
-  std::vector<float> large = base;
+  const std::vector<float> small = calls.scaled(0.5F);  // of another amax: theirs is taken at once
+  for (; call < kAmaxWindow; ++call) calls.scale_of(small, call, false);
+  std::vector<float> large = calls.base;
   large[3] = 40.0F;
-  const float scale_of_first = scale_of(first, call++, false);
-  scale_of(large, call++, false);
-  const float scale_of_second = scale_of(second, call++, false);
+  const float scale_of_first = calls.scale_of(first, call++, false);
+  calls.scale_of(large, call++, false);
+  const float scale_of_second = calls.scale_of(second, call++, false);
   REQUIRE(scale_of_first != scale_of_second);
   for (int i = 0; i < 2; ++i) {
-    REQUIRE(scale_of(first, call, true) == scale_of_first);
-    REQUIRE(scale_of(second, call, true) == scale_of_second);
+    REQUIRE(calls.scale_of(first, call, true) == scale_of_first);
+    REQUIRE(calls.scale_of(second, call, true) == scale_of_second);
   }
+}
+
+// One record further back lies that of the call itself, which a block writes while others search.
+TEST_CASE("a tensor keeps its scale for 63 calls", "[quantize]") {
+  const bool kept = GENERATE(true, false);
+  Calls calls;
+  uint64_t call = 0;
+  for (; call < kAmaxWindow; ++call) calls.scale_of(calls.scaled(2.0F), call, false);
+  const uint64_t first = call;
+  const float scale = calls.scale_of(calls.base, call++, false);
+  const uint64_t again = first + kAmaxRecords - (kept ? 1 : 0);
+  while (call < again) {
+    const float factor = 1.25F + 0.001F * static_cast<float>(call);
+    calls.scale_of(calls.scaled(factor), call++, false);
+  }
+  REQUIRE((calls.scale_of(calls.base, call, false) == scale) == kept);
 }
 
 TEST_CASE("a history goes with neither a given scale nor one for each row", "[quantize]") {

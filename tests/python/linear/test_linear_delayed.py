@@ -56,6 +56,24 @@ def test_codes_and_scales_follow_the_history(device, shape, dtype, power_of_two,
     assert 10 < x_history.cast_again < calls - 10, "both ways are taken"
 
 
+@pytest.mark.parametrize("calls", [63, 64])
+def test_a_tensor_keeps_its_scale_for_63_calls(device, calls):
+    """On a GPU the record of 64 calls before is being written over while others are searched."""
+    weight = randn(40, 64, device=device)
+    x = randn(32, 64, device=device)
+
+    def scale_of(factor: float) -> float:
+        _, _, scale, _ = OPS._linear_forward(x * factor, weight, None, DELAYED, True, True)
+        return scale.item()
+
+    for _ in range(WINDOW):
+        scale_of(2.0)
+    scale = scale_of(1.0)
+    for call in range(1, calls):
+        scale_of(1.25 + 0.001 * call)
+    assert (scale_of(1.0) == scale) == (calls == 63)
+
+
 def expected_of(x, weight, bias, dy, histories) -> Result:
     qx, sx, _ = histories[0].cast(as_matrix(x))
     qw, sw, _ = histories[1].cast(weight)
