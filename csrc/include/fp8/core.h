@@ -76,7 +76,8 @@ struct Destination {
 // repeats. That leaves no record; where it finds none, A is that of the newest one.
 inline constexpr int kAmaxWindow = 16;
 inline constexpr float kAmaxSlack = 16.0F;
-inline constexpr int kAmaxRecords = 64;  // this call's, and those of the 63 before that are searched
+inline constexpr int kAmaxRecords =
+    64;  // this call's, and those of the 63 before that are searched
 inline constexpr int kAmaxHistorySize = 3 * kAmaxRecords;  // all a, all used, all fingerprints
 
 struct QuantizeArgs {
