@@ -31,13 +31,13 @@ struct Layer {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   struct OfStream {
     const void* stream;
-    std::array<std::shared_ptr<AmaxHistory>, kOperands> histories;
+    std::array<at::Tensor, kOperands> histories;
   };
   std::vector<OfStream> streams;  // one, as a rule
 
   explicit Layer(const at::Tensor& weight) : storage(weight.storage().getWeakStorageImpl()) {}
 
-  std::shared_ptr<AmaxHistory>& at(const void* stream, Operand operand) {
+  at::Tensor& at(const void* stream, Operand operand) {
     auto found = std::find_if(streams.begin(), streams.end(),
                               [&](const OfStream& entry) { return entry.stream == stream; });
     if (found == streams.end()) found = streams.insert(found, {stream, {}});
@@ -61,13 +61,13 @@ struct Layers {
 
 }  // namespace
 
-std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Operand operand) {
-  if (!weight.is_leaf() || !weight.has_storage()) return nullptr;
+at::Tensor history(const at::Tensor& weight, Operand operand) {
+  if (!weight.is_leaf() || !weight.has_storage()) return {};
   const void* stream = nullptr;
 #ifdef FP8_WITH_CUDA
   if (weight.is_cuda()) {
     const cudaStream_t current = cuda::current_stream(weight);
-    if (cuda::capture_id(current) != 0) return nullptr;
+    if (cuda::capture_id(current) != 0) return {};
     stream = current;
   }
 #endif
@@ -76,22 +76,20 @@ std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Operand operand) 
   const Key key = key_of(weight);
   auto found = layers.map.find(key);
   if (found == layers.map.end()) {
-    if (operand == Operand::kGradOutput) return nullptr;
+    if (operand == Operand::kGradOutput) return {};
     layers.sweep();
     found = layers.map.try_emplace(key, weight).first;
   }
-  std::shared_ptr<AmaxHistory>& history = found->second.at(stream, operand);
-  if (!history || history->words.device() != weight.device()) {
-    history = std::make_shared<AmaxHistory>();
-    history->words = at::zeros({core::kAmaxHistorySize}, weight.options().dtype(at::kFloat));
+  at::Tensor& history = found->second.at(stream, operand);
+  if (!history.defined() || history.device() != weight.device()) {
+    history = at::zeros({core::kAmaxHistorySize}, weight.options().dtype(at::kInt));
   }
   return history;
 }
 
-bool in_backward() { return torch::autograd::get_current_graph_task_id() >= 0; }
-
 bool in_reentrant_backward() {
-  return in_backward() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+  return torch::autograd::get_current_graph_task_id() >= 0 &&
+         at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
 }  // namespace fp8::delayed

@@ -8,8 +8,8 @@
 // A history makes a scale better or worse by a bounded factor and never wrong (fp8/core.h), so that
 // it does no harm where it is that of other data.
 //
-// null, which is dynamic scaling, where a history would be that of nothing lasting, or would stand
-// still:
+// Undefined, which is dynamic scaling, where a history would be that of nothing lasting, or would
+// stand still:
 //   - a weight that is the result of an operator (a parametrization, a cast by autocast): the next
 //     step has another one. A cast without a graph, of a frozen weight, does not come here:
 //     registration/autocast.cpp takes `tensorwise`
@@ -21,7 +21,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <memory>
 
 #include "quantize/quantize.h"
 
@@ -29,13 +28,10 @@ namespace fp8::delayed {
 
 enum class Operand : uint8_t { kInput, kWeight, kGradOutput };
 
-std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Operand operand);
+at::Tensor history(const at::Tensor& weight, Operand operand);
 
-// Whether this thread is in the middle of a backward: a forward that runs then is a recomputation
-// (activation checkpointing), which takes the scales of the forward that it repeats.
-bool in_backward();
-
-// The same, of the kind that repeats a forward under no_grad (use_reentrant=True).
+// Whether this thread is in the middle of a backward, and a forward that runs then a recomputation
+// of one under no_grad (activation checkpointing with use_reentrant=True).
 bool in_reentrant_backward();
 
 }  // namespace fp8::delayed

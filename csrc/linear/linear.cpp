@@ -28,10 +28,9 @@ namespace {
 
 using core::Granularity;
 
-// Of delayed scaling; null where scales are dynamic.
-std::shared_ptr<AmaxHistory> history_of(const at::Tensor& weight, delayed::Operand operand,
-                                        const Recipe& recipe) {
-  return recipe.delayed ? delayed::history(weight, operand) : nullptr;
+// Of delayed scaling; undefined where scales are dynamic.
+at::Tensor history_of(const at::Tensor& weight, delayed::Operand operand, const Recipe& recipe) {
+  return recipe.delayed ? delayed::history(weight, operand) : at::Tensor();
 }
 
 at::Tensor none_like(const at::Tensor& x) {
@@ -164,7 +163,7 @@ Gradients backward(const BackwardArgs& args) {
          .data_t = dy_t,
          .power_of_two = recipe.power_of_two,
          .history = args.weight ? history_of(*args.weight, delayed::Operand::kGradOutput, recipe)
-                                : nullptr,
+                                : at::Tensor(),
          .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
     dbias = qdy.column_sum;
   }
@@ -237,8 +236,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   } else {
     request.history = history_of(weight, delayed::Operand::kInput, recipe);
   }
-  const bool recomputes = recipe.delayed && delayed::in_backward();
-  request.recomputes = recomputes;
   const QuantizedMatrix qx = memory::quantize_input(x, request);
   const QuantizedMatrix qw = memory::quantize_weight(
       weight, {.dtype = recipe.forward_dtype,
@@ -246,7 +243,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
                .power_of_two = recipe.power_of_two,
                .delayed = recipe.delayed,
                .history = history_of(weight, delayed::Operand::kWeight, recipe),
-               .recomputes = recomputes,
                .keep_amax = save_weight_amax && tensorwise,
                .overlaps_previous = qx.launched && is_matrix(weight)});
   at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe);

@@ -128,10 +128,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaling>)
   [[maybe_unused]] float tensor = 0.0F;
   [[maybe_unused]] auto* warp_report = reinterpret_cast<uint2*>(scratch);
   if constexpr (kDelayed) {
-    const uint32_t expected = expected_amax(p);
-    if (blockIdx.x == 0 && threadIdx.x == 0) *p.expected = expected;
-    tensor = multiplier_of(p, expected, Format::kMax);
+    const uint32_t guess = guessed_amax(p.history);
+    tensor = scale_from_amax(guess, Format::kMax, p.power_of_two).quant_multiplier;
     const auto tile = static_cast<unsigned>(strip) * tiles_across + static_cast<unsigned>(tile_col);
+    // Of each tile: where another stream writes the history meanwhile, guesses differ.
+    if (threadIdx.x == 0) p.tile_guess[tile] = guess;
+    static_assert(kAmaxHistorySize <= kThreads);
+    if (blockIdx.x == 0 && threadIdx.x < kAmaxHistorySize) {
+      p.history_before[threadIdx.x] = __ldcg(p.history + threadIdx.x);
+    }
     examine(v, tile * kThreads + threadIdx.x, warp_report);
   } else if constexpr (!kRowwise) {
     tensor = tensor_multiplier(p, Format::kMax, scratch);

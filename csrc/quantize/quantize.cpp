@@ -88,11 +88,8 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
       args.static_scale = request.static_scale.const_data_ptr<float>();
     }
     if (request.amax.defined()) args.amax = request.amax.const_data_ptr<float>();
-    if (request.history != nullptr) {
-      args.amax_history = request.history->words.mutable_data_ptr<float>();
-      args.recomputes = request.recomputes;
-      args.amax_call =
-          request.history->calls.fetch_add(request.recomputes ? 0 : 1, std::memory_order_relaxed);
+    if (request.history.defined()) {
+      args.amax_history = static_cast<uint32_t*>(request.history.mutable_data_ptr());
     }
     if (request.keep_amax) {
       result.amax = floats({});

@@ -4,21 +4,12 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
-#include <atomic>
-#include <memory>
 #include <optional>
 
 #include "common/launch.h"
 #include "fp8/core.h"
 
 namespace fp8 {
-
-// The amaxes of the calls that quantized one operand of one layer, for delayed scaling
-// (core::QuantizeArgs::amax_history), on one stream. quantize_matrix counts.
-struct AmaxHistory {
-  at::Tensor words;  // [core::kAmaxHistorySize] fp32
-  std::atomic<uint64_t> calls{0};
-};
 
 struct QuantizeRequest {
   at::ScalarType dtype = at::kFloat8_e4m3fn;
@@ -29,8 +20,7 @@ struct QuantizeRequest {
   at::Tensor static_scale;    // [] fp32, tensorwise: a given scale
   at::Tensor amax;            // [] fp32, tensorwise: amax of an earlier call on the same x
   bool delayed = false;       // what is remembered serves no request that differs in this
-  std::shared_ptr<AmaxHistory> history;  // of a delayed scale; null: this call's is dynamic
-  bool recomputes = false;               // x may be that of an earlier call with the history
+  at::Tensor history;         // [kAmaxHistorySize] int32, tensorwise: of a delayed scale
   bool keep_amax = false;
   bool overlaps_previous = false;            // see core::QuantizeArgs
   std::optional<at::ScalarType> column_sum;  // sums of x's columns in this dtype

@@ -39,7 +39,8 @@ struct QuantizePlan {
   size_t row_offset = 0;
   size_t col_offset = 0;
   size_t sum_offset = 0;
-  size_t expected_offset = 0;
+  size_t guess_offset = 0;
+  size_t history_offset = 0;
   size_t words = 0;
   ResidentPlan resident;  // with blocks: one launch may do for both passes
 };
@@ -55,12 +56,14 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
   plan.one_pass = rowwise && a.data_t.data == nullptr && a.column_sum == nullptr;
   plan.statistics =
       rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr && !is_delayed(a);
-  if (a.amax_history != nullptr) {  // two words for each tile, and one; in the first calls, too
-    const CastPlan tiles = plan_cast(std::max({a.rows, a.data.rows, a.data_t.ld}),
-                                     std::max({a.cols, a.data.ld, a.data_t.rows}),
-                                     /*per_axis=*/false, device.sm_count);
-    plan.expected_offset = static_cast<size_t>(round_up(2 * tiles.col_tiles * tiles.row_tiles, 4));
-    plan.words = plan.expected_offset + 4;
+  if (is_delayed(a)) {  // three words for each tile, and a history
+    const CastPlan cast = plan_cast(std::max({a.rows, a.data.rows, a.data_t.ld}),
+                                    std::max({a.cols, a.data.ld, a.data_t.rows}),
+                                    /*per_axis=*/false, device.sm_count);
+    const int64_t tiles = round_up(cast.col_tiles * cast.row_tiles, 4);
+    plan.guess_offset = static_cast<size_t>(2 * tiles);
+    plan.history_offset = static_cast<size_t>(3 * tiles);
+    plan.words = plan.history_offset + static_cast<size_t>(round_up(kAmaxHistorySize, 4));
   }
   if (!plan.statistics) return plan;
   plan.row_amax = rowwise && a.data.data != nullptr;
@@ -217,11 +220,10 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
           tensor_amax != nullptr ? tensor_amax : reinterpret_cast<const uint32_t*>(args.amax),
       .tensor_parts = 1,
       .amax_out = args.amax_out,
-      .history = reinterpret_cast<uint32_t*>(args.amax_history),
-      .history_slot = history_slot(args.amax_call),
-      .recomputes = args.recomputes,
+      .history = args.amax_history,
       .tile_report = is_delayed(args) ? static_cast<uint2*>(args.workspace) : nullptr,
-      .expected = is_delayed(args) ? words + plan.expected_offset : nullptr,
+      .tile_guess = is_delayed(args) ? words + plan.guess_offset : nullptr,
+      .history_before = is_delayed(args) ? words + plan.history_offset : nullptr,
       .row_amax = row_amax,
       .row_parts = static_cast<int>(plan.first.row_parts),
       .col_amax = col_amax,

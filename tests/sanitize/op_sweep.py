@@ -78,8 +78,8 @@ def main() -> None:
         y = torch.ops.fp8.fused_linear(x, weight, input_scale=scale)
         y.backward(torch.randn_like(y))
         calls += 2
-    # Delayed scales begin after 16 calls with one weight. The last calls are cast again and
-    # hold values that are not finite; all are recomputed.
+    # Delayed scales begin after 16 records. The last calls are cast again and hold values that are
+    # not finite; all are recomputed.
     for tokens, k, n in SHAPES[:2] if matmul else ():
         weight = torch.randn(n, k, device="cuda", requires_grad=True)
         for call in range(20):

@@ -78,8 +78,8 @@ def test_parts_of_one_memory_have_histories_of_their_own(device):
     first, second = torch.nn.Parameter(flat[0]), torch.nn.Parameter(flat[1])
     x = randn(16, 64, device=device)
     small = x / 3
-    for _ in range(WINDOW):
-        OPS.fused_linear(x, first, None, "delayed")
+    for call in range(WINDOW):
+        OPS.fused_linear(x.roll(call, 0), first, None, "delayed")
     y = OPS.fused_linear(small, second, None, "delayed")
     dynamic = OPS.fused_linear(small, second, None, "tensorwise")
     assert torch.equal(y, dynamic)
