@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <variant>
 
 #include "fp8/core.h"
 
@@ -46,7 +47,11 @@ constexpr bool is_blockwise(core::Granularity granularity) {
 
 // The scale is that of earlier calls, as a rule, so that x is read once.
 constexpr bool is_delayed(const core::QuantizeArgs& args) {
-  return args.amax_history != nullptr && args.column_sum == nullptr;
+  return std::holds_alternative<core::Delayed>(args.scaling) && args.column_sum == nullptr;
+}
+
+constexpr bool takes_own_amax(const core::QuantizeArgs& args) {
+  return std::holds_alternative<core::OwnAmax>(args.scaling);
 }
 
 // Whether a tensor of amax `own` may be cast with the scale of the amax `used`: see fp8/core.h.

@@ -9,6 +9,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <variant>
 #include <vector>
 
 #include "common/formats.h"
@@ -85,12 +86,18 @@ Report finite_report(const Input& in) {
 }
 
 // Delayed scaling: the amax that makes the scale.
-float delayed_amax(const Input& in) {
-  const auto& a = in.args;
-  if (is_delayed(a)) return std::bit_cast<float>(settle_amax(a.amax_history, finite_report(in)));
+float delayed_amax(const Input& in, uint32_t* history) {
+  if (is_delayed(in.args)) return std::bit_cast<float>(settle_amax(history, finite_report(in)));
   const float own = tensor_amax(in);
-  record_amax(a.amax_history, std::bit_cast<uint32_t>(own));
+  record_amax(history, std::bit_cast<uint32_t>(own));
   return own;
+}
+
+// What makes the scale, where that is not given.
+float scale_amax(const Input& in) {
+  if (const auto* known = std::get_if<core::KnownAmax>(&in.args.scaling)) return *known->amax;
+  const auto* delayed = std::get_if<core::Delayed>(&in.args.scaling);
+  return delayed != nullptr ? delayed_amax(in, delayed->history) : tensor_amax(in);
 }
 
 // multiplier(row, widened row) gives each row's quant_multiplier.
@@ -170,13 +177,11 @@ void column_sums(const Input& in) {
 void quantize_tensorwise(const Input& in) {
   const auto& a = in.args;
   float multiplier = 0.0F;
-  if (a.static_scale != nullptr) {
-    multiplier = 1.0F / *a.static_scale;
-    if (a.scale != nullptr) *a.scale = *a.static_scale;
+  if (const auto* given = std::get_if<core::StaticScale>(&a.scaling)) {
+    multiplier = 1.0F / *given->scale;
+    if (a.scale != nullptr) *a.scale = *given->scale;
   } else {
-    const float amax = a.amax != nullptr           ? *a.amax
-                       : a.amax_history != nullptr ? delayed_amax(in)
-                                                   : tensor_amax(in);
+    const float amax = scale_amax(in);
     multiplier = quant_multiplier(amax, fp8_max(a.dtype), a.power_of_two);
     if (a.scale != nullptr) *a.scale = 1.0F / multiplier;
     if (a.amax_out != nullptr) *a.amax_out = amax;

@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include "fp8/ops.h"
-#include "linear/delayed.h"
 #include "linear/linear.h"
 #include "linear/memory.h"
 #include "linear/recipe.h"
@@ -30,6 +29,15 @@ std::optional<at::Tensor> optional(const at::Tensor& t) {
   return t.defined() ? std::optional(t) : std::nullopt;
 }
 
+// A graph that saved the written tensor must notice; a tensor of inference mode has no counter.
+void count_write(const at::Tensor& written) {
+  if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+}
+
+void count_write(const std::optional<at::Tensor>& written) {
+  if (written) count_write(*written);
+}
+
 struct Needs {
   bool dx;
   bool dweight;
@@ -47,6 +55,7 @@ struct Buffer {
 struct Extras {
   const Buffer* buffer;                          // optional
   const std::optional<at::Tensor>& input_scale;  // [] fp32
+  const std::optional<at::Tensor>& history;      // [3, kAmaxHistorySize] int32
 };
 
 class FusedLinear : public torch::autograd::Function<FusedLinear> {
@@ -59,12 +68,10 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
     std::optional<memory::EagerScope> shares_input;
-    // A recomputation shares what the forward shared. Under no_grad that was nothing, which shows
-    // where each layer scales by a history of its own.
-    const bool alone = recipe_at(recipe).delayed && delayed::in_reentrant_backward();
-    if (!x.is_leaf() && !alone) shares_input.emplace();
+    if (!x.is_leaf()) shares_input.emplace();
     auto [y, x_t, x_t_scale, weight_amax] =
-        op.call(x, weight, bias, recipe, dweight, dx, extras->input_scale);
+        op.call(x, weight, bias, recipe, dweight, dx, extras->input_scale, extras->history);
+    count_write(extras->history);
     const bool fp8_wgrad = recipe_at(recipe).fp8_wgrad;
     const bool tensorwise = recipe_at(recipe).granularity == core::Granularity::kTensorwise;
     const at::Tensor none;
@@ -72,6 +79,10 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
                             dweight && fp8_wgrad ? x_t_scale : none, dx ? weight : none,
                             dx && tensorwise ? weight_amax : none});
     int64_t call = recipe << kRecipeShift | needs;
+    if (extras->history) {  // no saved tensor: as main_grad below
+      ctx->saved_data["history"] = *extras->history;
+      call |= kHistory;
+    }
     if (buffer != nullptr) {
       // Not a saved tensor: it is meant to change, and must not be offloaded.
       ctx->saved_data["main_grad"] = buffer->main_grad;
@@ -115,7 +126,13 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
 
   static constexpr int64_t kInto = 8;
   static constexpr int64_t kOverwrite = 16;
-  static constexpr int kRecipeShift = 5;
+  static constexpr int64_t kHistory = 32;
+  static constexpr int kRecipeShift = 6;
+
+  static std::optional<at::Tensor> history(const AutogradContext* ctx, int64_t call) {
+    if ((call & kHistory) == 0) return std::nullopt;
+    return ctx->saved_data.at("history").toTensor();
+  }
 
   static std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(AutogradContext* ctx,
                                                                   const at::Tensor& dy,
@@ -125,7 +142,7 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
     return op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
                    optional(saved[3]), ctx->saved_data["in_features"].toSymInt(),
-                   call >> kRecipeShift, needs.dx, needs.dweight, needs.dbias);
+                   call >> kRecipeShift, needs.dx, needs.dweight, needs.dbias, history(ctx, call));
   }
 
   // dW into the buffer: only in a backward that reaches the weight.
@@ -139,7 +156,7 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const auto [gx, gbias] =
         op.call(main_grad, dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
                 optional(saved[3]), ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift,
-                needs.dx, needs.dbias, (call & kOverwrite) != 0);
+                needs.dx, needs.dbias, (call & kOverwrite) != 0, history(ctx, call));
     // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
     return {needs.dx ? gx : none,
             stand_in ? stand_in->detach() : none,
@@ -171,7 +188,7 @@ class NoDoubleBackward : public torch::autograd::Function<NoDoubleBackward> {
 at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias, std::string_view recipe,
                                  const std::optional<at::Tensor>& input_scale,
-                                 const Buffer* buffer) {
+                                 const std::optional<at::Tensor>& history, const Buffer* buffer) {
   const int64_t id = recipe_id(recipe);
   const Needs needs{x.requires_grad(), weight.requires_grad(), wants_grad(bias)};
   const auto has_tangent = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };
@@ -185,14 +202,16 @@ at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
                   "requires a gradient; a given scale has no derivative");
   if (!at::GradMode::is_enabled() || !(needs.dx || needs.dweight || needs.dbias)) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return fp8::fused_linear(x, weight, bias, recipe, input_scale);
+    at::Tensor y = fp8::fused_linear(x, weight, bias, recipe, input_scale, history);
+    count_write(history);
+    return y;
   }
   check_linear(x, weight, bias);
   if (!needs.dweight) buffer = nullptr;
   if (buffer != nullptr) {
     check_main_grad(buffer->main_grad, weight.sym_size(0), weight.sym_size(1), x);
   }
-  const Extras extras{buffer, input_scale};
+  const Extras extras{buffer, input_scale, history};
   return FusedLinear::apply(x, weight, bias, id, FusedLinear::pack(needs), &extras);
 }
 
@@ -200,31 +219,34 @@ at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
-  return differentiable_linear(x, weight, bias, recipe, input_scale, nullptr);
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
+  return differentiable_linear(x, weight, bias, recipe, input_scale, history, nullptr);
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& main_grad, bool overwrite,
                               const std::optional<at::Tensor>& stand_in,
-                              const std::optional<at::Tensor>& input_scale) {
+                              const std::optional<at::Tensor>& input_scale,
+                              const std::optional<at::Tensor>& history) {
   const Buffer buffer{main_grad, overwrite, stand_in};
-  return differentiable_linear(x, weight, bias, recipe, input_scale, &buffer);
+  return differentiable_linear(x, weight, bias, recipe, input_scale, history, &buffer);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& history) {
   static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
   std::tuple<at::Tensor, at::Tensor, at::Tensor> grads;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     grads = op.call(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                    needs_dweight, needs_dbias);
+                    needs_dweight, needs_dbias, history);
   }
+  count_write(history);
   if (!at::GradMode::is_enabled()) return grads;
   if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
   auto& [dx, dweight, dbias] = grads;
@@ -238,7 +260,7 @@ std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
     at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dbias, bool overwrite) {
+    bool needs_dx, bool needs_dbias, bool overwrite, const std::optional<at::Tensor>& history) {
   static const auto op =
       find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
   std::tuple<at::Tensor, at::Tensor> grads;
@@ -259,3 +281,18 @@ std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
 }
 
 }  // namespace fp8::autograd
+
+namespace fp8::in_place {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    int64_t recipe, bool save_x_t, bool save_weight_amax,
+    const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
+  static const auto op = autograd::find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  auto made = op.call(x, weight, bias, recipe, save_x_t, save_weight_amax, input_scale, history);
+  autograd::count_write(history);
+  return made;
+}
+
+}  // namespace fp8::in_place

@@ -17,7 +17,6 @@
 
 #include "common/launch.h"
 #include "common/tensors.h"
-#include "linear/delayed.h"
 #include "linear/memory.h"
 #include "linear/recipe.h"
 #include "matmul/matmul.h"
@@ -28,9 +27,17 @@ namespace {
 
 using core::Granularity;
 
-// Of delayed scaling; undefined where scales are dynamic.
-at::Tensor history_of(const at::Tensor& weight, delayed::Operand operand, const Recipe& recipe) {
-  return recipe.delayed ? delayed::history(weight, operand) : at::Tensor();
+Scaling given_scaling(const at::Tensor& scale) {  // one element
+  return Scaling::given(scale.dim() == 0 ? scale : scale.reshape({}));
+}
+
+// The rows of a history.
+enum class Role : uint8_t { kInput, kWeight, kGradOutput };
+
+// Dynamic without a history, which a recipe that is not delayed has not.
+Scaling delayed_scaling(const std::optional<at::Tensor>& history, Role role) {
+  if (!history) return Scaling::dynamic();
+  return Scaling::of_history(*history, static_cast<int64_t>(role));
 }
 
 at::Tensor none_like(const at::Tensor& x) {
@@ -115,8 +122,9 @@ struct BackwardArgs {
   bool needs_dx;
   bool needs_dweight;
   bool needs_dbias;
-  at::Tensor main_grad = {};  // [N, K], optional: takes dweight
-  bool overwrite = false;     // else main_grad is added to
+  const std::optional<at::Tensor>& history;  // [3, kAmaxHistorySize] int32
+  at::Tensor main_grad = {};                 // [N, K], optional: takes dweight
+  bool overwrite = false;                    // else main_grad is added to
 };
 
 struct Gradients {  // undefined where not asked for; dweight where main_grad took it
@@ -155,16 +163,14 @@ Gradients backward(const BackwardArgs& args) {
     // The bias gradient rides along; a rowwise quantization takes two passes for it, of no more
     // bytes than its one pass and a sum.
     const bool sums = args.needs_dbias && rows <= core::kMaxRowsPerAxisPass;
-    qdy = quantize_matrix(
-        matrix,
-        {.dtype = recipe.grad_dtype,
-         .granularity = recipe.granularity,
-         .data = dy_data,
-         .data_t = dy_t,
-         .power_of_two = recipe.power_of_two,
-         .history = args.weight ? history_of(*args.weight, delayed::Operand::kGradOutput, recipe)
-                                : at::Tensor(),
-         .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
+    qdy = quantize_matrix(matrix,
+                          {.dtype = recipe.grad_dtype,
+                           .granularity = recipe.granularity,
+                           .data = dy_data,
+                           .data_t = dy_t,
+                           .power_of_two = recipe.power_of_two,
+                           .scaling = delayed_scaling(args.history, Role::kGradOutput),
+                           .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
     dbias = qdy.column_sum;
   }
   if (args.needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
@@ -177,13 +183,12 @@ Gradients backward(const BackwardArgs& args) {
                             .data = false,
                             .data_t = true,
                             .power_of_two = recipe.power_of_two,
-                            .delayed = recipe.delayed,
                             .overlaps_previous = qdy.launched && is_matrix(*args.weight)};
     if (tensorwise) {
       FP8_CHECK_VALUE(args.weight_amax.has_value(),
                       "fp8::_linear_backward: expected weight_amax, [] float32, with the recipe '",
                       recipe.name, "', got None");
-      request.amax = *args.weight_amax;
+      request.scaling = Scaling::known_amax(*args.weight_amax, args.history.has_value());
     }
     const QuantizedMatrix qw = memory::quantize_weight(*args.weight, request);
     const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
@@ -219,32 +224,28 @@ namespace kernel {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe_id, bool save_x_t, bool save_weight_amax,
-    const std::optional<at::Tensor>& input_scale) {
+    const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
   check_linear(x, weight, bias);
   const Recipe& recipe = recipe_at(recipe_id);
   if (input_scale) check_input_scale(*input_scale, recipe, x);
+  if (history) check_history(*history, recipe, x);
   const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
   const c10::DeviceGuard guard(x.device());
   const bool x_t = save_x_t && recipe.fp8_wgrad;
-  QuantizeRequest request{.dtype = recipe.forward_dtype,
-                          .granularity = recipe.granularity,
-                          .data_t = x_t,
-                          .power_of_two = recipe.power_of_two,
-                          .delayed = recipe.delayed};
-  if (input_scale) {
-    request.static_scale = input_scale->dim() == 0 ? *input_scale : input_scale->reshape({});
-  } else {
-    request.history = history_of(weight, delayed::Operand::kInput, recipe);
-  }
-  const QuantizedMatrix qx = memory::quantize_input(x, request);
-  const QuantizedMatrix qw = memory::quantize_weight(
-      weight, {.dtype = recipe.forward_dtype,
-               .granularity = recipe.weight_granularity,
-               .power_of_two = recipe.power_of_two,
-               .delayed = recipe.delayed,
-               .history = history_of(weight, delayed::Operand::kWeight, recipe),
-               .keep_amax = save_weight_amax && tensorwise,
-               .overlaps_previous = qx.launched && is_matrix(weight)});
+  const QuantizedMatrix qx =
+      memory::quantize_input(x, {.dtype = recipe.forward_dtype,
+                                 .granularity = recipe.granularity,
+                                 .data_t = x_t,
+                                 .power_of_two = recipe.power_of_two,
+                                 .scaling = input_scale ? given_scaling(*input_scale)
+                                                        : delayed_scaling(history, Role::kInput)});
+  const QuantizedMatrix qw =
+      memory::quantize_weight(weight, {.dtype = recipe.forward_dtype,
+                                       .granularity = recipe.weight_granularity,
+                                       .power_of_two = recipe.power_of_two,
+                                       .scaling = delayed_scaling(history, Role::kWeight),
+                                       .keep_amax = save_weight_amax && tensorwise,
+                                       .overlaps_previous = qx.launched && is_matrix(weight)});
   at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe);
   const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
   return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),
@@ -255,7 +256,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& history) {
+  if (history) check_history(*history, recipe_at(recipe), dy);
   const auto [dx, dweight, dbias] = backward({.dy = dy,
                                               .x = x,
                                               .x_t_scale = x_t_scale,
@@ -265,7 +267,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
                                               .recipe = recipe_at(recipe),
                                               .needs_dx = needs_dx,
                                               .needs_dweight = needs_dweight,
-                                              .needs_dbias = needs_dbias});
+                                              .needs_dbias = needs_dbias,
+                                              .history = history});
   return {or_none(dx, dy), or_none(dweight, dy), or_none(dbias, dy)};
 }
 
@@ -273,8 +276,9 @@ std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
     at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dbias, bool overwrite) {
+    bool needs_dx, bool needs_dbias, bool overwrite, const std::optional<at::Tensor>& history) {
   check_main_grad(main_grad, dy.sym_size(-1), in_features, dy);
+  if (history) check_history(*history, recipe_at(recipe), dy);
   const auto [dx, dweight, dbias] = backward({.dy = dy,
                                               .x = x,
                                               .x_t_scale = x_t_scale,
@@ -285,6 +289,7 @@ std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
                                               .needs_dx = needs_dx,
                                               .needs_dweight = true,
                                               .needs_dbias = needs_dbias,
+                                              .history = history,
                                               .main_grad = main_grad,
                                               .overwrite = overwrite});
   return {or_none(dx, dy), or_none(dbias, dy)};
@@ -292,17 +297,19 @@ std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
   return std::get<0>(
-      _linear_forward(x, weight, bias, recipe_id(recipe), false, false, input_scale));
+      _linear_forward(x, weight, bias, recipe_id(recipe), false, false, input_scale, history));
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& /*main_grad*/, bool /*overwrite*/,
                               const std::optional<at::Tensor>& /*stand_in*/,
-                              const std::optional<at::Tensor>& input_scale) {
-  return fused_linear(x, weight, bias, recipe, input_scale);
+                              const std::optional<at::Tensor>& input_scale,
+                              const std::optional<at::Tensor>& history) {
+  return fused_linear(x, weight, bias, recipe, input_scale, history);
 }
 
 }  // namespace kernel
@@ -312,10 +319,11 @@ namespace meta {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe_id, bool save_x_t, bool save_weight_amax,
-    const std::optional<at::Tensor>& input_scale) {
+    const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
   check_linear(x, weight, bias);
   const Recipe& recipe = recipe_at(recipe_id);
   if (input_scale) check_input_scale(*input_scale, recipe, x);
+  if (history) check_history(*history, recipe, x);
   const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
   const auto fp32 = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_symint(with_last(x.sym_sizes(), weight.sym_size(0)), x.options());
@@ -336,8 +344,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& /*x*/,
     const std::optional<at::Tensor>& /*x_t_scale*/, const std::optional<at::Tensor>& /*weight*/,
-    const std::optional<at::Tensor>& /*weight_amax*/, c10::SymInt in_features, int64_t /*recipe*/,
-    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+    const std::optional<at::Tensor>& /*weight_amax*/, c10::SymInt in_features, int64_t recipe,
+    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& history) {
+  if (history) check_history(*history, recipe_at(recipe), dy);
   const c10::SymInt features = dy.sym_size(-1);
   return {needs_dx ? at::empty_symint(with_last(dy.sym_sizes(), in_features), dy.options())
                    : none_like(dy),
@@ -347,28 +356,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
   return std::get<0>(
-      _linear_forward(x, weight, bias, recipe_id(recipe), false, false, input_scale));
+      _linear_forward(x, weight, bias, recipe_id(recipe), false, false, input_scale, history));
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& /*main_grad*/, bool /*overwrite*/,
                               const std::optional<at::Tensor>& /*stand_in*/,
-                              const std::optional<at::Tensor>& input_scale) {
-  return fused_linear(x, weight, bias, recipe, input_scale);
+                              const std::optional<at::Tensor>& input_scale,
+                              const std::optional<at::Tensor>& history) {
+  return fused_linear(x, weight, bias, recipe, input_scale, history);
 }
 
 std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
     at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dbias, bool /*overwrite*/) {
+    bool needs_dx, bool needs_dbias, bool /*overwrite*/, const std::optional<at::Tensor>& history) {
   check_main_grad(main_grad, dy.sym_size(-1), in_features, dy);
   const auto [dx, dweight, dbias] =
       _linear_backward(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                       /*needs_dweight=*/false, needs_dbias);
+                       /*needs_dweight=*/false, needs_dbias, history);
   return {dx, dbias};
 }
 

@@ -42,7 +42,7 @@ std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& req
               .dtype = request.dtype,
               .granularity = request.granularity,
               .power_of_two = request.power_of_two,
-              .delayed = request.delayed};
+              .delayed = request.scaling.delayed};
 #ifdef FP8_WITH_CUDA
   if (x.is_cuda()) {
     const cudaStream_t stream = cuda::current_stream(x);
@@ -134,7 +134,8 @@ void drop_inputs() {
 QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& request) {
   drop_gone_inputs();
   std::optional<Identity> id;
-  if (eager_depth > 0 && !request.static_scale.defined() && !is_view_of_leaf(x)) {
+  const bool dynamic = request.scaling.source == Scaling::Source::kOwnAmax;
+  if (eager_depth > 0 && dynamic && !is_view_of_leaf(x)) {
     id = identify(x, request);
   }
   if (!id) return quantize_matrix(as_matrix(x), request);
@@ -177,7 +178,7 @@ QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest&
   both.data = true;
   both.data_t = request.data_t || request.keep_amax;
   both.keep_amax = request.granularity == core::Granularity::kTensorwise;
-  both.amax = at::Tensor();
+  if (both.scaling.source == Scaling::Source::kKnownAmax) both.scaling = Scaling::dynamic();
   cached.quantized = quantize_matrix(as_matrix(weight), both);
   cached.quantized.launched = false;
   cached.id = id;

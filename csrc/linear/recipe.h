@@ -23,7 +23,7 @@ struct Recipe {
   at::ScalarType forward_dtype;          // x and weight
   at::ScalarType grad_dtype;             // dy
   bool fp8_wgrad;        // false: dW = dy^T x in x's own precision, for which x itself is saved
-  bool delayed = false;  // scales from the amaxes of earlier calls (delayed.h)
+  bool delayed = false;  // scales from the amaxes of earlier calls, where there is a history
   bool power_of_two = false;  // an option of each: computed scales are powers of two
 };
 

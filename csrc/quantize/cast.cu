@@ -35,13 +35,13 @@ __device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t 
 }
 
 // Where a tile's scale comes from.
-enum class Scaling { kTensorwise, kDelayed, kRowwise };
+enum class ScaleOf { kTensorwise, kDelayed, kRowwise };
 
 // Blocks to a multiprocessor: enough loads in flight to saturate memory, few enough that no
 // register spills (fp16 needs some for its conversion).
-template <typename T, Scaling kScaling>
+template <typename T, ScaleOf kScaleOf>
 constexpr int kMinBlocks = sizeof(T) == 4                  ? 3
-                           : kScaling != Scaling::kRowwise ? 5
+                           : kScaleOf != ScaleOf::kRowwise ? 5
                            : std::is_same_v<T, __half>     ? 3
                                                            : 4;
 
@@ -87,11 +87,11 @@ __device__ __forceinline__ void report(uint2* tile_report, const uint2* warp_rep
   *tile_report = all;
 }
 
-template <typename T, typename Format, Scaling kScaling, bool kData, bool kDataT>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaling>)
+template <typename T, typename Format, ScaleOf kScaleOf, bool kData, bool kDataT>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaleOf>)
     cast_kernel(const CastParams p) {
-  constexpr bool kRowwise = kScaling == Scaling::kRowwise;
-  constexpr bool kDelayed = kScaling == Scaling::kDelayed;
+  constexpr bool kRowwise = kScaleOf == ScaleOf::kRowwise;
+  constexpr bool kDelayed = kScaleOf == ScaleOf::kDelayed;
   let_next_start();
   __shared__ alignas(16) uint32_t turned[kDataT ? kTurnedWords : 1];
   __shared__ alignas(16) uint32_t scratch[kThreads];
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaling>)
   }
 }
 
-template <typename T, typename Format, Scaling kScaling>
+template <typename T, typename Format, ScaleOf kScaleOf>
 void launch_typed(const CastParams& params, cudaStream_t stream) {
   const bool data = params.data.data != nullptr;
   const bool data_t = params.data_t.data != nullptr;
@@ -209,11 +209,11 @@ void launch_typed(const CastParams& params, cudaStream_t stream) {
     launch(kernel, grid, kThreads, stream, params, {.overlaps_previous = params.overlaps_previous});
   };
   if (data && data_t) {
-    go(cast_kernel<T, Format, kScaling, true, true>);
+    go(cast_kernel<T, Format, kScaleOf, true, true>);
   } else if (data_t) {
-    go(cast_kernel<T, Format, kScaling, false, true>);
+    go(cast_kernel<T, Format, kScaleOf, false, true>);
   } else {
-    go(cast_kernel<T, Format, kScaling, true, false>);
+    go(cast_kernel<T, Format, kScaleOf, true, false>);
   }
 }
 
@@ -226,11 +226,11 @@ void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granulari
       using T = typename decltype(input)::type;
       using Format = typename decltype(format)::type;
       if (granularity == Granularity::kRowwise) {
-        launch_typed<T, Format, Scaling::kRowwise>(params, stream);
+        launch_typed<T, Format, ScaleOf::kRowwise>(params, stream);
       } else if (params.static_scale == nullptr && params.tensor_amax == nullptr) {
-        launch_typed<T, Format, Scaling::kDelayed>(params, stream);
+        launch_typed<T, Format, ScaleOf::kDelayed>(params, stream);
       } else {
-        launch_typed<T, Format, Scaling::kTensorwise>(params, stream);
+        launch_typed<T, Format, ScaleOf::kTensorwise>(params, stream);
       }
     });
   });

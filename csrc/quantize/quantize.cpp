@@ -12,6 +12,20 @@
 namespace fp8 {
 namespace {
 
+core::Scaling core_scaling(const Scaling& scaling) {
+  switch (scaling.source) {
+    case Scaling::Source::kGiven:
+      return core::StaticScale{scaling.tensor.const_data_ptr<float>()};
+    case Scaling::Source::kKnownAmax:
+      return core::KnownAmax{scaling.tensor.const_data_ptr<float>()};
+    case Scaling::Source::kHistory:
+      return core::Delayed{static_cast<uint32_t*>(scaling.tensor.mutable_data_ptr()) +
+                           scaling.row * core::kAmaxHistorySize};
+    default:
+      return core::OwnAmax{};
+  }
+}
+
 QuantizedMatrix quantize_empty(const at::Tensor& x, const QuantizeRequest& request) {
   const int64_t rows = x.size(0);
   const int64_t cols = x.size(1);
@@ -22,8 +36,9 @@ QuantizedMatrix quantize_empty(const at::Tensor& x, const QuantizeRequest& reque
   if (request.data) result.data = at::zeros({pad16(rows), pad16(cols)}, fp8_options);
   if (request.data_t) result.data_t = at::zeros({pad16(cols), pad16(rows)}, fp8_options);
   if (tensorwise) {
-    result.scale =
-        request.static_scale.defined() ? request.static_scale.clone() : at::ones({}, fp32);
+    result.scale = request.scaling.source == Scaling::Source::kGiven
+                       ? request.scaling.tensor.clone()
+                       : at::ones({}, fp32);
     if (request.keep_amax) result.amax = at::zeros({}, fp32);
   } else {
     const auto scales = [&](int64_t storage_rows, int64_t storage_cols) {
@@ -84,13 +99,7 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
   if (tensorwise) {
     result.scale = floats({});
     args.scale = result.scale.mutable_data_ptr<float>();
-    if (request.static_scale.defined()) {
-      args.static_scale = request.static_scale.const_data_ptr<float>();
-    }
-    if (request.amax.defined()) args.amax = request.amax.const_data_ptr<float>();
-    if (request.history.defined()) {
-      args.amax_history = static_cast<uint32_t*>(request.history.mutable_data_ptr());
-    }
+    args.scaling = core_scaling(request.scaling);
     if (request.keep_amax) {
       result.amax = floats({});
       args.amax_out = result.amax.mutable_data_ptr<float>();

@@ -11,16 +11,32 @@
 
 namespace fp8 {
 
+// What makes the scale of a tensorwise quantization: core::Scaling, of tensors.
+struct Scaling {
+  enum class Source : uint8_t { kOwnAmax, kGiven, kKnownAmax, kHistory };
+  Source source = Source::kOwnAmax;
+  at::Tensor tensor;     // [] fp32: the scale, or the amax; or [.., kAmaxHistorySize] int32
+  int64_t row = 0;       // of a history
+  bool delayed = false;  // a history makes the scale, or made it when its amax became known: what
+                         // is remembered serves no request that differs in this
+
+  static Scaling dynamic() { return {}; }
+  static Scaling given(const at::Tensor& scale) { return {Source::kGiven, scale}; }
+  static Scaling known_amax(const at::Tensor& amax, bool delayed) {
+    return {Source::kKnownAmax, amax, 0, delayed};
+  }
+  static Scaling of_history(const at::Tensor& history, int64_t row) {
+    return {Source::kHistory, history, row, true};
+  }
+};
+
 struct QuantizeRequest {
   at::ScalarType dtype = at::kFloat8_e4m3fn;
   core::Granularity granularity = core::Granularity::kTensorwise;
   bool data = true;
   bool data_t = false;
   bool power_of_two = false;  // scales that are computed are powers of two
-  at::Tensor static_scale;    // [] fp32, tensorwise: a given scale
-  at::Tensor amax;            // [] fp32, tensorwise: amax of an earlier call on the same x
-  bool delayed = false;       // what is remembered serves no request that differs in this
-  at::Tensor history;         // [kAmaxHistorySize] int32, tensorwise: of a delayed scale
+  Scaling scaling;            // tensorwise
   bool keep_amax = false;
   bool overlaps_previous = false;            // see core::QuantizeArgs
   std::optional<at::ScalarType> column_sum;  // sums of x's columns in this dtype

@@ -71,7 +71,7 @@ QuantizedMatrix run(const char* op, const at::Tensor& x, Dtype dtype, Granularit
                           .data_t = transpose,
                           .power_of_two = power_of_two};
   check_static_scale(op, x, scale, power_of_two);
-  if (scale) request.static_scale = scale->reshape({});
+  if (scale) request.scaling = Scaling::given(scale->reshape({}));
   const c10::DeviceGuard guard(x.device());
   return quantize_matrix(as_matrix(x), request);
 }

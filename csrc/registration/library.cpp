@@ -56,7 +56,7 @@ TORCH_LIBRARY(fp8, m) {
       tags);
   m.def(
       "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
-      " Tensor? input_scale=None) -> Tensor",
+      " Tensor? input_scale=None, Tensor(a!)? history=None) -> Tensor",
       tags);
   m.def(
       "grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias=None,"
@@ -76,7 +76,7 @@ TORCH_LIBRARY(fp8, m) {
       tags);
   m.def(
       "_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
-      " bool save_weight_amax, Tensor? input_scale=None)"
+      " bool save_weight_amax, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
       tags);
   // What fp8.cached_weights opens and closes: no device, no gradient.
@@ -86,17 +86,19 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
       " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
-      " bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      " bool needs_dbias, Tensor(a!)? history=None)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
   // The same with the weight gradient in a buffer of the caller.
   m.def(
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
-      " bool overwrite, Tensor? stand_in, Tensor? input_scale=None) -> Tensor",
+      " bool overwrite, Tensor? stand_in, Tensor? input_scale=None, Tensor(a!)? history=None)"
+      " -> Tensor",
       tags);
   m.def(
       "_linear_backward_into(Tensor(a!) main_grad, Tensor dy, Tensor? x, Tensor? x_t_scale,"
       " Tensor? weight, Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx,"
-      " bool needs_dbias, bool overwrite) -> (Tensor dx, Tensor dbias)",
+      " bool needs_dbias, bool overwrite, Tensor(b!)? history=None) -> (Tensor dx, Tensor dbias)",
       tags);
   // What grouped_linear and moe_experts are differentiated through.
   m.def(
@@ -213,5 +215,6 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
 
 // Counts the in-place write, so that autograd sees a changed tensor.
 TORCH_LIBRARY_IMPL(fp8, ADInplaceOrView, m) {
+  m.impl("_linear_forward", TORCH_FN(fp8::in_place::_linear_forward));
   m.impl("scaled_mm_accumulate_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }

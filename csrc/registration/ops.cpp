@@ -2,8 +2,10 @@
 // dispatcher.
 #include "fp8/ops.h"
 
+#include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "fp8/core.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
 #include "matmul/scaled_mm.h"
@@ -99,18 +101,24 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
   static const auto op = find<decltype(kernel::fused_linear)>("fp8::fused_linear");
-  return op.call(x, weight, bias, recipe, input_scale);
+  return op.call(x, weight, bias, recipe, input_scale, history);
 }
 
 at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, std::string_view recipe,
                              const at::Tensor& main_grad, bool overwrite,
-                             const std::optional<at::Tensor>& input_scale) {
+                             const std::optional<at::Tensor>& input_scale,
+                             const std::optional<at::Tensor>& history) {
   static const auto op = find<decltype(kernel::_fused_linear_into)>("fp8::_fused_linear_into");
   return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt,
-                 input_scale);
+                 input_scale, history);
+}
+
+at::Tensor make_history(const at::TensorOptions& options) {
+  return at::zeros({3, core::kAmaxHistorySize}, options.dtype(at::kInt));
 }
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,

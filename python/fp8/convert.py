@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import experts, transformers_hook
+from . import _histories, experts, transformers_hook
 from ._calls import forget_call, has_own_forward
 from ._collectives import spare_collectives
 from .expert_rules import FoundExperts, find_experts
@@ -103,6 +103,7 @@ def convert(
             vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
             module.__class__ = Linear
             vars(module)["recipe"] = recipe
+            _histories.fit(module)  # type: ignore[arg-type]
         for mixture in able:
             experts.set_fp8(mixture, experts_recipe, configs)
     if not chosen and not able:
@@ -141,6 +142,7 @@ def revert(model: ModelT) -> ModelT:
             vars(module).pop("forward", None)
             forget_call(module)
             module.input_scale = None
+            _histories.drop(module)
             module.__class__ = nn.Linear  # type: ignore[assignment]
         for mixture in mixtures:
             experts.unset_fp8(mixture)
@@ -159,16 +161,21 @@ def _obstacle(module: Linear) -> str | None:
 def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     """If the context ends by an exception, an interrupt too, the modules are as before: class,
     attributes and buffers."""
-    before = [(m, m.__class__, dict(vars(m)), dict(m._buffers)) for m in modules]
+    before = [
+        (m, m.__class__, dict(vars(m)), dict(m._buffers), set(m._non_persistent_buffers_set))
+        for m in modules
+    ]
     try:
         yield
     except BaseException:
-        for module, kind, attributes, buffers in before:
+        for module, kind, attributes, buffers, passing in before:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(passing)
         raise
 
 

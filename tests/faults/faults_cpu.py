@@ -26,8 +26,8 @@ CPU = [
     Fault(
         "a given scale is multiplied by",
         "csrc/cpu/quantize.cpp",
-        "multiplier = 1.0F / *a.static_scale;",
-        "multiplier = *a.static_scale;",
+        "multiplier = 1.0F / *given->scale;",
+        "multiplier = *given->scale;",
         LAYOUT,
     ),
     Fault(

@@ -11,6 +11,8 @@ import torch
 from reference import E4M3, E5M2
 from torch import Tensor
 
+from fp8.ops import make_history
+
 OPS = torch.ops.fp8
 RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise", "delayed")
 GROUPED_RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise_fast_gw_hp")
@@ -29,7 +31,7 @@ SCHEMAS = {
     "dequantize": ("data scale dtype", 1),
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
-    "fused_linear": ("x weight bias recipe input_scale", 1),
+    "fused_linear": ("x weight bias recipe input_scale history", 1),
     "grouped_linear": ("x weight offsets bias recipe", 1),
     "moe_experts": (
         "x top_k_index top_k_weights gate_up down gate_up_bias down_bias activation interleaved"
@@ -180,6 +182,10 @@ def _fused_linear(device: str) -> list[Sample]:
         scale = {"input_scale": torch.tensor(0.01, device=device)}
         found.append(Sample(f"static {shape}", (x, weight.clone().requires_grad_()), scale))
         found.append(Sample(f"static {shape}, no grad", (x.detach(), weight), scale))
+        args = (x, weight.clone().requires_grad_(), None, "delayed")
+        found.append(Sample(f"history {shape}", args, {"history": make_history(device)}))
+        args = (x.detach(), weight, None, "delayed:power_of_two")
+        found.append(Sample(f"history {shape}, no grad", args, {"history": make_history(device)}))
     return found
 
 
@@ -202,6 +208,8 @@ def _linear_forward(device: str) -> list[Sample]:
         found.append(Sample(f"{RECIPES[recipe]}, power of two", args))
     args = (x, weight, None, 0, True, True, torch.tensor([0.01], device=device))
     found.append(Sample("static", args))
+    args = (x, weight, None, RECIPES.index("delayed"), True, True)
+    found.append(Sample("history", args, {"history": make_history(device)}))
     return found
 
 
@@ -218,6 +226,10 @@ def _linear_backward(device: str) -> list[Sample]:
             args = (dy, *saved, weight, amax if one_scale else None, shape[-1], recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{name} {shape} needs {needs}", (*args, *needs)))
+                if name == "delayed":
+                    what = f"{name} {shape} needs {needs}, history"
+                    history = make_history(device)
+                    found.append(Sample(what, (*args, *needs), {"history": history}))
     return found
 
 
@@ -237,7 +249,9 @@ def _fused_linear_into(device: str) -> list[Sample]:
         stand_in = torch.zeros_like(weight) if turn % 2 else None
         scale = sample.kwargs.get("input_scale")
         args = (x, weight, bias, recipe, main_grad, turn % 4 == 0, stand_in, scale)
-        found.append(Sample(f"{sample.name}, turn {turn}", args))
+        history = sample.kwargs.get("history")
+        kwargs = {} if history is None else {"history": history.clone()}
+        found.append(Sample(f"{sample.name}, turn {turn}", args, kwargs))
     return found
 
 
@@ -247,7 +261,7 @@ def _linear_backward_into(device: str) -> list[Sample]:
         *saved, needs_dx, _, needs_dbias = sample.args
         main_grad = _buffer(saved[0].shape[-1], saved[5], device, turn)
         args = (main_grad, *saved, needs_dx, needs_dbias, turn % 4 == 0)
-        found.append(Sample(f"{sample.name}, turn {turn}", args))
+        found.append(Sample(f"{sample.name}, turn {turn}", args, sample.kwargs))
     return found
 
 

@@ -16,6 +16,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
 struct CUstream_st;  // cudaStream_t without the CUDA headers
@@ -54,11 +55,11 @@ struct Destination {
 //   data = round_to_nearest_even_saturate(float(x) * quant_multiplier),  scale = 1 /
 //   quant_multiplier
 // NaN and Inf in a scaling group make its scale NaN or Inf. With power_of_two, quant_multiplier is
-// rounded down to a power of two, so scale is one too (between 2^-127 and 2^120). With
-// static_scale, quant_multiplier is 1 / static_scale, and values out of range saturate (Inf too;
-// NaN stays NaN).
+// rounded down to a power of two, so scale is one too (between 2^-127 and 2^120). With a
+// StaticScale, quant_multiplier is 1 / scale, and values out of range saturate (Inf too; NaN stays
+// NaN).
 //
-// Delayed scaling, with amax_history. A call is a function of x and the history: it makes codes
+// Delayed scaling. A call is a function of x and the history: it makes codes
 // and scale, and the next history. With a the amax of x's finite values and A the largest such amax
 // of the last kAmaxWindow records, what makes the scale is
 //   what made it before   if x has one of the last kAmaxRecords - 1 records. The history stays as
@@ -86,6 +87,21 @@ inline constexpr float kAmaxSlack = 16.0F;
 inline constexpr int kAmaxRecords = 64;
 inline constexpr int kAmaxHistorySize = 3 * kAmaxRecords + 2;  // records, their number, a guess
 
+// What makes the scale of a tensorwise quantization.
+struct OwnAmax {};
+struct StaticScale {
+  const float* scale = nullptr;  // one float
+};
+struct KnownAmax {
+  const float* amax = nullptr;  // one float, from an earlier call on the same x
+};
+// Calls that share a history and do not run one after the other, as on two streams, may lose or mix
+// each other's records. That makes a scale better or worse within the bound above, and never wrong.
+struct Delayed {
+  uint32_t* history = nullptr;  // [kAmaxHistorySize], zeros before the first call; where x lives
+};
+using Scaling = std::variant<OwnAmax, StaticScale, KnownAmax, Delayed>;
+
 struct QuantizeArgs {
   const void* x = nullptr;  // [rows, cols], contiguous columns, any alignment of whole elements
   Dtype x_dtype = Dtype::kBFloat16;
@@ -94,7 +110,7 @@ struct QuantizeArgs {
   int64_t ld = 0;  // elements from row to row, 0 repeats one row
   Dtype dtype = Dtype::kE4M3;
   Granularity granularity = Granularity::kTensorwise;
-  bool power_of_two = false;  // no effect on static_scale
+  bool power_of_two = false;  // no effect on a StaticScale
   Destination data;           // [rows, cols]
   Destination data_t;         // [cols, rows], the transposed copy
   // Laid out as Granularity says. tensorwise: `scale` is one float, `scale_t` unused. Else `scale`
@@ -102,17 +118,10 @@ struct QuantizeArgs {
   // columns of x, in 1x128 blocks 128 elements of a column; 128x128 blocks are the same ones.
   float* scale = nullptr;
   float* scale_t = nullptr;
-  // tensorwise only, each optional
-  const float* static_scale = nullptr;  // one float: given scale
-  const float* amax = nullptr;          // one float: amax known from an earlier call on the same x
-  float* amax_out = nullptr;            // one float: the amax that made the scale
-  // Delayed scaling, tensorwise only, not together with static_scale or amax. [kAmaxHistorySize]
-  // words, zeros before the first call, which live where x does. Calls that share a history and do
-  // not run one after the other, as on two streams, may lose or mix each other's records. That
-  // makes a scale better or worse within the bound above, and never wrong.
-  uint32_t* amax_history = nullptr;
+  Scaling scaling;            // tensorwise only
+  float* amax_out = nullptr;  // tensorwise only, one float, optional: the amax that made the scale
   // Column sums of x, accumulated in fp32 in a fixed order: the bias gradient when x is dy. [cols],
-  // optional; not together with static_scale or amax.
+  // optional; not together with a StaticScale or KnownAmax.
   void* column_sum = nullptr;
   Dtype column_sum_dtype = Dtype::kFloat32;
   void* workspace = nullptr;  // quantize_workspace_bytes(args) bytes, 16-byte aligned

@@ -72,7 +72,7 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
   if (with_data_t) args.data_t = {data_t.data, pad16(cols), pad16(rows)};
   args.scale = scale.data;
   args.amax_out = used.data;
-  args.amax_history = history.data;
+  args.scaling = Delayed{history.data};
   Buffer<uint8_t> workspace(quantize_workspace_bytes(args) + 16);
   args.workspace = workspace.data;
 
@@ -170,7 +170,7 @@ struct Calls {
   Calls() {
     args.data = {data.data, pad16(kRows), kCols};
     args.scale = scale.data;
-    args.amax_history = history.data;
+    args.scaling = Delayed{history.data};
     REQUIRE(quantize_workspace_bytes(args) <= workspace.count);
     args.workspace = workspace.data;
   }
@@ -271,7 +271,7 @@ TEST_CASE("a call with column sums takes its own amax, and leaves a record", "[q
   REQUIRE(calls.scale_of(calls.base) == own);  // not the window's: it may be one of those
 }
 
-TEST_CASE("a history goes with neither a given scale nor one for each row", "[quantize]") {
+TEST_CASE("what makes one scale makes none for each row", "[quantize]") {
   Buffer<float> x(256);
   Buffer<uint8_t> data(256);
   Buffer<float> scale(16);
@@ -279,13 +279,8 @@ TEST_CASE("a history goes with neither a given scale nor one for each row", "[qu
   QuantizeArgs args{.x = x.data, .x_dtype = Dtype::kFloat32, .rows = 16, .cols = 16, .ld = 16};
   args.data = {data.data, 16, 16};
   args.scale = scale.data;
-  args.amax_history = history.data;
-  args.static_scale = scale.data;
-  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("got two of them"));
-  args.static_scale = nullptr;
-  args.amax = scale.data;
-  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("got two of them"));
-  args.amax = nullptr;
   args.granularity = Granularity::kRowwise;
+  args.scaling = GENERATE_COPY(Scaling(StaticScale{scale.data}), Scaling(KnownAmax{scale.data}),
+                               Scaling(Delayed{history.data}));
   REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("a history of amax, is tensorwise"));
 }

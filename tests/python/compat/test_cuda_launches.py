@@ -171,8 +171,8 @@ def test_launches_with_power_of_two_scales(recipe):
 
 @pytest.mark.parametrize("option", ["", ":power_of_two"])
 def test_launches_of_delayed_scaling(option):
-    """Each tensor is read once, by the launch that casts it, and one that as a rule reads nothing of
-    it follows; with a bias dy is read once more, for its sums. From the first call on."""
+    """Each tensor is read once, by the launch that casts it, and one follows that as a rule reads
+    nothing of it; with a bias dy is read once more, for its sums. From the first call on."""
     m, k, n = 2048, 1024, 1536
     weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     bias = torch.randn(n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -181,7 +181,8 @@ def test_launches_of_delayed_scaling(option):
     def step(recipe, with_bias):
         x = dy.new_ones(m, k, requires_grad=True)
         leaves = [x, weight, bias] if with_bias else [x, weight]
-        y = OPS.fused_linear(x, weight, bias if with_bias else None, recipe)
+        history = fp8.ops.make_history("cuda") if recipe.startswith("delayed") else None
+        y = OPS.fused_linear(x, weight, bias if with_bias else None, recipe, history=history)
         return torch.autograd.grad(y, leaves, dy)
 
     def count(recipe, with_bias):
