@@ -8,8 +8,8 @@
 #include "fp8/ops.h"
 #include "linear/delayed.h"
 #include "linear/linear.h"
-#include "linear/memory.h"
 #include "linear/recipe.h"
+#include "quantize/memory.h"
 
 namespace fp8::autograd {
 namespace {
@@ -66,11 +66,11 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     auto [y, x_t, x_t_scale, weight_amax] =
         op.call(x, weight, bias, recipe, dweight, dx, extras->input_scale);
     const bool fp8_wgrad = recipe_at(recipe).fp8_wgrad;
-    const bool tensorwise = recipe_at(recipe).granularity == core::Granularity::kTensorwise;
+    const bool keeps_amax = dx && recipe_at(recipe).granularity == core::Granularity::kTensorwise;
     const at::Tensor none;
     ctx->save_for_backward({dweight ? (fp8_wgrad ? x_t : x) : none,
                             dweight && fp8_wgrad ? x_t_scale : none, dx ? weight : none,
-                            dx && tensorwise ? weight_amax : none});
+                            keeps_amax ? weight_amax : none});
     int64_t call = recipe << kRecipeShift | needs;
     if (buffer != nullptr) {
       // Not a saved tensor: it is meant to change, and must not be offloaded.

@@ -16,7 +16,7 @@
 namespace fp8::delayed {
 namespace {
 
-constexpr size_t kOperands = 3;
+constexpr size_t kRoles = 3;
 
 // A weight by its memory. Not by its tensor: a weak reference to that would be in the way of
 // torch.utils.swap_tensors.
@@ -31,17 +31,17 @@ struct Layer {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   struct OfStream {
     const void* stream;
-    std::array<std::shared_ptr<AmaxHistory>, kOperands> histories;
+    std::array<std::shared_ptr<AmaxHistory>, kRoles> histories;
   };
   std::vector<OfStream> streams;  // one, as a rule
 
   explicit Layer(const at::Tensor& weight) : storage(weight.storage().getWeakStorageImpl()) {}
 
-  std::shared_ptr<AmaxHistory>& at(const void* stream, Operand operand) {
+  std::shared_ptr<AmaxHistory>& at(const void* stream, Role role) {
     auto found = std::find_if(streams.begin(), streams.end(),
                               [&](const OfStream& entry) { return entry.stream == stream; });
     if (found == streams.end()) found = streams.insert(found, {stream, {}});
-    return found->histories[static_cast<size_t>(operand)];
+    return found->histories[static_cast<size_t>(role)];
   }
 };
 
@@ -61,7 +61,7 @@ struct Layers {
 
 }  // namespace
 
-std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Operand operand) {
+std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Role role) {
   if (!weight.is_leaf() || !weight.has_storage()) return nullptr;
   const void* stream = nullptr;
 #ifdef FP8_WITH_CUDA
@@ -76,11 +76,11 @@ std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Operand operand) 
   const Key key = key_of(weight);
   auto found = layers.map.find(key);
   if (found == layers.map.end()) {
-    if (operand == Operand::kGradOutput) return nullptr;
+    if (role == Role::kGradOutput) return nullptr;
     layers.sweep();
     found = layers.map.try_emplace(key, weight).first;
   }
-  std::shared_ptr<AmaxHistory>& history = found->second.at(stream, operand);
+  std::shared_ptr<AmaxHistory>& history = found->second.at(stream, role);
   if (!history || history->words.device() != weight.device()) {
     history = std::make_shared<AmaxHistory>();
     history->words = at::zeros({core::kAmaxHistorySize}, weight.options().dtype(at::kFloat));

@@ -23,13 +23,13 @@
 #include <cstdint>
 #include <memory>
 
-#include "quantize/quantize.h"
+#include "quantize/operand.h"
 
 namespace fp8::delayed {
 
-enum class Operand : uint8_t { kInput, kWeight, kGradOutput };
+enum class Role : uint8_t { kInput, kWeight, kGradOutput };
 
-std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Operand operand);
+std::shared_ptr<AmaxHistory> history(const at::Tensor& weight, Role role);
 
 // Whether this thread is in the middle of a backward: a forward that runs then is a recomputation
 // (activation checkpointing), which takes the scales of the forward that it repeats.

@@ -18,10 +18,9 @@
 #include "common/launch.h"
 #include "common/tensors.h"
 #include "linear/delayed.h"
-#include "linear/memory.h"
 #include "linear/recipe.h"
 #include "matmul/matmul.h"
-#include "quantize/quantize.h"
+#include "quantize/memory.h"
 
 namespace fp8 {
 namespace {
@@ -29,9 +28,9 @@ namespace {
 using core::Granularity;
 
 // Of delayed scaling; null where scales are dynamic.
-std::shared_ptr<AmaxHistory> history_of(const at::Tensor& weight, delayed::Operand operand,
+std::shared_ptr<AmaxHistory> history_of(const at::Tensor& weight, delayed::Role role,
                                         const Recipe& recipe) {
-  return recipe.delayed ? delayed::history(weight, operand) : nullptr;
+  return recipe.delayed ? delayed::history(weight, role) : nullptr;
 }
 
 at::Tensor none_like(const at::Tensor& x) {
@@ -50,8 +49,7 @@ auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
 }
 
 at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
-                           const std::optional<at::Tensor>& bias, const QuantizedMatrix& qx,
-                           const QuantizedMatrix& qw, const Recipe& recipe) {
+                           const std::optional<at::Tensor>& bias, const Side& qx, const Side& qw) {
   const int64_t features = weight.size(0);
   const std::vector<int64_t> shape = with_last(x.sizes(), features);
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
@@ -59,12 +57,8 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
     at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
   }
-  const at::Tensor y = matmul({qx.data, qx.scale, rows}, {qw.data, qw.scale, features},
-                              {.granularity = recipe.granularity,
-                               .granularity_b = recipe.weight_granularity,
-                               .out_dtype = x.scalar_type(),
-                               .fast_accum = true,
-                               .bias = bias.value_or(at::Tensor())});
+  const at::Tensor y = matmul(
+      qx, qw, {.dtype = x.scalar_type(), .fast_accum = true, .bias = bias.value_or(at::Tensor())});
   return x.dim() == 2 ? y : y.view(shape);
 }
 
@@ -149,34 +143,33 @@ Gradients backward(const BackwardArgs& args) {
     if (into.defined() && args.overwrite) into.zero_();
   }
 
-  QuantizedMatrix qdy;
+  Operand qdy;
   const bool dy_data = args.needs_dx && !empty;
   const bool dy_t = args.needs_dweight && !empty && recipe.fp8_wgrad;
   if (dy_data || dy_t) {
     // The bias gradient rides along; a rowwise quantization takes two passes for it, of no more
     // bytes than its one pass and a sum.
     const bool sums = args.needs_dbias && rows <= core::kMaxRowsPerAxisPass;
-    qdy = quantize_matrix(
+    qdy = operand::make(
         matrix,
         {.dtype = recipe.grad_dtype,
          .granularity = recipe.granularity,
-         .data = dy_data,
-         .data_t = dy_t,
+         .along_cols = dy_data,
+         .along_rows = dy_t,
          .power_of_two = recipe.power_of_two,
-         .history = args.weight ? history_of(*args.weight, delayed::Operand::kGradOutput, recipe)
-                                : nullptr,
+         .history =
+             args.weight ? history_of(*args.weight, delayed::Role::kGradOutput, recipe) : nullptr,
          .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
     dbias = qdy.column_sum;
   }
   if (args.needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
 
-  MatmulOptions options{
-      .granularity = recipe.granularity, .out_dtype = dy.scalar_type(), .fast_accum = false};
+  Output output{.dtype = dy.scalar_type(), .fast_accum = false};
   if (dy_data) {
     QuantizeRequest request{.dtype = recipe.forward_dtype,
                             .granularity = recipe.weight_granularity,
-                            .data = false,
-                            .data_t = true,
+                            .along_cols = false,
+                            .along_rows = true,
                             .power_of_two = recipe.power_of_two,
                             .delayed = recipe.delayed,
                             .overlaps_previous = qdy.launched && is_matrix(*args.weight)};
@@ -186,22 +179,19 @@ Gradients backward(const BackwardArgs& args) {
                       recipe.name, "', got None");
       request.amax = *args.weight_amax;
     }
-    const QuantizedMatrix qw = memory::quantize_weight(*args.weight, request);
-    const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
-    MatmulOptions dgrad = options;
-    dgrad.granularity_b = recipe.weight_granularity;
-    dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, dgrad);
+    const Operand qw = operand::remembered_weight(*args.weight, request);
+    dx = matmul(qdy.along_cols, qw.along_rows, output);
   }
   if (args.needs_dweight && !empty) {
     if (recipe.fp8_wgrad) {
-      const at::Tensor& scale_t = tensorwise ? qdy.scale : qdy.scale_t;
       if (into.defined()) {
-        options.out_dtype = into.scalar_type();
-        options.accumulate = into;
-        options.overwrite = args.overwrite;
+        output.dtype = into.scalar_type();
+        output.into = into;
+        output.overwrite = args.overwrite;
       }
-      const at::Tensor dw =
-          matmul({qdy.data_t, scale_t, features}, {*args.x, *args.x_t_scale, k}, options);
+      const Side x_t = operand::given("_linear_backward", "x_t", *args.x, *args.x_t_scale,
+                                      recipe.granularity, k);
+      const at::Tensor dw = matmul(qdy.along_rows, x_t, output);
       if (!into.defined()) dweight = dw;
     } else if (into.defined()) {
       wgrad_into(into, matrix, as_matrix(*args.x), args.overwrite);
@@ -224,35 +214,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   check_linear(x, weight, bias);
   const Recipe& recipe = recipe_at(recipe_id);
   if (input_scale) check_input_scale(*input_scale, recipe, x);
-  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  const bool keep_amax = save_weight_amax && recipe.granularity == Granularity::kTensorwise;
   const c10::DeviceGuard guard(x.device());
   const bool x_t = save_x_t && recipe.fp8_wgrad;
   QuantizeRequest request{.dtype = recipe.forward_dtype,
                           .granularity = recipe.granularity,
-                          .data_t = x_t,
+                          .along_rows = x_t,
                           .power_of_two = recipe.power_of_two,
                           .delayed = recipe.delayed};
   if (input_scale) {
     request.static_scale = input_scale->dim() == 0 ? *input_scale : input_scale->reshape({});
   } else {
-    request.history = history_of(weight, delayed::Operand::kInput, recipe);
+    request.history = history_of(weight, delayed::Role::kInput, recipe);
   }
   const bool recomputes = recipe.delayed && delayed::in_backward();
   request.recomputes = recomputes;
-  const QuantizedMatrix qx = memory::quantize_input(x, request);
-  const QuantizedMatrix qw = memory::quantize_weight(
+  const Operand qx = operand::remembered_input(x, request);
+  const Operand qw = operand::remembered_weight(
       weight, {.dtype = recipe.forward_dtype,
                .granularity = recipe.weight_granularity,
                .power_of_two = recipe.power_of_two,
                .delayed = recipe.delayed,
-               .history = history_of(weight, delayed::Operand::kWeight, recipe),
+               .history = history_of(weight, delayed::Role::kWeight, recipe),
                .recomputes = recomputes,
-               .keep_amax = save_weight_amax && tensorwise,
+               .keep_amax = keep_amax,
                .overlaps_previous = qx.launched && is_matrix(weight)});
-  at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe);
-  const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
-  return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),
-          save_weight_amax && tensorwise ? qw.amax : none_like(x)};
+  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols);
+  return {y, x_t ? qx.along_rows.codes : none_like(x), x_t ? qx.along_rows.scales : none_like(x),
+          keep_amax ? qw.amax : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
@@ -320,21 +309,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   check_linear(x, weight, bias);
   const Recipe& recipe = recipe_at(recipe_id);
   if (input_scale) check_input_scale(*input_scale, recipe, x);
-  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  const bool keep_amax = save_weight_amax && recipe.granularity == Granularity::kTensorwise;
   const auto fp32 = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_symint(with_last(x.sym_sizes(), weight.sym_size(0)), x.options());
   if (!save_x_t || !recipe.fp8_wgrad) {
-    return {y, none_like(x), none_like(x),
-            save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
+    return {y, none_like(x), none_like(x), keep_amax ? at::empty({}, fp32) : none_like(x)};
   }
   c10::SymInt rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
   const c10::SymInt k = pad16(x.sym_size(-1));
   const c10::SymInt m = pad16(rows);
   return {y, at::empty_symint({k, m}, x.options().dtype(recipe.forward_dtype)),
-          tensorwise ? at::empty({}, fp32)
-                     : at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32),
-          save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
+          at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32),
+          keep_amax ? at::empty({}, fp32) : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(

@@ -17,15 +17,28 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <functional>
-#include <utility>
 #include <vector>
 
-#include "quantize/quantize.h"
+#include "quantize/operand.h"
+
+namespace fp8::operand {
+
+// make(as_matrix(x), request), or what is remembered of it.
+Operand remembered_input(const at::Tensor& x,  // [..., K]
+                         const QuantizeRequest& request);
+
+// The same of a weight, or make_stack of the experts' weights. Outside of cached_weights nothing is
+// remembered. Inside, each side is made once, tensorwise both as soon as a backward may come
+// (request.keep_amax or request.along_rows), since they share a scale. A stack may be a view of
+// what cache_weights was given: it is recognized by its memory.
+Operand remembered_weight(const at::Tensor& weight,  // [N, K], or [groups, N, K]
+                          const QuantizeRequest& request);
+
+}  // namespace fp8::operand
 
 namespace fp8::memory {
 
-// While one is alive on a thread, quantize_input may remember.
+// While one is alive on a thread, remembered_input may remember.
 class EagerScope {
  public:
   EagerScope();
@@ -34,24 +47,7 @@ class EagerScope {
   EagerScope& operator=(const EagerScope&) = delete;
 };
 
-// quantize_matrix(as_matrix(x), request), or what is remembered of it.
-QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& request);
-
-// Quantized weight. Outside of cached_weights: quantize_matrix(as_matrix(weight), request). Inside:
-// made once, with the transposed copy as soon as a backward may come (request.keep_amax or
-// request.data_t).
-QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest& request);
-
-// The weight [experts, ..] of grouped matmuls, quantized in one of two forms by `make`, which gives
-// codes and scales. Inside cached_weights each form is made once. `weight` may be a view of what
-// cache_weights was given: it is recognized by its memory. `stored` is its contiguous form, the
-// same memory; made below autograd, it has a version counter of its own, so weight's is the one
-// that counts.
-std::pair<at::Tensor, at::Tensor> remember_weight(
-    const at::Tensor& weight, const at::Tensor& stored, int form,
-    const std::function<std::pair<at::Tensor, at::Tensor>()>& make);
-
-// Lets go of inputs whose tensors are gone; quantize_input begins with it.
+// Lets go of inputs whose tensors are gone; remembered_input begins with it.
 void drop_gone_inputs();
 // Lets go of all: a backward ends what the forward shared.
 void drop_inputs();
