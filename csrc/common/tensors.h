@@ -54,6 +54,10 @@ inline at::Tensor empty_on([[maybe_unused]] const at::Tensor& like, at::IntArray
   return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, std::nullopt);
 }
 
+inline bool on_16_bytes(const at::Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
 // Extents of padded buffers; template so that symbolic extents pad too.
 template <typename Int>
 Int pad16(const Int& extent) {
@@ -87,6 +91,11 @@ inline at::Tensor as_matrix(const at::Tensor& x) {
       x.numel() == 0 ? c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)) : x.numel() / cols;
   const at::Tensor matrix = x.reshape({rows, cols});
   return matrix.stride(1) == 1 || cols == 1 ? matrix : matrix.contiguous();
+}
+
+// Whether a stack of matrices [groups, rows, cols] is stored as [groups, cols, rows].
+inline bool is_stored_transposed(const at::Tensor& stack) {
+  return !stack.is_contiguous() && stack.transpose(1, 2).is_contiguous();
 }
 
 // Elements between rows of a matrix from as_matrix. One row has no stride to speak of.

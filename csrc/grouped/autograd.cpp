@@ -10,9 +10,9 @@
 #include <array>
 #include <utility>
 
+#include "common/tensors.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/operands.h"
 #include "grouped/recipe.h"
 
 namespace fp8::autograd {
@@ -51,7 +51,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
                             fp8_wgrad ? x_t_scale : none, fp8_wgrad ? padded_offsets : none,
                             needs_dx ? weight : none, offsets});
     ctx->saved_data["in_features"] = weight.sym_size(2);
-    ctx->saved_data["transposed"] = grouped::is_stored_transposed(weight);
+    ctx->saved_data["transposed"] = is_stored_transposed(weight);
     ctx->saved_data["recipe"] = recipe;
     ctx->saved_data["needs_dx"] = needs_dx;
     ctx->saved_data["needs_dweight"] = needs_dweight;

@@ -120,8 +120,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
   if (empty) {
     y = at::zeros({x.size(0), features}, x.options());
   } else {
-    const grouped::Operand qx = grouped::quantize_rows(rows);
-    const grouped::Operand qw = grouped::weight_for_fprop(padded(weight, 2));
+    const Side qx = grouped::quantize_rows(rows);
+    const Side qw = grouped::weight_for_fprop(padded(weight, 2));
     y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), /*fast_accum=*/true),
                       features);
   }
@@ -139,8 +139,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
             at::zeros({groups}, offsets.options())};
   }
   const grouped::Tiles tiles = grouped::make_tiles(offsets, x.size(0));
-  const grouped::Operand qx_t = grouped::quantize_columns(rows, tiles);
-  return {y, qx_t.data, qx_t.scale, tiles.padded_offsets};
+  const Side qx_t = grouped::quantize_columns(rows, tiles);
+  return {y, qx_t.codes, qx_t.scales, tiles.padded_offsets};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
@@ -174,16 +174,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
   }
   const at::Tensor dy_rows = empty ? dy : rows_of(dy);
   if (needs_dx && !empty) {
-    const grouped::Operand qdy = grouped::quantize_rows(dy_rows);
-    const grouped::Operand qw = grouped::weight_for_dgrad(padded(*weight, 2));
+    const Side qdy = grouped::quantize_rows(dy_rows);
+    const Side qw = grouped::weight_for_dgrad(padded(*weight, 2));
     dx = first_columns(grouped::multiply_rows(qdy, qw, offsets, dtype, recipe.fast_dgrad), k);
     finish(dx, offsets, {});
   }
   if (needs_dweight && !empty) {
     if (recipe.fp8_wgrad) {
       const grouped::Tiles tiles = grouped::make_tiles(offsets, rows);
-      const grouped::Operand qdy_t = grouped::quantize_columns(dy_rows, tiles);
-      const grouped::Operand qx_t{*x, *x_t_scale};
+      const Side qdy_t = grouped::quantize_columns(dy_rows, tiles);
+      const Side qx_t = operand::given("_grouped_backward", "x_t", *x, *x_t_scale,
+                                       core::Granularity::kRowwise, x->size(0));
       dweight =
           transposed
               ? grouped::multiply_columns(qx_t, qdy_t, *padded_offsets, dtype, recipe.fast_wgrad)

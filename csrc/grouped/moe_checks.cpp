@@ -2,8 +2,8 @@
 #include <ATen/ATen.h>
 
 #include "common/tensors.h"
+#include "fp8/core_grouped.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/operands.h"
 #include "grouped/recipe.h"
 
 namespace fp8 {
@@ -107,7 +107,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     return (wanted & what) != 0 ? at::empty_symint(t.sym_sizes(), t.options()) : none_like(dy);
   };
   const auto stored_like = [&](int64_t what, const at::Tensor& t) {
-    if ((wanted & what) == 0 || !grouped::is_stored_transposed(t)) return like(what, t);
+    if ((wanted & what) == 0 || !is_stored_transposed(t)) return like(what, t);
     return at::empty_symint(t.transpose(1, 2).sym_sizes(), t.options()).transpose(1, 2);
   };
   return {like(needs::kX, x),

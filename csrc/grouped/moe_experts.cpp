@@ -124,23 +124,22 @@ struct WeightGradient {
   const GroupedRecipe& recipe;
   const at::Tensor& offsets;
 
-  at::Tensor fp8(const grouped::Operand& grad, const grouped::Operand& input,
-                 const grouped::Tiles& tiles) const {
-    const bool transposed = grouped::is_stored_transposed(weight);
+  at::Tensor fp8(const Side& grad, const Side& input, const grouped::Tiles& tiles) const {
+    const bool transposed = is_stored_transposed(weight);
     const at::Tensor stored =
         grouped::multiply_columns(transposed ? input : grad, transposed ? grad : input,
                                   tiles.padded_offsets, weight.scalar_type(), recipe.fast_wgrad);
     return transposed ? stored.transpose(1, 2) : stored;
   }
   at::Tensor high_precision(const at::Tensor& grad, const at::Tensor& input) const {
-    return grouped::is_stored_transposed(weight)
+    return is_stored_transposed(weight)
                ? grouped::multiply_high_precision(input, grad, offsets).transpose(1, 2)
                : grouped::multiply_high_precision(grad, input, offsets);
   }
 };
 
 at::Tensor zeros_stored_like(const at::Tensor& weight) {
-  return grouped::is_stored_transposed(weight)
+  return is_stored_transposed(weight)
              ? at::zeros_symint(weight.transpose(1, 2).sym_sizes(), weight.options())
                    .transpose(1, 2)
              : at::zeros_symint(weight.sym_sizes(), weight.options());
@@ -150,7 +149,7 @@ at::Tensor zeros_stored_like(const at::Tensor& weight) {
 at::Tensor contiguous(const std::optional<at::Tensor>& t) {
   if (!t || !t->defined()) return {};
   const at::Tensor c = t->contiguous();
-  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : c.clone();
+  return on_16_bytes(c) ? c : c.clone();
 }
 
 // Ends the life of a tensor's memory, whoever still refers to the tensor.
@@ -195,17 +194,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forw
 
   at::Tensor gate_up_out;
   {
-    const grouped::Operand qx = grouped::quantize_rows(x, routing.place, top_k);
+    const Side qx = grouped::quantize_rows(x, routing.place, top_k);
     gate_up_out = grouped::multiply_rows(qx, grouped::weight_for_fprop(gate_up), routing.offsets,
                                          dtype, /*fast_accum=*/true);
   }
   const Gate gate{static_cast<core::Activation>(activation), interleaved, alpha, limit};
-  grouped::Operand qh{empty_on(x, {gate_up_out.size(0), features}, at::kFloat8_e4m3fn),
-                      empty_on(x, {gate_up_out.size(0)}, at::kFloat)};
+  const Side qh = grouped::rowwise_side(x, gate_up_out.size(0), features);
   const core::GateForwardArgs args{
       .gate = gate_args(gate, gate_up_out, gate_up_bias, routing.offsets),
-      .data = qh.data.mutable_data_ptr(),
-      .scale = qh.scale.mutable_data_ptr<float>()};
+      .data = qh.codes.mutable_data_ptr(),
+      .scale = qh.scales.mutable_data_ptr<float>()};
   FP8_RUN_PASS(gate_forward, x, args);
   const at::Tensor out = grouped::multiply_rows(qh, grouped::weight_for_fprop(down),
                                                 routing.offsets, dtype, /*fast_accum=*/true);
@@ -260,14 +258,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     d_down_bias = sum_by_expert(dy, routing, /*gathered=*/true, weights);
 
   // Through down and the activation. Only down's bias does without.
-  grouped::Operand qd;
+  Side qd;
   at::Tensor d_gate_up_out;
   at::Tensor weighted_h;
   if ((wanted &
        (needs::kX | needs::kWeights | needs::kGateUp | needs::kGateUpBias | needs::kDown)) != 0) {
     at::Tensor dh;
     {
-      const grouped::Operand qdy = grouped::quantize_rows(dy, place, top_k);
+      const Side qdy = grouped::quantize_rows(dy, place, top_k);
       dh = grouped::multiply_rows(qdy, grouped::weight_for_dgrad(down), offsets, dtype,
                                   recipe.fast_dgrad);
     }
@@ -277,10 +275,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                                 .weights = weights.const_data_ptr<float>(),
                                 .source = source.const_data_ptr<int32_t>()};
     if (needed(needs::kX)) {
-      qd = {empty_on(dy, {rows, 2 * features}, at::kFloat8_e4m3fn),
-            empty_on(dy, {rows}, at::kFloat)};
-      args.data = qd.data.mutable_data_ptr();
-      args.scale = qd.scale.mutable_data_ptr<float>();
+      qd = grouped::rowwise_side(dy, rows, 2 * features);
+      args.data = qd.codes.mutable_data_ptr();
+      args.scale = qd.scales.mutable_data_ptr<float>();
     }
     if (needed(needs::kGateUp) || needed(needs::kGateUpBias)) {
       d_gate_up_out = consumes ? gate_up_out : empty_on(dy, {rows, 2 * features}, dtype);
@@ -323,12 +320,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   if (recipe.fp8_wgrad) {
     const grouped::Tiles tiles = grouped::make_tiles(offsets, rows);
     if (needed(needs::kGateUp)) {
-      const grouped::Operand grad = grouped::quantize_columns(d_gate_up_out, tiles);
+      const Side grad = grouped::quantize_columns(d_gate_up_out, tiles);
       drop_gate_up_out();
       d_gate_up = of_gate_up.fp8(grad, grouped::quantize_columns(x, tiles, source, top_k), tiles);
     }
     if (needed(needs::kDown)) {
-      const grouped::Operand input = grouped::quantize_columns(weighted_h, tiles);
+      const Side input = grouped::quantize_columns(weighted_h, tiles);
       weighted_h = at::Tensor();
       d_down = of_down.fp8(grouped::quantize_columns(dy, tiles, source, top_k), input, tiles);
     }

@@ -7,8 +7,8 @@
 
 #include "fp8/ops.h"
 #include "linear/linear.h"
-#include "linear/memory.h"
 #include "linear/recipe.h"
+#include "quantize/memory.h"
 
 namespace fp8::autograd {
 namespace {
@@ -73,11 +73,11 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
         op.call(x, weight, bias, recipe, dweight, dx, extras->input_scale, extras->history);
     count_write(extras->history);
     const bool fp8_wgrad = recipe_at(recipe).fp8_wgrad;
-    const bool tensorwise = recipe_at(recipe).granularity == core::Granularity::kTensorwise;
+    const bool keeps_amax = dx && recipe_at(recipe).granularity == core::Granularity::kTensorwise;
     const at::Tensor none;
     ctx->save_for_backward({dweight ? (fp8_wgrad ? x_t : x) : none,
                             dweight && fp8_wgrad ? x_t_scale : none, dx ? weight : none,
-                            dx && tensorwise ? weight_amax : none});
+                            keeps_amax ? weight_amax : none});
     int64_t call = recipe << kRecipeShift | needs;
     if (extras->history) {  // no saved tensor: as main_grad below
       ctx->saved_data["history"] = *extras->history;
@@ -267,9 +267,10 @@ std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     grads = op.call(main_grad, dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                    needs_dbias, overwrite);
+                    needs_dbias, overwrite, history);
   }
-  main_grad.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
+  count_write(main_grad);
+  count_write(history);
   if (!at::GradMode::is_enabled()) return grads;
   if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
   auto& [dx, dbias] = grads;

@@ -17,10 +17,9 @@
 
 #include "common/launch.h"
 #include "common/tensors.h"
-#include "linear/memory.h"
 #include "linear/recipe.h"
 #include "matmul/matmul.h"
-#include "quantize/quantize.h"
+#include "quantize/memory.h"
 
 namespace fp8 {
 namespace {
@@ -56,8 +55,7 @@ auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
 }
 
 at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
-                           const std::optional<at::Tensor>& bias, const QuantizedMatrix& qx,
-                           const QuantizedMatrix& qw, const Recipe& recipe) {
+                           const std::optional<at::Tensor>& bias, const Side& qx, const Side& qw) {
   const int64_t features = weight.size(0);
   const std::vector<int64_t> shape = with_last(x.sizes(), features);
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
@@ -65,12 +63,8 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
     at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
   }
-  const at::Tensor y = matmul({qx.data, qx.scale, rows}, {qw.data, qw.scale, features},
-                              {.granularity = recipe.granularity,
-                               .granularity_b = recipe.weight_granularity,
-                               .out_dtype = x.scalar_type(),
-                               .fast_accum = true,
-                               .bias = bias.value_or(at::Tensor())});
+  const at::Tensor y = matmul(
+      qx, qw, {.dtype = x.scalar_type(), .fast_accum = true, .bias = bias.value_or(at::Tensor())});
   return x.dim() == 2 ? y : y.view(shape);
 }
 
@@ -156,32 +150,31 @@ Gradients backward(const BackwardArgs& args) {
     if (into.defined() && args.overwrite) into.zero_();
   }
 
-  QuantizedMatrix qdy;
+  Operand qdy;
   const bool dy_data = args.needs_dx && !empty;
   const bool dy_t = args.needs_dweight && !empty && recipe.fp8_wgrad;
   if (dy_data || dy_t) {
     // The bias gradient rides along; a rowwise quantization takes two passes for it, of no more
     // bytes than its one pass and a sum.
     const bool sums = args.needs_dbias && rows <= core::kMaxRowsPerAxisPass;
-    qdy = quantize_matrix(matrix,
-                          {.dtype = recipe.grad_dtype,
-                           .granularity = recipe.granularity,
-                           .data = dy_data,
-                           .data_t = dy_t,
-                           .power_of_two = recipe.power_of_two,
-                           .scaling = delayed_scaling(args.history, Role::kGradOutput),
-                           .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
+    qdy = operand::make(matrix,
+                        {.dtype = recipe.grad_dtype,
+                         .granularity = recipe.granularity,
+                         .along_cols = dy_data,
+                         .along_rows = dy_t,
+                         .power_of_two = recipe.power_of_two,
+                         .scaling = delayed_scaling(args.history, Role::kGradOutput),
+                         .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
     dbias = qdy.column_sum;
   }
   if (args.needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
 
-  MatmulOptions options{
-      .granularity = recipe.granularity, .out_dtype = dy.scalar_type(), .fast_accum = false};
+  Output output{.dtype = dy.scalar_type(), .fast_accum = false};
   if (dy_data) {
     QuantizeRequest request{.dtype = recipe.forward_dtype,
                             .granularity = recipe.weight_granularity,
-                            .data = false,
-                            .data_t = true,
+                            .along_cols = false,
+                            .along_rows = true,
                             .power_of_two = recipe.power_of_two,
                             .overlaps_previous = qdy.launched && is_matrix(*args.weight)};
     if (tensorwise) {
@@ -190,22 +183,19 @@ Gradients backward(const BackwardArgs& args) {
                       recipe.name, "', got None");
       request.scaling = Scaling::known_amax(*args.weight_amax, args.history.has_value());
     }
-    const QuantizedMatrix qw = memory::quantize_weight(*args.weight, request);
-    const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
-    MatmulOptions dgrad = options;
-    dgrad.granularity_b = recipe.weight_granularity;
-    dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, dgrad);
+    const Operand qw = operand::remembered_weight(*args.weight, request);
+    dx = matmul(qdy.along_cols, qw.along_rows, output);
   }
   if (args.needs_dweight && !empty) {
     if (recipe.fp8_wgrad) {
-      const at::Tensor& scale_t = tensorwise ? qdy.scale : qdy.scale_t;
       if (into.defined()) {
-        options.out_dtype = into.scalar_type();
-        options.accumulate = into;
-        options.overwrite = args.overwrite;
+        output.dtype = into.scalar_type();
+        output.into = into;
+        output.overwrite = args.overwrite;
       }
-      const at::Tensor dw =
-          matmul({qdy.data_t, scale_t, features}, {*args.x, *args.x_t_scale, k}, options);
+      const Side x_t = operand::given("_linear_backward", "x_t", *args.x, *args.x_t_scale,
+                                      recipe.granularity, k);
+      const at::Tensor dw = matmul(qdy.along_rows, x_t, output);
       if (!into.defined()) dweight = dw;
     } else if (into.defined()) {
       wgrad_into(into, matrix, as_matrix(*args.x), args.overwrite);
@@ -229,27 +219,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   const Recipe& recipe = recipe_at(recipe_id);
   if (input_scale) check_input_scale(*input_scale, recipe, x);
   if (history) check_history(*history, recipe, x);
-  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  const bool keep_amax = save_weight_amax && recipe.granularity == Granularity::kTensorwise;
   const c10::DeviceGuard guard(x.device());
   const bool x_t = save_x_t && recipe.fp8_wgrad;
-  const QuantizedMatrix qx =
-      memory::quantize_input(x, {.dtype = recipe.forward_dtype,
-                                 .granularity = recipe.granularity,
-                                 .data_t = x_t,
-                                 .power_of_two = recipe.power_of_two,
-                                 .scaling = input_scale ? given_scaling(*input_scale)
-                                                        : delayed_scaling(history, Role::kInput)});
-  const QuantizedMatrix qw =
-      memory::quantize_weight(weight, {.dtype = recipe.forward_dtype,
-                                       .granularity = recipe.weight_granularity,
-                                       .power_of_two = recipe.power_of_two,
-                                       .scaling = delayed_scaling(history, Role::kWeight),
-                                       .keep_amax = save_weight_amax && tensorwise,
-                                       .overlaps_previous = qx.launched && is_matrix(weight)});
-  at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe);
-  const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
-  return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),
-          save_weight_amax && tensorwise ? qw.amax : none_like(x)};
+  const Operand qx = operand::remembered_input(
+      x, {.dtype = recipe.forward_dtype,
+          .granularity = recipe.granularity,
+          .along_rows = x_t,
+          .power_of_two = recipe.power_of_two,
+          .scaling =
+              input_scale ? given_scaling(*input_scale) : delayed_scaling(history, Role::kInput)});
+  const Operand qw =
+      operand::remembered_weight(weight, {.dtype = recipe.forward_dtype,
+                                          .granularity = recipe.weight_granularity,
+                                          .power_of_two = recipe.power_of_two,
+                                          .scaling = delayed_scaling(history, Role::kWeight),
+                                          .keep_amax = keep_amax,
+                                          .overlaps_previous = qx.launched && is_matrix(weight)});
+  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols);
+  return {y, x_t ? qx.along_rows.codes : none_like(x), x_t ? qx.along_rows.scales : none_like(x),
+          keep_amax ? qw.amax : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
@@ -324,21 +313,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   const Recipe& recipe = recipe_at(recipe_id);
   if (input_scale) check_input_scale(*input_scale, recipe, x);
   if (history) check_history(*history, recipe, x);
-  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  const bool keep_amax = save_weight_amax && recipe.granularity == Granularity::kTensorwise;
   const auto fp32 = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_symint(with_last(x.sym_sizes(), weight.sym_size(0)), x.options());
   if (!save_x_t || !recipe.fp8_wgrad) {
-    return {y, none_like(x), none_like(x),
-            save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
+    return {y, none_like(x), none_like(x), keep_amax ? at::empty({}, fp32) : none_like(x)};
   }
   c10::SymInt rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
   const c10::SymInt k = pad16(x.sym_size(-1));
   const c10::SymInt m = pad16(rows);
   return {y, at::empty_symint({k, m}, x.options().dtype(recipe.forward_dtype)),
-          tensorwise ? at::empty({}, fp32)
-                     : at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32),
-          save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
+          at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32),
+          keep_amax ? at::empty({}, fp32) : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(

@@ -5,8 +5,8 @@
 
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
-#include "linear/memory.h"
 #include "matmul/scaled_mm.h"
+#include "quantize/memory.h"
 #include "quantize/quantize_ops.h"
 
 TORCH_LIBRARY(fp8, m) {

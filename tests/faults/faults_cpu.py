@@ -66,10 +66,10 @@ CPU = [
         QUANTIZE,
     ),
     Fault(
-        "the weight of a blockwise layer has the scales of its input",
-        "csrc/linear/linear.cpp",
-        "dgrad.granularity_b = recipe.weight_granularity;",
-        "",
+        "a side forgets its granularity",
+        "csrc/quantize/operand.cpp",
+        ".granularity = request.granularity,\n                .rows = rows};",
+        ".granularity = Granularity::kTensorwise,\n                .rows = rows};",
         f"{LINEAR}/test_linear_values.py",
     ),
     Fault(
@@ -88,7 +88,7 @@ CPU = [
     ),
     Fault(
         "a written input is taken from memory",
-        "csrc/linear/memory.cpp",
+        "csrc/quantize/memory.cpp",
         ".version = x.unsafeGetTensorImpl()->version_counter().current_version(),",
         ".version = 0,",
         f"{LINEAR}/test_linear_memory.py",
@@ -116,16 +116,16 @@ CPU = [
     ),
     Fault(
         "a changed expert weight is taken from the cache",
-        "csrc/linear/memory.cpp",
-        "  if (made_of != id) {",
-        "  if (!made_of) {",
+        "csrc/quantize/memory.cpp",
+        "  if (cached->id != id) cached->operand = {};\n",
+        "",
         f"{GROUPED}/test_grouped_module.py",
     ),
     Fault(
         "the C++ module forgets its recipe",
         "csrc/linear/module.cpp",
-        "                      options.recipe(),",
-        '                      "tensorwise",',
+        ": std::nullopt, options.recipe(),",
+        ': std::nullopt, "tensorwise",',
         "ctest test_nn",
     ),
     Fault(
@@ -144,17 +144,24 @@ CPU = [
     ),
     Fault(
         "two recipes share an input that only one rounds to powers of two",
-        "csrc/linear/memory.cpp",
+        "csrc/quantize/memory.cpp",
         ".power_of_two = request.power_of_two",
         ".power_of_two = false",
         f"{LINEAR}/test_linear_memory.py",
     ),
     Fault(
         "what is remembered of an input serves a call with a given scale",
-        "csrc/linear/memory.cpp",
-        "eager_depth > 0 && !request.static_scale.defined()",
-        "eager_depth > 0",
+        "csrc/quantize/memory.cpp",
+        "request.scaling.source == Scaling::Source::kOwnAmax;",
+        "request.scaling.source != Scaling::Source::kHistory;",
         f"{LINEAR}/test_linear_static.py",
+    ),
+    Fault(
+        "an input with a history is remembered",
+        "csrc/quantize/memory.cpp",
+        "request.scaling.source == Scaling::Source::kOwnAmax;",
+        "request.scaling.source != Scaling::Source::kGiven;",
+        HISTORIES,
     ),
     Fault(
         "the window lacks the oldest of its calls",
@@ -213,13 +220,6 @@ CPU = [
         RECOMPUTATION,
     ),
     Fault(
-        "a recomputation of a forward under no_grad shares inputs",
-        "csrc/linear/autograd.cpp",
-        "if (!x.is_leaf() && !alone)",
-        "if (!x.is_leaf())",
-        RECOMPUTATION,
-    ),
-    Fault(
         "a backward makes an input gradient that nobody asked for",
         "csrc/linear/autograd.cpp",
         "foreseen.dx && ctx->needs_input_grad(0)",
@@ -242,7 +242,7 @@ CPU = [
     ),
     Fault(
         "a part of a parameter is remembered as an activation",
-        "csrc/linear/memory.cpp",
+        "csrc/quantize/memory.cpp",
         "return x.is_view() && x._base().is_leaf();",
         "return false && x.is_view();",
         MEMORY,
@@ -250,15 +250,34 @@ CPU = [
     Fault(
         "x and dy of a layer share a history",
         "csrc/linear/linear.cpp",
-        "history_of(*args.weight, delayed::Operand::kGradOutput, recipe)",
-        "history_of(*args.weight, delayed::Operand::kInput, recipe)",
+        "delayed_scaling(args.history, Role::kGradOutput)",
+        "delayed_scaling(args.history, Role::kInput)",
         DELAYED,
     ),
     Fault(
-        "a history is made for each cast of a weight by autocast",
+        "a torn record makes a scale that does not suit",
+        "csrc/cpu/history.cpp",
+        "print == own.print && bits_suit(used, own.amax)",
+        "print == own.print",
+        DELAYED,
+    ),
+    Fault(
+        "a backward does not count its write of a history",
+        "csrc/linear/autograd.cpp",
+        """                    needs_dweight, needs_dbias, history);
+  }
+  count_write(history);
+""",
+        """                    needs_dweight, needs_dbias, history);
+  }
+""",
+        HISTORIES,
+    ),
+    Fault(
+        "autocast loses the history",
         "csrc/registration/autocast.cpp",
-        "if (cast.is_same(weight) || ",
-        "if (true || ",
+        "recipe, input_scale,\n                           history);",
+        "recipe, input_scale,\n                           std::nullopt);",
         HISTORIES,
     ),
 ]
