@@ -59,6 +59,30 @@ def batching_rule(op: Any) -> Callable[..., Any]:
     return batched
 
 
+def legacy_batching_rule(op: Any) -> Callable[..., Any]:
+    """The kernel of `op`, which writes nothing but a history, for the batched tensors of
+    torch.autograd.grad(is_grads_batched=True). PyTorch's own fallback takes no operator that may
+    write."""
+    is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
+    returns = len(op._schema.returns)
+
+    def batched(*args: Any, **kwargs: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        operands, spec = tree_flatten((args, kwargs))
+        dims = [0 if isinstance(o, Tensor) and is_batched(o) else None for o in operands]
+        values = [
+            operand if dim is None else torch._remove_batch_dim(operand, level, 1, 0)
+            for operand, dim in zip(operands, dims, strict=True)
+        ]
+        size = next(value.shape[0] for value, d in zip(values, dims, strict=True) if d is not None)
+        results = _loop(op, values, dims, spec, size)
+        wrapped = tuple(r if r is None else torch._add_batch_dim(r, 0, level) for r in results)
+        return wrapped if returns > 1 else wrapped[0]
+
+    return batched
+
+
 def _loop(
     op: Any, values: Sequence[Any], dims: Sequence[int | None], spec: TreeSpec, size: int
 ) -> list[Tensor | None]:

@@ -44,5 +44,8 @@ def install() -> None:
     for name in NAMES:
         rule = _functorch.batching_rule(getattr(torch.ops.fp8, name).default)
         library.impl(name, rule, "FuncTorchBatched")
+        if name == "_linear_backward":
+            legacy = _functorch.legacy_batching_rule(getattr(torch.ops.fp8, name).default)
+            library.impl(name, legacy, "Batched")
         for key in _nested.KEYS:
             library.impl(name, _nested.kernel(name), key)

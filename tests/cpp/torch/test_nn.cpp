@@ -152,7 +152,7 @@ TEST_CASE("a history moves with the layer, and is in no archive") {
   layer->to(torch::kMeta, torch::kHalf);
   REQUIRE(layer->history.scalar_type() == torch::kInt);
 
-  const fp8::nn::Linear trained(LinearOptions(32, 16).recipe("delayed"));
+  fp8::nn::Linear trained(LinearOptions(32, 16).recipe("delayed"));
   trained->forward(torch::randn({4, 32}));
   REQUIRE(trained->named_buffers().is_empty());
   torch::nn::Linear theirs(32, 16);
