@@ -3,8 +3,8 @@
 What is promised: each operand is cast with a scale of an amax A of a window, or with the call's own
 amax a, where A is not between a and 16 a. So nothing saturates and nothing vanishes: an element's
 error is at most that of a cast with 16 times the tensor's own scale. Elements that are not finite
-become NaN, and make no scale. The first 16 calls take their own amax. So does dy with a bias gradient,
-as in `tensorwise`: there such elements make the whole tensor NaN.
+become NaN, and make no scale. The first 16 calls take their own amax. So does dy with a bias
+gradient, as in `tensorwise`: there such elements make the whole tensor NaN.
 """
 
 from __future__ import annotations
