@@ -38,7 +38,7 @@ def _linear_backward(
     recipe: int,
     needs_dx: bool,
     needs_dweight: bool,
-    needs_dbias: bool,
+    *args: Any,
     **kwargs: Any,
 ) -> int:
     return 2 * dy.numel() * in_features * (needs_dx + needs_dweight)

@@ -147,10 +147,6 @@ TEST_CASE("a history moves with the layer, and is in no archive") {
   layer->to(torch::kBFloat16);
   layer->to(torch::kCPU, torch::kFloat);
   REQUIRE(torch::equal(layer->history, history));
-  layer->to(torch::kMeta);
-  REQUIRE(layer->history.is_meta());
-  layer->to(torch::kMeta, torch::kHalf);
-  REQUIRE(layer->history.scalar_type() == torch::kInt);
 
   fp8::nn::Linear trained(LinearOptions(32, 16).recipe("delayed"));
   trained->forward(torch::randn({4, 32}));
