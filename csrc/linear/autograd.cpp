@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/operators.h"
 #include "fp8/ops.h"
 #include "linear/delayed.h"
 #include "linear/linear.h"
@@ -16,19 +17,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool wants_grad(const std::optional<at::Tensor>& t) {
-  return t.has_value() && t->defined() && t->requires_grad();
-}
-
-std::optional<at::Tensor> optional(const at::Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
-}
 
 struct Needs {
   bool dx;
@@ -90,8 +78,19 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const variable_list saved = ctx->get_saved_variables();
     const int64_t call = ctx->saved_data["call"].toInt();
     const Needs needs = asked_for(ctx, unpack(call));
-    if ((call & kInto) != 0 && needs.dweight) return backward_into(ctx, dy, saved, call, needs);
-    const auto [gx, gweight, gbias] = gradients(ctx, dy, saved, call, needs);
+    const bool into = (call & kInto) != 0 && needs.dweight;  // only where the weight is reached
+    std::optional<at::Tensor> main_grad;
+    if (into) main_grad = ctx->saved_data["main_grad"].toTensor();
+    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
+    auto [gx, gweight, gbias] =
+        op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+                ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift, needs.dx,
+                needs.dweight, needs.dbias, main_grad, into && (call & kOverwrite) != 0);
+    if (into) {
+      const auto stand_in = ctx->saved_data["stand_in"].toOptional<at::Tensor>();
+      // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
+      gweight = stand_in ? stand_in->detach() : none;
+    }
     return {needs.dx ? gx : none,
             needs.dweight ? gweight : none,
             needs.dbias ? gbias : none,
@@ -116,38 +115,6 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
   static constexpr int64_t kInto = 8;
   static constexpr int64_t kOverwrite = 16;
   static constexpr int kRecipeShift = 5;
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(AutogradContext* ctx,
-                                                                  const at::Tensor& dy,
-                                                                  const variable_list& saved,
-                                                                  int64_t call,
-                                                                  const Needs& needs) {
-    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
-    return op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                   optional(saved[3]), ctx->saved_data["in_features"].toSymInt(),
-                   call >> kRecipeShift, needs.dx, needs.dweight, needs.dbias);
-  }
-
-  // dW into the buffer: only in a backward that reaches the weight.
-  static variable_list backward_into(AutogradContext* ctx, const at::Tensor& dy,
-                                     const variable_list& saved, int64_t call, const Needs& needs) {
-    const at::Tensor none;
-    at::Tensor main_grad = ctx->saved_data["main_grad"].toTensor();
-    const auto stand_in = ctx->saved_data["stand_in"].toOptional<at::Tensor>();
-    static const auto op =
-        find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
-    const auto [gx, gbias] =
-        op.call(main_grad, dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                optional(saved[3]), ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift,
-                needs.dx, needs.dbias, (call & kOverwrite) != 0);
-    // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
-    return {needs.dx ? gx : none,
-            stand_in ? stand_in->detach() : none,
-            needs.dbias ? gbias : none,
-            none,
-            none,
-            none};
-  }
 };
 
 // The gradient of a gradient: refused when it is asked for, not when a graph is merely created.
@@ -217,14 +184,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& main_grad,
+    bool overwrite) {
   static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
   std::tuple<at::Tensor, at::Tensor, at::Tensor> grads;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    grads = op.call(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                    needs_dweight, needs_dbias);
+    grads = op.call(dy, x, x_t_scale, weight, weight_amax, std::move(in_features), recipe, needs_dx,
+                    needs_dweight, needs_dbias, main_grad, overwrite);
   }
+  // A graph that saved it must notice.
+  if (main_grad) main_grad->unsafeGetTensorImpl()->bump_version();
   if (!at::GradMode::is_enabled()) return grads;
   if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
   auto& [dx, dweight, dbias] = grads;
@@ -232,30 +202,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
   const variable_list out =
       NoDoubleBackward::apply(dy, weight.value_or(none), x.value_or(none), dx, dweight, dbias);
   return {out[0], out[1], out[2]};
-}
-
-std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
-    at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
-    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dbias, bool overwrite) {
-  static const auto op =
-      find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
-  std::tuple<at::Tensor, at::Tensor> grads;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    grads = op.call(main_grad, dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                    needs_dbias, overwrite);
-  }
-  main_grad.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
-  if (!at::GradMode::is_enabled()) return grads;
-  if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
-  auto& [dx, dbias] = grads;
-  const at::Tensor none;
-  const at::Tensor no_dweight = at::empty({0}, dy.options());
-  const variable_list out =
-      NoDoubleBackward::apply(dy, weight.value_or(none), x.value_or(none), dx, no_dweight, dbias);
-  return {out[0], out[2]};
 }
 
 }  // namespace fp8::autograd

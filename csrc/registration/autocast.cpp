@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <string>
 
+#include "common/operators.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
@@ -43,9 +44,7 @@ at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& input_scale) {
   const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fp8::_fused_linear_into", "")
-                             .typed<decltype(kernel::_fused_linear_into)>();
+  static const auto op = find<decltype(composite::_fused_linear_into)>("fp8::_fused_linear_into");
   const at::Tensor cast = at::autocast::cached_cast(dtype, weight, kDevice);
   return op.call(at::autocast::cached_cast(dtype, x, kDevice), cast,
                  at::autocast::cached_cast(dtype, bias, kDevice),

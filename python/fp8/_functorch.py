@@ -23,6 +23,7 @@ def batching_rule(op: Any) -> Callable[..., Any]:
     returns = len(op._schema.returns)
 
     def batched(*args: Any, **kwargs: Any) -> Any:
+        writes = [i for i in written if i < len(args) and args[i] is not None]
         interpreter: Any = pyfunctorch.retrieve_current_functorch_interpreter()
         level = interpreter.level()
         operands, spec = tree_flatten((args, kwargs))
@@ -36,14 +37,14 @@ def batching_rule(op: Any) -> Callable[..., Any]:
         with torch._C._ExcludeDispatchKeyGuard(_BATCHED):
             if all(dim is None for dim in dims):  # batched at another level
                 return _call(op, values, spec)
-            if written and dims[written[0]] is None:
+            if writes and dims[writes[0]] is None:
                 raise RuntimeError(
-                    f"vmap: {op} writes {op._schema.arguments[written[0]].name}, which has no "
+                    f"vmap: {op} writes {op._schema.arguments[writes[0]].name}, which has no "
                     "batch dimension, and reads tensors that have one: expected it batched too"
                 )
             results = _loop(op, values, dims, spec, interpreter.batch_size())
-        if written and returns == 1:
-            return args[written[0]]  # itself, as operators in place do
+        if writes and returns == 1:
+            return args[writes[0]]  # itself, as operators in place do
         wrapped = tuple(
             None if result is None else _functorch._add_batch_dim(result, 0, level)
             for result in results

@@ -218,7 +218,14 @@ def _linear_backward(device: str) -> list[Sample]:
             args = (dy, *saved, weight, amax if one_scale else None, shape[-1], recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{name} {shape} needs {needs}", (*args, *needs)))
-    return found
+    return found + [_into_buffer(turn, s) for turn, s in enumerate(found) if s.args[8]]
+
+
+def _into_buffer(turn: int, sample: Sample) -> Sample:
+    """The same with a main_grad, added to or overwritten."""
+    dy, *_, in_features, _, _, _, _ = sample.args
+    buffer = _buffer(dy.shape[-1], in_features, dy.device.type, turn)
+    return Sample(f"{sample.name} into, turn {turn}", (*sample.args, buffer, turn % 4 == 0))
 
 
 def _buffer(n: int, k: int, device: str, turn: int) -> Tensor:
@@ -237,16 +244,6 @@ def _fused_linear_into(device: str) -> list[Sample]:
         stand_in = torch.zeros_like(weight) if turn % 2 else None
         scale = sample.kwargs.get("input_scale")
         args = (x, weight, bias, recipe, main_grad, turn % 4 == 0, stand_in, scale)
-        found.append(Sample(f"{sample.name}, turn {turn}", args))
-    return found
-
-
-def _linear_backward_into(device: str) -> list[Sample]:
-    found = []
-    for turn, sample in enumerate(_linear_backward(device)):
-        *saved, needs_dx, _, needs_dbias = sample.args
-        main_grad = _buffer(saved[0].shape[-1], saved[5], device, turn)
-        args = (main_grad, *saved, needs_dx, needs_dbias, turn % 4 == 0)
         found.append(Sample(f"{sample.name}, turn {turn}", args))
     return found
 
@@ -390,7 +387,6 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "_linear_forward": _linear_forward,
     "_linear_backward": _linear_backward,
     "_fused_linear_into": _fused_linear_into,
-    "_linear_backward_into": _linear_backward_into,
     "grouped_linear": _grouped_linear,
     "_grouped_forward": _grouped_forward,
     "_grouped_backward": _grouped_backward,
