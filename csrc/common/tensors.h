@@ -3,6 +3,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/SymInt.h>
 
 #ifdef FP8_WITH_CUDA
@@ -52,6 +53,15 @@ inline at::Tensor empty_on([[maybe_unused]] const at::Tensor& like, at::IntArray
   }
 #endif
   return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, std::nullopt);
+}
+
+// Takes the place of a result that nobody asked for: an operator's results are tensors.
+inline at::Tensor none_like(const at::Tensor& x) {
+  return x.is_meta() ? at::empty({0}, x.options()) : empty_on(x, {0}, x.scalar_type());
+}
+
+inline at::Tensor or_none(const at::Tensor& t, const at::Tensor& like) {
+  return t.defined() ? t : none_like(like);
 }
 
 inline bool on_16_bytes(const at::Tensor& t) {

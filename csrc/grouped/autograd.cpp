@@ -10,6 +10,7 @@
 #include <array>
 #include <utility>
 
+#include "common/operators.h"
 #include "common/tensors.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
@@ -20,19 +21,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool wants_grad(const std::optional<at::Tensor>& t) {
-  return t.has_value() && t->defined() && t->requires_grad();
-}
-
-std::optional<at::Tensor> optional(const at::Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
-}
 
 class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
  public:

@@ -11,8 +11,6 @@ namespace {
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "clamped_silu"};
 
-at::Tensor none_like(const at::Tensor& x) { return at::empty({0}, x.options()); }
-
 }  // namespace
 
 int64_t activation_index(std::string_view name) {
@@ -118,16 +116,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
           stored_like(needs::kDown, down),
           gate_up_bias ? like(needs::kGateUpBias, *gate_up_bias) : none_like(dy),
           down_bias ? like(needs::kDownBias, *down_bias) : none_like(dy)};
-}
-
-at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
-                       const at::Tensor& top_k_weights, const at::Tensor& gate_up,
-                       const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
-                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
-                       bool interleaved, double alpha, double limit, std::string_view recipe) {
-  return std::get<0>(_moe_forward(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias,
-                                  down_bias, activation_index(activation), interleaved, alpha,
-                                  limit, grouped_recipe_index("moe_experts", recipe)));
 }
 
 }  // namespace meta

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/operators.h"
 #include "fp8/ops.h"
 #include "linear/linear.h"
 #include "linear/recipe.h"
@@ -16,26 +17,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool wants_grad(const std::optional<at::Tensor>& t) {
-  return t.has_value() && t->defined() && t->requires_grad();
-}
-
-std::optional<at::Tensor> optional(const at::Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
-}
-
 // A graph that saved the written tensor must notice; a tensor of inference mode has no counter.
-void count_write(const at::Tensor& written) {
-  if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
-}
-
 void count_write(const std::optional<at::Tensor>& written) {
-  if (written) count_write(*written);
+  if (written && !written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
 }
 
 struct Needs {
@@ -101,8 +85,21 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const variable_list saved = ctx->get_saved_variables();
     const int64_t call = ctx->saved_data["call"].toInt();
     const Needs needs = asked_for(ctx, unpack(call));
-    if ((call & kInto) != 0 && needs.dweight) return backward_into(ctx, dy, saved, call, needs);
-    const auto [gx, gweight, gbias] = gradients(ctx, dy, saved, call, needs);
+    const bool into = (call & kInto) != 0 && needs.dweight;  // only where the weight is reached
+    std::optional<at::Tensor> main_grad;
+    if (into) main_grad = ctx->saved_data["main_grad"].toTensor();
+    std::optional<at::Tensor> history;
+    if ((call & kHistory) != 0) history = ctx->saved_data["history"].toTensor();
+    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
+    auto [gx, gweight, gbias] =
+        op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+                ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift, needs.dx,
+                needs.dweight, needs.dbias, main_grad, into && (call & kOverwrite) != 0, history);
+    if (into) {
+      const auto stand_in = ctx->saved_data["stand_in"].toOptional<at::Tensor>();
+      // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
+      gweight = stand_in ? stand_in->detach() : none;
+    }
     return {needs.dx ? gx : none,
             needs.dweight ? gweight : none,
             needs.dbias ? gbias : none,
@@ -128,43 +125,6 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
   static constexpr int64_t kOverwrite = 16;
   static constexpr int64_t kHistory = 32;
   static constexpr int kRecipeShift = 6;
-
-  static std::optional<at::Tensor> history(const AutogradContext* ctx, int64_t call) {
-    if ((call & kHistory) == 0) return std::nullopt;
-    return ctx->saved_data.at("history").toTensor();
-  }
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(AutogradContext* ctx,
-                                                                  const at::Tensor& dy,
-                                                                  const variable_list& saved,
-                                                                  int64_t call,
-                                                                  const Needs& needs) {
-    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
-    return op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                   optional(saved[3]), ctx->saved_data["in_features"].toSymInt(),
-                   call >> kRecipeShift, needs.dx, needs.dweight, needs.dbias, history(ctx, call));
-  }
-
-  // dW into the buffer: only in a backward that reaches the weight.
-  static variable_list backward_into(AutogradContext* ctx, const at::Tensor& dy,
-                                     const variable_list& saved, int64_t call, const Needs& needs) {
-    const at::Tensor none;
-    at::Tensor main_grad = ctx->saved_data["main_grad"].toTensor();
-    const auto stand_in = ctx->saved_data["stand_in"].toOptional<at::Tensor>();
-    static const auto op =
-        find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
-    const auto [gx, gbias] =
-        op.call(main_grad, dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                optional(saved[3]), ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift,
-                needs.dx, needs.dbias, (call & kOverwrite) != 0, history(ctx, call));
-    // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
-    return {needs.dx ? gx : none,
-            stand_in ? stand_in->detach() : none,
-            needs.dbias ? gbias : none,
-            none,
-            none,
-            none};
-  }
 };
 
 // The gradient of a gradient: refused when it is asked for, not when a graph is merely created.
@@ -238,14 +198,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& history) {
+    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& main_grad,
+    bool overwrite, const std::optional<at::Tensor>& history) {
   static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
   std::tuple<at::Tensor, at::Tensor, at::Tensor> grads;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    grads = op.call(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                    needs_dweight, needs_dbias, history);
+    grads = op.call(dy, x, x_t_scale, weight, weight_amax, std::move(in_features), recipe, needs_dx,
+                    needs_dweight, needs_dbias, main_grad, overwrite, history);
   }
+  count_write(main_grad);
   count_write(history);
   if (!at::GradMode::is_enabled()) return grads;
   if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
@@ -256,31 +218,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
   return {out[0], out[1], out[2]};
 }
 
-std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
-    at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
-    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dbias, bool overwrite, const std::optional<at::Tensor>& history) {
-  static const auto op =
-      find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
-  std::tuple<at::Tensor, at::Tensor> grads;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    grads = op.call(main_grad, dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                    needs_dbias, overwrite, history);
-  }
-  count_write(main_grad);
-  count_write(history);
-  if (!at::GradMode::is_enabled()) return grads;
-  if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
-  auto& [dx, dbias] = grads;
-  const at::Tensor none;
-  const at::Tensor no_dweight = at::empty({0}, dy.options());
-  const variable_list out =
-      NoDoubleBackward::apply(dy, weight.value_or(none), x.value_or(none), dx, no_dweight, dbias);
-  return {out[0], out[2]};
-}
-
 }  // namespace fp8::autograd
 
 namespace fp8::in_place {
@@ -289,7 +226,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe, bool save_x_t, bool save_weight_amax,
     const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
-  static const auto op = autograd::find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
+  static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
   const at::AutoDispatchBelowADInplaceOrView below;
   auto made = op.call(x, weight, bias, recipe, save_x_t, save_weight_amax, input_scale, history);
   autograd::count_write(history);

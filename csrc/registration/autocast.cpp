@@ -3,6 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "common/operators.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
@@ -32,9 +33,7 @@ at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& history) {
   const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fp8::_fused_linear_into", "")
-                             .typed<decltype(kernel::_fused_linear_into)>();
+  static const auto op = find<decltype(composite::_fused_linear_into)>("fp8::_fused_linear_into");
   return op.call(at::autocast::cached_cast(dtype, x, kDevice),
                  at::autocast::cached_cast(dtype, weight, kDevice),
                  at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,

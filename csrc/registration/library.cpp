@@ -86,19 +86,14 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
       " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
-      " bool needs_dbias, Tensor(a!)? history=None)"
-      " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      " bool needs_dbias, Tensor(a!)? main_grad=None, bool overwrite=False,"
+      " Tensor(b!)? history=None) -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
-  // The same with the weight gradient in a buffer of the caller.
+  // fused_linear whose backward has a main_grad.
   m.def(
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
       " bool overwrite, Tensor? stand_in, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> Tensor",
-      tags);
-  m.def(
-      "_linear_backward_into(Tensor(a!) main_grad, Tensor dy, Tensor? x, Tensor? x_t_scale,"
-      " Tensor? weight, Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx,"
-      " bool needs_dbias, bool overwrite, Tensor(b!)? history=None) -> (Tensor dx, Tensor dbias)",
       tags);
   // What grouped_linear and moe_experts are differentiated through.
   m.def(
@@ -129,8 +124,17 @@ TORCH_LIBRARY(fp8, m) {
 
 namespace {
 
+// Made of the operators below, for real and for fake tensors alike.
+void register_composites(torch::Library& m) {
+  m.impl("fused_linear", TORCH_FN(fp8::composite::fused_linear));
+  m.impl("_fused_linear_into", TORCH_FN(fp8::composite::_fused_linear_into));
+  m.impl("grouped_linear", TORCH_FN(fp8::composite::grouped_linear));
+  m.impl("moe_experts", TORCH_FN(fp8::composite::moe_experts));
+}
+
 // CPU and CUDA share their kernels down to the device's own quantize and matmul.
 void register_kernels(torch::Library& m) {
+  register_composites(m);
   m.impl("quantize_tensorwise", TORCH_FN(fp8::kernel::quantize_tensorwise));
   m.impl("quantize_rowwise", TORCH_FN(fp8::kernel::quantize_rowwise));
   m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::kernel::quantize_tensorwise_transpose));
@@ -145,15 +149,10 @@ void register_kernels(torch::Library& m) {
   m.impl("scaled_mm", TORCH_FN(fp8::kernel::scaled_mm));
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::kernel::scaled_mm_accumulate_));
   m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::kernel::_scaled_mm_accumulate));
-  m.impl("fused_linear", TORCH_FN(fp8::kernel::fused_linear));
   m.impl("_linear_forward", TORCH_FN(fp8::kernel::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::kernel::_linear_backward));
-  m.impl("_fused_linear_into", TORCH_FN(fp8::kernel::_fused_linear_into));
-  m.impl("_linear_backward_into", TORCH_FN(fp8::kernel::_linear_backward_into));
-  m.impl("grouped_linear", TORCH_FN(fp8::kernel::grouped_linear));
   m.impl("_grouped_forward", TORCH_FN(fp8::kernel::_grouped_forward));
   m.impl("_grouped_backward", TORCH_FN(fp8::kernel::_grouped_backward));
-  m.impl("moe_experts", TORCH_FN(fp8::kernel::moe_experts));
   m.impl("_moe_forward", TORCH_FN(fp8::kernel::_moe_forward));
   m.impl("_moe_backward", TORCH_FN(fp8::kernel::_moe_backward));
 }
@@ -166,6 +165,7 @@ TORCH_LIBRARY_IMPL(fp8, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(fp8, CUDA, m) { register_kernels(m); }
 
 TORCH_LIBRARY_IMPL(fp8, Meta, m) {
+  register_composites(m);
   m.impl("quantize_tensorwise", TORCH_FN(fp8::meta::quantize_tensorwise));
   m.impl("quantize_rowwise", TORCH_FN(fp8::meta::quantize_rowwise));
   m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::meta::quantize_tensorwise_transpose));
@@ -180,15 +180,10 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("scaled_mm", TORCH_FN(fp8::meta::scaled_mm));
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::meta::scaled_mm_accumulate_));
   m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
-  m.impl("fused_linear", TORCH_FN(fp8::meta::fused_linear));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
-  m.impl("_fused_linear_into", TORCH_FN(fp8::meta::_fused_linear_into));
-  m.impl("_linear_backward_into", TORCH_FN(fp8::meta::_linear_backward_into));
-  m.impl("grouped_linear", TORCH_FN(fp8::meta::grouped_linear));
   m.impl("_grouped_forward", TORCH_FN(fp8::meta::_grouped_forward));
   m.impl("_grouped_backward", TORCH_FN(fp8::meta::_grouped_backward));
-  m.impl("moe_experts", TORCH_FN(fp8::meta::moe_experts));
   m.impl("_moe_forward", TORCH_FN(fp8::meta::_moe_forward));
   m.impl("_moe_backward", TORCH_FN(fp8::meta::_moe_backward));
 }
@@ -199,7 +194,6 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
   m.impl("_fused_linear_into", TORCH_FN(fp8::autograd::_fused_linear_into));
-  m.impl("_linear_backward_into", TORCH_FN(fp8::autograd::_linear_backward_into));
   m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
   m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
   for (const char* op :

@@ -19,15 +19,13 @@ _BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 def batching_rule(op: Any) -> Callable[..., Any]:
     """The kernel of `op`, an OpOverload, for batched tensors."""
-    written = [
-        (i, argument.name)
-        for i, argument in enumerate(op._schema.arguments)
-        if argument.is_write and argument.name != "history"
-    ]
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.is_write and a.name != "history"]
     returns = op._schema.returns
     in_place = len(returns) == 1 and returns[0].alias_info is not None
 
     def batched(*args: Any, **kwargs: Any) -> Any:
+        writes = [i for i in written if i < len(args) and args[i] is not None]
         interpreter: Any = pyfunctorch.retrieve_current_functorch_interpreter()
         level = interpreter.level()
         operands, spec = tree_flatten((args, kwargs))
@@ -41,44 +39,20 @@ def batching_rule(op: Any) -> Callable[..., Any]:
         with torch._C._ExcludeDispatchKeyGuard(_BATCHED):
             if all(dim is None for dim in dims):  # batched at another level
                 return _call(op, values, spec)
-            for i, name in written:
+            for i in writes:
                 if dims[i] is None:
                     raise RuntimeError(
-                        f"vmap: {op} writes {name}, which has no batch dimension, and reads "
-                        "tensors that have one: expected it batched too"
+                        f"vmap: {op} writes {arguments[i].name}, which has no batch dimension, "
+                        "and reads tensors that have one: expected it batched too"
                     )
             results = _loop(op, values, dims, spec, interpreter.batch_size())
         if in_place:
-            return args[written[0][0]]  # itself, as operators in place do
+            return args[writes[0]]  # itself, as operators in place do
         wrapped = tuple(
             None if result is None else _functorch._add_batch_dim(result, 0, level)
             for result in results
         )
         return wrapped if len(returns) > 1 else wrapped[0]
-
-    return batched
-
-
-def legacy_batching_rule(op: Any) -> Callable[..., Any]:
-    """The kernel of `op`, which writes nothing but a history, for the batched tensors of
-    torch.autograd.grad(is_grads_batched=True). PyTorch's own fallback takes no operator that may
-    write."""
-    is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
-    returns = len(op._schema.returns)
-
-    def batched(*args: Any, **kwargs: Any) -> Any:
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
-        operands, spec = tree_flatten((args, kwargs))
-        dims = [0 if isinstance(o, Tensor) and is_batched(o) else None for o in operands]
-        values = [
-            operand if dim is None else torch._remove_batch_dim(operand, level, 1, 0)
-            for operand, dim in zip(operands, dims, strict=True)
-        ]
-        size = next(value.shape[0] for value, d in zip(values, dims, strict=True) if d is not None)
-        results = _loop(op, values, dims, spec, size)
-        wrapped = tuple(r if r is None else torch._add_batch_dim(r, 0, level) for r in results)
-        return wrapped if returns > 1 else wrapped[0]
 
     return batched
 

@@ -23,7 +23,6 @@ NAMES = (
     "_linear_forward",
     "_linear_backward",
     "_fused_linear_into",
-    "_linear_backward_into",
     "grouped_linear",
     "_grouped_forward",
     "_grouped_backward",
@@ -44,8 +43,5 @@ def install() -> None:
     for name in NAMES:
         rule = _functorch.batching_rule(getattr(torch.ops.fp8, name).default)
         library.impl(name, rule, "FuncTorchBatched")
-        if name == "_linear_backward":
-            legacy = _functorch.legacy_batching_rule(getattr(torch.ops.fp8, name).default)
-            library.impl(name, legacy, "Batched")
         for key in _nested.KEYS:
             library.impl(name, _nested.kernel(name), key)

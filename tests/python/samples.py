@@ -230,7 +230,16 @@ def _linear_backward(device: str) -> list[Sample]:
                     what = f"{name} {shape} needs {needs}, history"
                     history = make_history(device)
                     found.append(Sample(what, (*args, *needs), {"history": history}))
-    return found
+    return found + [_into_buffer(turn, s) for turn, s in enumerate(found) if s.args[8]]
+
+
+def _into_buffer(turn: int, sample: Sample) -> Sample:
+    """The same with a main_grad, added to or overwritten."""
+    dy, *_, in_features, _, _, _, _ = sample.args
+    buffer = _buffer(dy.shape[-1], in_features, dy.device.type, turn)
+    kwargs = {name: value.clone() for name, value in sample.kwargs.items()}
+    args = (*sample.args, buffer, turn % 4 == 0)
+    return Sample(f"{sample.name} into, turn {turn}", args, kwargs)
 
 
 def _buffer(n: int, k: int, device: str, turn: int) -> Tensor:
@@ -252,16 +261,6 @@ def _fused_linear_into(device: str) -> list[Sample]:
         history = sample.kwargs.get("history")
         kwargs = {} if history is None else {"history": history.clone()}
         found.append(Sample(f"{sample.name}, turn {turn}", args, kwargs))
-    return found
-
-
-def _linear_backward_into(device: str) -> list[Sample]:
-    found = []
-    for turn, sample in enumerate(_linear_backward(device)):
-        *saved, needs_dx, _, needs_dbias = sample.args
-        main_grad = _buffer(saved[0].shape[-1], saved[5], device, turn)
-        args = (main_grad, *saved, needs_dx, needs_dbias, turn % 4 == 0)
-        found.append(Sample(f"{sample.name}, turn {turn}", args, sample.kwargs))
     return found
 
 
@@ -404,7 +403,6 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "_linear_forward": _linear_forward,
     "_linear_backward": _linear_backward,
     "_fused_linear_into": _fused_linear_into,
-    "_linear_backward_into": _linear_backward_into,
     "grouped_linear": _grouped_linear,
     "_grouped_forward": _grouped_forward,
     "_grouped_backward": _grouped_backward,

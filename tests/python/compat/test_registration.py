@@ -71,9 +71,8 @@ def test_registration_only_accumulation_and_histories_modify():
         "scaled_mm_accumulate_": ["out"],
         "fused_linear": ["history"],
         "_linear_forward": ["history"],
-        "_linear_backward": ["history"],
+        "_linear_backward": ["main_grad", "history"],
         "_fused_linear_into": ["history"],
-        "_linear_backward_into": ["main_grad", "history"],
     }
     for name in samples.namespace():
         modified = [a.name for a in schema(name).arguments if a.is_write]

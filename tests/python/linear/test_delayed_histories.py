@@ -112,11 +112,10 @@ def test_history_errors_of_private_operators(device, meta):
     dy, weight = torch.zeros(16, 48, device=where), torch.zeros(48, 64, device=where)
     bad = make_history(where).float()
     recipe = list(fp8.RECIPES).index("delayed")
-    args = (weight, dy, None, None, None, None, 64, recipe, False, False)
-    with pytest.raises(TypeError, match="history in int32"):
-        OPS._linear_backward_into(*args, False, history=bad)
-    with pytest.raises(TypeError, match="history in int32"):
-        OPS._linear_backward(*args[1:], False, history=bad)
+    args = (dy, None, None, None, None, 64, recipe, False, True, False)
+    for main_grad in (None, weight):
+        with pytest.raises(TypeError, match="history in int32"):
+            OPS._linear_backward(*args, main_grad, history=bad)
     with pytest.raises(TypeError, match="history in int32"):
         OPS._linear_forward(dy, dy, None, recipe, True, True, history=bad)
 
