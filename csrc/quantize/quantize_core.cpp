@@ -8,12 +8,6 @@
 namespace fp8::core {
 namespace {
 
-// Clusters and programmatic dependent launches. Code for an older architecture, which a newer GPU
-// may run through PTX, has neither in it.
-bool has_hopper_launches(const DeviceInfo& device) {
-  return FP8_OLDEST_CUDA_ARCH >= 90 && device.capability >= 90;
-}
-
 // Of a block of the rowwise pass: small ones end together, which counts where few waves run (17
 // MB).
 constexpr int kRowwiseThreads = 128;
