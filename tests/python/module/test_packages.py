@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import pickle
 import pkgutil
+import re
+from pathlib import Path
 from types import ModuleType
 
 import new_process
@@ -58,6 +60,17 @@ def test_public_package_lists_its_names(name):
     have = {key for key, value in vars(module).items() if not isinstance(value, ModuleType)}
     have -= {"MATMUL_OPS"}  # __all__ of fp8.ops lists the operators
     assert {key for key in have if not key.startswith("_")} <= set(module.__all__)
+
+
+def test_map_has_every_module():
+    """python/README.md, a line each."""
+    root = Path(fp8.__file__).parent
+    text = (Path(__file__).parents[3] / "python/README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    listed = re.findall(r"`([\w/]+\.py)`", "\n".join(rows))
+    have = {str(path.relative_to(root)) for path in root.rglob("*.py")} - {"_build.py"}
+    # Of a package's __init__.py the line of the package speaks.
+    assert sorted(listed) == sorted(n for n in have if not n.endswith("/__init__.py"))
 
 
 def test_names_of_the_packages_are_those_of_fp8():
