@@ -1,7 +1,7 @@
 """Small layers: from which size on FP8 trains faster than nn.Linear. fp8.convert's rule follows.
 
 A grid of square and oblong layers, forward + backward in bf16, with the measure that the rule
-uses, K·N / (K + N) (fp8.rules.MIN_WORK).
+uses, K·N / (K + N) (fp8.conversion.MIN_WORK).
 """
 
 from __future__ import annotations

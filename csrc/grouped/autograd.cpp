@@ -10,6 +10,7 @@
 #include <array>
 #include <utility>
 
+#include "common/ranges.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "grouped/operands.h"
@@ -39,6 +40,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
                             int64_t recipe) {
+    const Range range("fp8::grouped_linear");
     const bool needs_dx = x.requires_grad();
     const bool needs_dweight = weight.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -60,6 +62,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Range range("fp8::grouped_linear backward");
     const at::Tensor none;
     const at::Tensor& dy = grads[0];
     if (!dy.defined()) return {none, none, none, none, none};
@@ -107,6 +110,7 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
                             const at::Tensor& gate_up, const at::Tensor& down,
                             const std::optional<at::Tensor>& gate_up_bias,
                             const std::optional<at::Tensor>& down_bias, const MoeOptions* options) {
+    const Range range("fp8::moe_experts");
     const int64_t wanted = (x.requires_grad() ? needs::kX : 0) |
                            (top_k_weights.requires_grad() ? needs::kWeights : 0) |
                            (gate_up.requires_grad() ? needs::kGateUp : 0) |
@@ -133,6 +137,7 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Range range("fp8::moe_experts backward");
     const at::Tensor& dy = grads[0];
     variable_list result(8);
     if (!dy.defined()) return result;

@@ -7,6 +7,7 @@
 #include "common/cuda_context.h"
 #include "common/tensors.h"
 #include "cpu/kernels.h"
+#include "quantize/plan_text.h"
 #include "quantize/whole_gpu.h"
 
 namespace fp8 {
@@ -115,6 +116,7 @@ QuantizedMatrix quantize_matrix(const at::Tensor& x, const QuantizeRequest& requ
   }
 
   if (x.is_cpu()) {
+    if (core::printing_plans()) core::print_plan(args, -1, {}, 0);
     cpu::quantize(args);
     return result;
   }

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "common/ranges.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
 #include "linear/memory.h"
@@ -127,34 +128,37 @@ TORCH_LIBRARY(fp8, m) {
 
 namespace {
 
+// A kernel, under an NVTX range of the operator's name.
+#define FP8_KERNEL(op) m.impl(#op, TORCH_FN((fp8::Ranged<"fp8::" #op, &fp8::kernel::op>::call)))
+
 // CPU and CUDA share their kernels down to the device's own quantize and matmul.
 void register_kernels(torch::Library& m) {
-  m.impl("quantize_tensorwise", TORCH_FN(fp8::kernel::quantize_tensorwise));
-  m.impl("quantize_rowwise", TORCH_FN(fp8::kernel::quantize_rowwise));
-  m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::kernel::quantize_tensorwise_transpose));
-  m.impl("quantize_rowwise_transpose", TORCH_FN(fp8::kernel::quantize_rowwise_transpose));
-  m.impl("quantize_blockwise_1x128", TORCH_FN(fp8::kernel::quantize_blockwise_1x128));
-  m.impl("quantize_blockwise_128x128", TORCH_FN(fp8::kernel::quantize_blockwise_128x128));
-  m.impl("quantize_blockwise_1x128_transpose",
-         TORCH_FN(fp8::kernel::quantize_blockwise_1x128_transpose));
-  m.impl("quantize_blockwise_128x128_transpose",
-         TORCH_FN(fp8::kernel::quantize_blockwise_128x128_transpose));
-  m.impl("dequantize", TORCH_FN(fp8::kernel::dequantize));
-  m.impl("scaled_mm", TORCH_FN(fp8::kernel::scaled_mm));
-  m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::kernel::scaled_mm_accumulate_));
-  m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::kernel::_scaled_mm_accumulate));
-  m.impl("fused_linear", TORCH_FN(fp8::kernel::fused_linear));
-  m.impl("_linear_forward", TORCH_FN(fp8::kernel::_linear_forward));
-  m.impl("_linear_backward", TORCH_FN(fp8::kernel::_linear_backward));
-  m.impl("_fused_linear_into", TORCH_FN(fp8::kernel::_fused_linear_into));
-  m.impl("_linear_backward_into", TORCH_FN(fp8::kernel::_linear_backward_into));
-  m.impl("grouped_linear", TORCH_FN(fp8::kernel::grouped_linear));
-  m.impl("_grouped_forward", TORCH_FN(fp8::kernel::_grouped_forward));
-  m.impl("_grouped_backward", TORCH_FN(fp8::kernel::_grouped_backward));
-  m.impl("moe_experts", TORCH_FN(fp8::kernel::moe_experts));
-  m.impl("_moe_forward", TORCH_FN(fp8::kernel::_moe_forward));
-  m.impl("_moe_backward", TORCH_FN(fp8::kernel::_moe_backward));
+  FP8_KERNEL(quantize_tensorwise);
+  FP8_KERNEL(quantize_rowwise);
+  FP8_KERNEL(quantize_tensorwise_transpose);
+  FP8_KERNEL(quantize_rowwise_transpose);
+  FP8_KERNEL(quantize_blockwise_1x128);
+  FP8_KERNEL(quantize_blockwise_128x128);
+  FP8_KERNEL(quantize_blockwise_1x128_transpose);
+  FP8_KERNEL(quantize_blockwise_128x128_transpose);
+  FP8_KERNEL(dequantize);
+  FP8_KERNEL(scaled_mm);
+  FP8_KERNEL(scaled_mm_accumulate_);
+  FP8_KERNEL(_scaled_mm_accumulate);
+  FP8_KERNEL(fused_linear);
+  FP8_KERNEL(_linear_forward);
+  FP8_KERNEL(_linear_backward);
+  FP8_KERNEL(_fused_linear_into);
+  FP8_KERNEL(_linear_backward_into);
+  FP8_KERNEL(grouped_linear);
+  FP8_KERNEL(_grouped_forward);
+  FP8_KERNEL(_grouped_backward);
+  FP8_KERNEL(moe_experts);
+  FP8_KERNEL(_moe_forward);
+  FP8_KERNEL(_moe_backward);
 }
+
+#undef FP8_KERNEL
 
 }  // namespace
 

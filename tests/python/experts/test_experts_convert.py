@@ -19,7 +19,7 @@ from tiny_models import (
 from torch import nn
 
 import fp8
-from fp8 import experts
+from fp8.integrations.transformers import _experts as experts
 
 
 def every(module, name):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fp8
-from fp8.experts import mixture
+from fp8.integrations.transformers._experts import mixture
 
 HIDDEN, INNER, EXPERTS = 48, 32, 5
 

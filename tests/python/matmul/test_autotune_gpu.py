@@ -18,8 +18,8 @@ from operands import GRANULARITIES, OPS
 from reference import assert_same_bits
 
 import fp8
-from fp8 import _loader
-from fp8.autotune import AutotuneReport, _measuring
+from fp8._native import loader as _loader
+from fp8.tools._autotune import AutotuneReport, _measuring
 
 pytestmark = pytest.mark.gpu
 RECIPES = tuple(fp8.RECIPES)

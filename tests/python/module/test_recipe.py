@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import fp8
+from fp8.conversion import worthwhile
 from fp8.recipe import OPTIONS, check_recipe
-from fp8.rules import worthwhile
 
 
 def test_recipes_are_the_known_five():

@@ -3,7 +3,7 @@
 It adds one string, `recipe`, to nn.Linear and no parameter, buffer or state_dict key, so the two
 classes can be exchanged in place: `fp8.convert` and `fp8.revert` only change a module's class. Only
 where the input has a static scale, that is a buffer, `input_scale`. Pickles refer to
-`fp8.linear.Linear`.
+`fp8.nn.Linear`.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import _distributed_checkpoint, _offload, _operands, main_grad
+from .._native.collectives import spare_collectives
+from ..recipe import Recipe, check_recipe
+from . import _distributed_checkpoint, _main_grad, _offload, _operands
 from ._calls import CALLED, _mark_traced, has_own_forward
-from ._collectives import spare_collectives
-from .recipe import Recipe, check_recipe
 
 # Looked up once: `torch.ops.fp8.fused_linear.default` costs four attribute reads a call.
 _fused_linear = torch.ops.fp8.fused_linear.default
@@ -51,6 +51,8 @@ class Linear(nn.Linear):
         >>> layer = fp8.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16,
         recipe="rowwise")
     """
+
+    __module__ = "fp8.nn"  # what pickles name
 
     # Class default: pickles and state from before the attribute, or `__new__` alone, still give a
     # working module.
@@ -125,7 +127,7 @@ class Linear(nn.Linear):
         buffer = getattr(weight, "main_grad", None)
         output: Tensor
         if buffer is not None:
-            return main_grad.linear(input, weight, self.bias, self.recipe, buffer, scale)
+            return _main_grad.linear(input, weight, self.bias, self.recipe, buffer, scale)
         if scale is not None:
             output = _fused_linear(input, weight, self.bias, self.recipe, input_scale=scale)
         else:

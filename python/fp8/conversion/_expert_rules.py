@@ -1,10 +1,10 @@
-"""Which experts modules `fp8.convert` may and does change; rules.py has nn.Linear."""
+"""Which experts modules `fp8.convert` may and does change; _rules.py has nn.Linear."""
 
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import experts
+from ..integrations.transformers import _experts
 
 MIN_EXPERTS_WORK = 700
 """Smallest work, in the sense of `worthwhile`, for which experts are converted.
@@ -44,23 +44,23 @@ class FoundExperts:
 
     def refused(self) -> str | None:
         """The safety rules; None if convert may change this module."""
-        return experts.refused(self.module)
+        return _experts.refused(self.module)
 
     def unselected(self) -> str | None:
         """The default rule: why it is left alone, or None."""
-        return worthwhile(experts.products_of(self.module))
+        return worthwhile(_experts.products_of(self.module))
 
     def shape(self) -> str:
         """'8 x (4096 -> 28672, 14336 -> 4096)', or '-' where there are no such weights."""
-        up = experts.weights_of(self.module)[0]
+        up = _experts.weights_of(self.module)[0]
         if getattr(up, "ndim", 0) != 3:
             return "-"
-        products = ", ".join(f"{k} -> {n}" for k, n in experts.products_of(self.module))
+        products = ", ".join(f"{k} -> {n}" for k, n in _experts.products_of(self.module))
         return f"{up.size(0)} x ({products})"
 
     def numel(self) -> int:
         """Elements of both weights."""
-        up, _, down, _ = experts.weights_of(self.module)
+        up, _, down, _ = _experts.weights_of(self.module)
         return sum(getattr(weight, "numel", lambda: 0)() for weight in (up, down))
 
 
@@ -70,6 +70,6 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     for name, module in model.named_modules(remove_duplicate=False):
         if module in found:
             found[module].aliases.append(name)
-        elif experts.is_experts(module):
+        elif _experts.is_experts(module):
             found[module] = FoundExperts(module, name)
     return list(found.values())

@@ -1,10 +1,10 @@
 """`convert` and `revert`: FP8 for the nn.Linear modules of a model, in place.
 
-And for the experts of Hugging Face's mixtures of experts: see experts.py. A converted module stays
-the same object and only its class changes, nn.Linear to fp8.Linear. So everything that refers to
-the module or its parameters keeps working: optimizers, hooks, tied parameters, modules used in two
-places, a model that itself is an nn.Linear. Which modules are changed is decided in rules.py and
-expert_rules.py.
+And for the experts of Hugging Face's mixtures of experts: see integrations/transformers/. A
+converted module stays the same object and only its class changes, nn.Linear to fp8.Linear. So
+everything that refers to the module or its parameters keeps working: optimizers, hooks, tied
+parameters, modules used in two places, a model that itself is an nn.Linear. Which modules are
+changed is decided in _rules.py and _expert_rules.py.
 """
 
 import warnings
@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import experts, transformers_hook
-from ._calls import forget_call, has_own_forward
-from ._collectives import spare_collectives
-from .expert_rules import FoundExperts, find_experts
-from .grouped import check_grouped_recipe
-from .linear import Linear, check_static
-from .recipe import Recipe, check_recipe
-from .rules import Found, find_conv1d, find_linears, label, left_alone
+from .._native.collectives import spare_collectives
+from ..integrations.transformers import _experts, _registration
+from ..nn._calls import forget_call, has_own_forward
+from ..nn._grouped import check_grouped_recipe
+from ..nn._linear import Linear, check_static
+from ..recipe import Recipe, check_recipe
+from ._expert_rules import FoundExperts, find_experts
+from ._rules import Found, find_conv1d, find_linears, label, left_alone
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -50,8 +50,8 @@ def convert(
             name in `model.named_modules()`: True converts, False leaves it as it is. It replaces
             the default rules, which leave alone `lm_head`, routers, modules whose weight is used
             past their forward too (`its weight is used by` in the summary), the shapes for which
-            `fp8.rules.worthwhile` or `fp8.expert_rules.worthwhile` sees no gain, and models of
-            small layers (`fp8.rules.MIN_MEAN_SIZE`). The safety rules hold in any case: subclasses
+            `fp8.conversion.worthwhile` or `experts_worthwhile` sees no gain, and models of small
+            layers (`fp8.conversion.MIN_MEAN_SIZE`). The safety rules hold in any case: subclasses
             of nn.Linear, modules whose weight is used without calling them, and weights that are
             not bfloat16, float16 or float32 are left alone.
         experts_recipe: of experts, out of `fp8.GROUPED_RECIPES`; None: "rowwise_gw_hp", whatever
@@ -69,7 +69,7 @@ def convert(
     """
     check_model("convert", model)
     recipe = str(check_recipe(recipe))
-    experts_recipe = check_grouped_recipe(experts_recipe or experts.DEFAULT_RECIPE)
+    experts_recipe = check_grouped_recipe(experts_recipe or _experts.DEFAULT_RECIPE)
     if filter is not None and not callable(filter):
         raise TypeError(
             "fp8.convert: filter must be a function (module, name) -> bool, "
@@ -93,9 +93,8 @@ def convert(
             check_static(recipe, f"fp8.convert: {label(linear)}")
     chosen = [linear.module for linear in found]
     spare_collectives()
-    if able:
-        transformers_hook.register()
-    configs = experts.fp8_configs(able)
+    _registration.register_if_loaded()
+    configs = _experts.fp8_configs(able)
     with _all_or_nothing([*chosen, *able]):
         for module in model.modules():
             forget_call(module)  # "never called" is said of what ran after this
@@ -104,7 +103,7 @@ def convert(
             module.__class__ = Linear
             vars(module)["recipe"] = recipe
         for mixture in able:
-            experts.set_fp8(mixture, experts_recipe, configs)
+            _experts.set_fp8(mixture, experts_recipe, configs)
     if not chosen and not able:
         warnings.warn(_nothing_converted(model, linears, mixtures), stacklevel=2)
     return model
@@ -143,7 +142,7 @@ def revert(model: ModelT) -> ModelT:
             module.input_scale = None
             module.__class__ = nn.Linear  # type: ignore[assignment]
         for mixture in mixtures:
-            experts.unset_fp8(mixture)
+            _experts.unset_fp8(mixture)
     return model
 
 

@@ -14,6 +14,7 @@ tensors of other modules stay what they are.
 """
 
 import functools
+import importlib
 import re
 import sys
 import weakref
@@ -21,13 +22,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._import_hook import when_imported
-
 if TYPE_CHECKING:
-    from .linear import Linear
+    from ._linear import Linear
 
 MODULE = "torch.distributed.checkpoint.default_planner"
 SCALE = "input_scale"
@@ -49,7 +49,9 @@ def made_without_scale(layer: "Linear", weight: object) -> None:
     """A layer that could have a scale, and has none, put `weight` into a state_dict."""
     if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter):
         _made_by[weight] = weakref.ref(layer)
-        when_imported(MODULE, _wrap)
+        if dist.is_available():
+            # Imported here, since who imports it later may load into this state_dict.
+            _wrap(importlib.import_module(MODULE))
 
 
 def scale_beside(weight: object, name: str) -> Tensor | None:
@@ -75,12 +77,12 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _wrap(planner_module: ModuleType) -> bool:
+def _wrap(planner_module: ModuleType) -> None:
     """Have DefaultLoadPlanner, and what derives from it, read scales too."""
     planner = planner_module.DefaultLoadPlanner
     original = planner.set_up_planner
     if hasattr(original, "_reads_scales"):
-        return True
+        return
 
     @functools.wraps(original)
     def set_up_planner(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +91,6 @@ def _wrap(planner_module: ModuleType) -> bool:
 
     set_up_planner._reads_scales = True  # type: ignore[attr-defined]
     planner.set_up_planner = set_up_planner
-    return True
 
 
 class _Reading:

@@ -1,5 +1,5 @@
 """`fp8.GroupedLinear`: many linear layers of one shape, each for its own group of rows; and the
-recipes of grouped matmuls, which experts modules take too (experts.py).
+recipes of grouped matmuls, which experts modules take too (integrations/transformers).
 """
 
 import math
@@ -51,6 +51,8 @@ class GroupedLinear(nn.Module):
         >>> layer(torch.randn(16, 64), offsets).shape  # three rows for group 0, seven for group 2
         torch.Size([16, 128])
     """
+
+    __module__ = "fp8.nn"  # what pickles name
 
     bias: Tensor | None
     recipe: str = "rowwise"

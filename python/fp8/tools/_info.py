@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from . import _loader
-from .recipe import RECIPES, Recipe
+from .._native import loader
+from ..recipe import RECIPES, Recipe
 
 _TENSOR_CORES = "FP8 tensor cores"
 _FALLBACK = "slower path: dequantize, then matmul"
@@ -28,7 +28,7 @@ def plan_cache_info() -> dict[str, int]:
     served), tuned (plans that `fp8.autotune` or FP8_AUTOTUNE chose). All 0 before the first matmul
     on a GPU.
     """
-    facts: dict[str, int] = _loader.native().plan_cache_info()
+    facts: dict[str, int] = loader.native().plan_cache_info()
     return facts
 
 
@@ -37,7 +37,7 @@ def plan_cache_clear() -> None:
 
     The next matmul of each shape asks cuBLASLt again. What autotune keeps on disk stays there.
     """
-    _loader.native().plan_cache_clear()
+    loader.native().plan_cache_clear()
 
 
 def info() -> dict[str, object]:
@@ -45,7 +45,7 @@ def info() -> dict[str, object]:
     whether autotune is on and where it keeps what it measured.
 
     Values are strings, numbers, lists and dicts of these, ready for json.dumps. `python -m
-    fp8.info` prints them.
+    fp8` prints them.
     """
     return {
         **_versions(),
@@ -86,7 +86,7 @@ def _lines(value: object) -> list[str]:
 
 def _versions() -> dict[str, object]:
     return {
-        "fp8": _loader.read_build().version,
+        "fp8": loader.read_build().version,
         "built with": _native_or_error("build_info"),
         "cublaslt at run time": _cublaslt_runtime(),
         "torch": torch.__version__,
@@ -99,7 +99,7 @@ def _versions() -> dict[str, object]:
 def _native_or_error(function: str) -> dict[str, Any]:
     """A dict from `fp8._C`, or why there is none: a bug report must come out in any case."""
     try:
-        return dict(getattr(_loader.native(), function)())
+        return dict(getattr(loader.native(), function)())
     except ImportError as error:
         return {"not available": str(error.__cause__ or error)}
 
@@ -107,7 +107,7 @@ def _native_or_error(function: str) -> dict[str, Any]:
 def _cublaslt_runtime() -> str:
     """'13.1.0' from 130100; 'none' for a build without CUDA."""
     try:
-        version = int(_loader.native().cublaslt_runtime_version())
+        version = int(loader.native().cublaslt_runtime_version())
     except ImportError:
         return "unknown"
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version else "none"
@@ -153,14 +153,14 @@ def _nvidia_smi() -> str:  # where a container hides the file
 
 def _whole_gpu_launches() -> str:
     try:
-        return "on" if _loader.native().whole_gpu_launches() else "off"
+        return "on" if loader.native().whole_gpu_launches() else "off"
     except ImportError as error:
         return str(error).splitlines()[0]
 
 
 def _autotune() -> dict[str, object]:
     try:
-        native = _loader.native()
+        native = loader.native()
     except ImportError as error:
         return {"not available": str(error.__cause__ or error)}
     files = {native.autotune_file(str(device["name"])) or "none" for device in _devices()}
@@ -185,7 +185,7 @@ def _devices() -> list[dict[str, object]]:
 def _recipe_status() -> dict[str, dict[str, str]]:
     """device -> recipe -> what carries it out."""
     build = _native_or_error("build_info")
-    unknown = "0" if _loader.read_build().cuda else ""  # where fp8._C cannot be asked
+    unknown = "0" if loader.read_build().cuda else ""  # where fp8._C cannot be asked
     architectures = [int(number) for number in re.findall(r"\d+", build.get("archs", unknown))]
     status = {"cpu": dict.fromkeys(RECIPES, "CPU kernels")}
     for device in _devices():

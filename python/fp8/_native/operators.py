@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from . import _functorch, _nested
+from . import functorch, nested
 
 NAMES = (
     "quantize_tensorwise",
@@ -42,7 +42,7 @@ def install() -> None:
     # A registration ends with its library. torch.library's own registrations live here too.
     torch.library._keep_alive.append(library)
     for name in NAMES:
-        rule = _functorch.batching_rule(getattr(torch.ops.fp8, name).default)
+        rule = functorch.batching_rule(getattr(torch.ops.fp8, name).default)
         library.impl(name, rule, "FuncTorchBatched")
-        for key in _nested.KEYS:
-            library.impl(name, _nested.kernel(name), key)
+        for key in nested.KEYS:
+            library.impl(name, nested.kernel(name), key)

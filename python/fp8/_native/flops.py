@@ -5,23 +5,31 @@ Quantizing, biases and gates count nothing, as there. The module of the counter 
 it is not imported here.
 """
 
-from types import ModuleType
+import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-
-from ._import_hook import when_imported
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Shape = torch.Size
 _ops = torch.ops.fp8
+_COUNTER = "torch.utils.flop_counter"
 
 # Bits of `needs` in _moe_backward (csrc/grouped/grouped_ops.h): which gradients are wanted.
 _X, _WEIGHTS, _GATE_UP, _DOWN, _GATE_UP_BIAS = 1, 2, 4, 8, 16
 
 
 def install() -> None:
-    """Register the formulas with the counter if its module is loaded, and when it is later."""
-    when_imported("torch.utils.flop_counter", _register)
+    """Register the formulas if the counter's module is loaded, else when a counter meets one of the
+    operators: it asks an operator that it does not know to decompose itself."""
+    if not _register():
+        for op in FORMULAS:
+            op.default.decompose = partial(  # type: ignore[method-assign]
+                _decompose, op.default.decompose
+            )
 
 
 def _linear(x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
@@ -128,8 +136,24 @@ FORMULAS = {
 }
 
 
-def _register(counter: ModuleType) -> bool:
+def _register() -> bool:
+    """Whether the module of the counter is loaded."""
+    if sys.modules.get(_COUNTER) is None:
+        return False
+    counter = importlib.import_module(_COUNTER)  # waits if another thread is in the middle of it
     for op, formula in FORMULAS.items():
         if op not in counter.flop_registry:  # registering twice raises
             counter.register_flop_formula(op)(formula)
     return True
+
+
+def _decompose(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """OpOverload.decompose of an operator, called within the mode that asks."""
+    if _register():
+        # A counter copied the registry when it was made.
+        counter = getattr(_get_current_dispatch_mode(), "counter", None)
+        known = getattr(counter, "flop_registry", None)
+        if known is not None:
+            registered = sys.modules[_COUNTER].flop_registry
+            known.update({op: registered[op] for op in FORMULAS if op not in known})
+    return original(*args, **kwargs)

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import _offload
-from .linear import Linear
-from .recipe import check_recipe
+from ..nn import _offload
+from ..nn._linear import Linear
+from ..recipe import check_recipe
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -15,9 +15,9 @@ from threading import Lock
 import torch
 from torch import nn
 
-from . import _loader
-from .linear import Linear
-from .recipe import Recipe, check_recipe
+from .._native import loader
+from ..nn._linear import Linear
+from ..recipe import Recipe, check_recipe
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MANY = 4  # cases, from which on there is a progress bar
@@ -158,7 +158,7 @@ def autotune(
         for case in _progress(cases):
             _run(case)
     for gpu in sorted({torch.cuda.get_device_name(case.device) for case in cases}):
-        file = _loader.native().autotune_file(gpu)
+        file = loader.native().autotune_file(gpu)
         notes.append(f"kept in {file}" if file else "not kept: no folder (see FP8_CACHE_DIR)")
     return AutotuneReport(tuple(problems), tuple(notes))
 
@@ -167,7 +167,7 @@ def autotune(
 def _measuring() -> Iterator[list[Tuned]]:
     """Tunes each problem that is met inside; at the end the list holds them."""
     problems: list[Tuned] = []
-    native = _loader.native()
+    native = loader.native()
     native.autotune_open()
     try:
         yield problems

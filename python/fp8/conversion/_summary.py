@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from . import experts
-from ._calls import CALLED, never_called
-from .convert import check_model
-from .expert_rules import FoundExperts, find_experts
-from .gating import was_called
-from .grouped import GroupedLinear
-from .linear import Linear
-from .rules import Found, dtype_name, find_conv1d, find_linears, label, left_alone
+from ..integrations.transformers import _experts
+from ..integrations.transformers._gating import was_called
+from ..nn._calls import CALLED, never_called
+from ..nn._grouped import GroupedLinear
+from ..nn._linear import Linear
+from ._convert import check_model
+from ._expert_rules import FoundExperts, find_experts
+from ._rules import Found, dtype_name, find_conv1d, find_linears, label, left_alone
 
 
 def summary(model: nn.Module) -> str:
@@ -51,7 +51,7 @@ def summary(model: nn.Module) -> str:
         dtype = dtype_name(getattr(linear.module, "weight", None))
         lines[linear.module] = (label(linear), shape, dtype, _status(linear, reasons))
     for found in mixtures:
-        dtype = dtype_name(experts.weights_of(found.module)[0])
+        dtype = dtype_name(_experts.weights_of(found.module)[0])
         lines[found.module] = (label(found), found.shape(), dtype, _experts_status(found))
     grouped, conv1d = _grouped_lines(model), _conv1d_lines(model)
     lines |= grouped | conv1d
@@ -95,7 +95,7 @@ def _calls(lines: Collection[nn.Module]) -> dict[nn.Module, Any]:
         kind = next((kind for kind in (Linear, GroupedLinear) if isinstance(module, kind)), None)
         if kind is not None and type(module).forward is kind.forward:  # a subclass may not mark
             calls[module] = vars(module).get(CALLED)
-        elif experts.in_fp8(module):
+        elif _experts.in_fp8(module):
             calls[module] = was_called(module)
     return calls
 
@@ -129,12 +129,12 @@ def _status(linear: Found, reasons: Mapping[nn.Linear, str]) -> str:
 
 def _experts_status(found: FoundExperts) -> str:
     refused = found.refused()
-    if not experts.in_fp8(found.module):
+    if not _experts.in_fp8(found.module):
         return f"- ({refused or found.unselected() or 'not converted'})"
-    recipe = experts.recipe_of(found.module)
+    recipe = _experts.recipe_of(found.module)
     if refused:  # after the conversion, or chosen by set_experts_implementation
-        return f"{recipe} ({refused}: runs {experts.fallback_name(found.module)})"
-    unfused = experts.unfused(found.module)
+        return f"{recipe} ({refused}: runs {_experts.fallback_name(found.module)})"
+    unfused = _experts.unfused(found.module)
     return f"{recipe} (passes not fused: {unfused})" if unfused else recipe
 
 
@@ -156,8 +156,8 @@ def _totals(linears: list[Found], recipes: Counter[str]) -> str:
 def _experts_totals(mixtures: list[FoundExperts]) -> list[str]:
     if not mixtures:
         return []
-    running = [m for m in mixtures if experts.in_fp8(m.module) and m.refused() is None]
-    recipes = Counter(experts.recipe_of(m.module) for m in running)
+    running = [m for m in mixtures if _experts.in_fp8(m.module) and m.refused() is None]
+    recipes = Counter(_experts.recipe_of(m.module) for m in running)
     share = 100 * sum(m.numel() for m in running) / max(sum(m.numel() for m in mixtures), 1)
     kinds = ", ".join(f"{count} {recipe}" for recipe, count in recipes.items()) or "none"
     return [

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY = PACKAGE / "lib" / "libfp8_torch.so"
 
 _BUILD_IT = (
@@ -59,7 +59,7 @@ def load() -> Build:
 def native() -> ModuleType:
     """The pybind11 module `fp8._C`. Raises ImportError when it was built for another Python."""
     try:
-        return importlib.import_module(f"{__package__}._C")
+        return importlib.import_module("fp8._C")
     except ImportError as error:
         found = sorted(path.name for path in PACKAGE.glob("_C.*.so"))
         why = (
@@ -72,7 +72,7 @@ def native() -> ModuleType:
 def read_build() -> Build:
     """The build's facts. Raises ImportError when there has been no build."""
     try:
-        facts = importlib.import_module(f"{__package__}._build")
+        facts = importlib.import_module("fp8._build")
     except ImportError as error:
         why = f"{PACKAGE / '_build.py'} is missing: it has not been built"
         raise ImportError(_message(why, _BUILD_IT, None)) from error

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from . import _loader
+from . import loader
 
 
 def spare_collectives() -> None:
@@ -11,4 +11,4 @@ def spare_collectives() -> None:
     See FP8_WHOLE_GPU_LAUNCHES in the README. Where WORLD_SIZE is set, the library knows already.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        _loader.native().spare_collectives()
+        loader.native().spare_collectives()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _nested
+from .._native import nested
 from ..recipe import Recipe
 
 _ops = torch.ops.fp8
@@ -43,7 +43,7 @@ def fused_linear(
         torch.Size([2, 8, 32])
     """
     if type(x) is not Tensor and x.is_nested:  # jagged; in inference mode it meets no kernel
-        return _nested.map_rows(
+        return nested.map_rows(
             lambda rows: fused_linear(rows, weight, bias, recipe, input_scale=input_scale), x
         )
     result: Tensor = _ops.fused_linear.default(

@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from . import _nested
+from .._native import nested
 
 _fused_linear = torch.ops.fp8.fused_linear.default
 _fused_linear_into = torch.ops.fp8._fused_linear_into.default
@@ -31,7 +31,7 @@ def linear(
             f"got {type(main_grad).__name__}"
         )
     if x.is_nested:
-        return _nested.map_rows(
+        return nested.map_rows(
             lambda rows: linear(rows, weight, bias, recipe, main_grad, input_scale), x
         )
     y: Tensor

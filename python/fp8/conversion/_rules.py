@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._calls import has_own_forward
+from ..integrations.transformers._experts import is_experts
+from ..nn._calls import has_own_forward
+from ..nn._linear import Linear
+from ..recipe import Recipe, check_recipe
 from ._readers import readers
-from .experts import is_experts
-from .linear import Linear
-from .recipe import Recipe, check_recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -1,16 +1,16 @@
 """Experts of a mixture in FP8: what Hugging Face models run as experts implementation `fp8`.
 
 transformers keeps the experts of a layer as 3-D parameters of one module and looks its forward up
-by name in `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`; transformers_hook.py puts
-`forward` there. Nothing here imports transformers or waits for the GPU: how many tokens an expert
-gets is known on the device only.
+by name in `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`; _registration.py puts `forward`
+there. Nothing here imports transformers or waits for the GPU: how many tokens an expert gets is
+known on the device only.
 
     rows are sorted by expert -> gate and up projection -> gating -> down projection
     -> back to the order of the tokens -> weighted -> summed over a token's experts, in fixed order
 
-One operator does all of it, `fp8.ops.moe_experts`, where it knows the module's gating: gating.py.
+One operator does all of it, `fp8.ops.moe_experts`, where it knows the module's gating: _gating.py.
 Elsewhere `mixture` composes it of two grouped_linear and PyTorch's operators. Which modules
-`fp8.convert` changes is decided in expert_rules.py.
+`fp8.convert` changes is decided in conversion/_expert_rules.py.
 """
 
 import copy
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gating import forget_gate, gate_of, notes_of, watch
+from ._gating import forget_gate, gate_of, notes_of, watch
 
 NAME = "fp8"
 """The name in transformers' registry."""
@@ -46,12 +46,21 @@ _moe_experts = torch.ops.fp8.moe_experts.default
 @dataclass(frozen=True)
 class Settings:
     """What convert notes on an experts module. A pickled model names this class: loading it imports
-    fp8, which registers the implementation that the module's config asks for."""
+    fp8, which registers the implementation that the module's config asks for; where fp8 was there
+    before transformers, `__setstate__` does."""
+
+    __module__ = "fp8.integrations.transformers"  # what pickles name
 
     recipe: str
     config: Any
     """The config that the module had and that revert gives back. Its implementation is what runs
     where FP8 cannot."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from ._registration import register_if_loaded  # it imports this module
+
+        register_if_loaded()
+        vars(self).update(state)
 
 
 def forward(

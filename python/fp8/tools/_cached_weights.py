@@ -11,10 +11,10 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from . import experts
-from ._watched import watched
-from .grouped import GroupedLinear
-from .linear import Linear
+from ..integrations.transformers import _experts
+from ..nn._grouped import GroupedLinear
+from ..nn._linear import Linear
+from ..nn._watched import watched
 
 
 @contextmanager
@@ -58,8 +58,8 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, Linear | GroupedLinear):
             weights.append(module.weight)
-        elif experts.in_fp8(module) and experts.refused(module) is None:
-            weights += experts.weights_of(module)[::2]
+        elif _experts.in_fp8(module) and _experts.refused(module) is None:
+            weights += _experts.weights_of(module)[::2]
     torch.ops.fp8._cache_weights(weights)
     # Fused optimizers (AdamW(fused=True)) change weights and no version counter. Before the step,
     # too: one that raises half way calls no hook after it.

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import _nested, main_grad
+from .._native import nested
+from . import _main_grad
 from ._watched import WatchedParameter
 
 if TYPE_CHECKING:
-    from .linear import Linear
+    from ._linear import Linear
 
 _fused_linear = torch.ops.fp8.fused_linear.default
 
@@ -23,7 +24,7 @@ def linear(layer: "Linear", input: Any, scale: Tensor | None) -> Any:
     if isinstance(input, fx.Proxy):
         return _traced(layer, input.tracer, input, scale)
     if isinstance(input, Tensor) and input.is_nested:
-        return _nested.map_rows(lambda rows: linear(layer, rows, scale), input)
+        return nested.map_rows(lambda rows: linear(layer, rows, scale), input)
     weight: Any = layer.weight
     if isinstance(weight, fx.Proxy):  # traced, of an input that is a constant
         return _traced(layer, weight.tracer, input, scale)
@@ -46,7 +47,7 @@ def _product(layer: "Linear", input: Tensor, weight: Tensor, scale: Tensor | Non
     """As in Linear.forward."""
     buffer = getattr(weight, "main_grad", None)
     if buffer is not None:
-        return main_grad.linear(input, weight, layer.bias, layer.recipe, buffer, scale)
+        return _main_grad.linear(input, weight, layer.bias, layer.recipe, buffer, scale)
     y: Tensor = _fused_linear(input, weight, layer.bias, layer.recipe, input_scale=scale)
     return y
 
