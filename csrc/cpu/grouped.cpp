@@ -55,7 +55,7 @@ void scatter_rows(const core::ScatterRowsArgs& a) {
       float scale = 1.0F;
       if (a.data != nullptr) {
         widen(source, a.x_dtype, a.cols, row.data());
-        scale = quantize_row(row.data(), a.cols, codes.data(), 0);
+        scale = quantize_row(row.data(), a.cols, codes.data(), 0, a.power_of_two);
       }
       for (int64_t copy = 0; copy < a.copies; ++copy) {
         const int64_t to = a.place != nullptr ? a.place[r * a.copies + copy] : r;
@@ -158,7 +158,8 @@ void quantize_group_columns(const core::GroupColumnsArgs& a) {
       }
       std::vector<float> multipliers(cols);
       for (int64_t c = 0; c < cols; ++c) {
-        multipliers[c] = quant_multiplier(std::bit_cast<float>(bits[c]), E4M3::kMax);
+        multipliers[c] =
+            quant_multiplier(std::bit_cast<float>(bits[c]), E4M3::kMax, a.power_of_two);
         a.scale_t[item / blocks * a.cols + col0 + c] = 1.0F / multipliers[c];
       }
       auto* out = static_cast<uint8_t*>(a.data_t) + group.place + col0 * a.ld_t;

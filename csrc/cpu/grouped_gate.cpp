@@ -89,7 +89,8 @@ void gate_forward(const core::GateForwardArgs& args) {
     for (int64_t r = begin; r < end; ++r) {
       row.load(r);
       for (int64_t i = 0; i < a.features; ++i) h[i] = rounded(row.unit(i).h, a.dtype);
-      args.scale[r] = quantize_row(h.data(), a.features, args.data, r * a.features);
+      args.scale[r] =
+          quantize_row(h.data(), a.features, args.data, r * a.features, args.power_of_two);
     }
   });
 }
@@ -119,7 +120,7 @@ void gate_backward(const core::GateBackwardArgs& args) {
       if (args.d_weights != nullptr) args.d_weights[slot] = dot;
       const int64_t place = r * 2 * a.features;
       if (args.data != nullptr) {
-        args.scale[r] = quantize_row(d.data(), 2 * a.features, args.data, place);
+        args.scale[r] = quantize_row(d.data(), 2 * a.features, args.data, place, args.power_of_two);
       }
       if (args.d_gate_up != nullptr) {
         write(args.d_gate_up, a.dtype, place, 2 * a.features, d.data());

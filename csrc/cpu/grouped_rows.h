@@ -44,8 +44,10 @@ inline float rounded(float value, Dtype dtype) {
 }
 
 // Codes of a row, and its scale.
-inline float quantize_row(const float* row, int64_t cols, void* data, int64_t offset) {
-  const float multiplier = quant_multiplier(std::bit_cast<float>(amax_bits(row, cols)), E4M3::kMax);
+inline float quantize_row(const float* row, int64_t cols, void* data, int64_t offset,
+                          bool power_of_two) {
+  const float multiplier =
+      quant_multiplier(std::bit_cast<float>(amax_bits(row, cols)), E4M3::kMax, power_of_two);
   encode(row, multiplier, Dtype::kE4M3, cols, static_cast<uint8_t*>(data) + offset);
   return 1.0F / multiplier;
 }

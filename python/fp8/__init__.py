@@ -23,9 +23,9 @@ from .autotune import autotune
 from .cached_weights import cached_weights
 from .calibrate import calibrate, uncalibrate
 from .convert import convert, revert
-from .grouped import GROUPED_RECIPES, GroupedLinear
+from .grouped import GroupedLinear
 from .linear import Linear
-from .recipe import RECIPES, Recipe
+from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 
 transformers_hook.install()  # Hugging Face's experts_implementation="fp8"
 _flops.install()

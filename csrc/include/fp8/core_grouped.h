@@ -42,6 +42,7 @@ struct ScatterRowsArgs {
   void* data = nullptr;            // [.., cols] e4m3, optional
   float* scale = nullptr;          // [..], with data
   void* plain = nullptr;           // [.., cols] in x's dtype, optional
+  bool power_of_two = false;       // scales are powers of two
 };
 void scatter_rows(const ScatterRowsArgs& args, Stream stream);
 
@@ -92,6 +93,7 @@ struct GroupColumnsArgs {
   int64_t ld_t = 0;          // multiple of 16
   float* scale_t = nullptr;  // [groups, cols]
   uint32_t* amax = nullptr;  // workspace [groups, cols]
+  bool power_of_two = false;
 };
 void quantize_group_columns(const GroupColumnsArgs& args, Stream stream);
 
@@ -117,6 +119,7 @@ struct GateForwardArgs {
   GateArgs gate;
   void* data = nullptr;    // [rows, features] e4m3
   float* scale = nullptr;  // [rows]
+  bool power_of_two = false;
 };
 void gate_forward(const GateForwardArgs& args, Stream stream);
 
@@ -133,6 +136,7 @@ struct GateBackwardArgs {
   void* d_gate_up = nullptr;        // [rows, 2 * features] in dtype, optional
   void* weighted_h = nullptr;       // [rows, features] in dtype, optional
   float* d_weights = nullptr;       // [slots], optional; slots of no group are left alone
+  bool power_of_two = false;
 };
 void gate_backward(const GateBackwardArgs& args, Stream stream);
 

@@ -62,7 +62,7 @@ class Case:
         return [y.detach(), *torch.autograd.grad(y, self.leaves(), dy)]
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "rowwise:power_of_two"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_experts_mixture_is_a_loop_of_linears(top_k, bias, recipe):
