@@ -14,8 +14,7 @@ import peers
 import tables
 import timing
 import torch
-from runs import Row, main
-from shapes import RECIPES
+from runs import Row, import_fp8, main
 from torch import nn
 from tqdm import tqdm
 
@@ -54,7 +53,11 @@ def measure_shape(m: int, k: int, n: int, found: peers.Peers, repeats: int) -> l
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
-    found = peers.standard([recipe for recipe in RECIPES if recipe != "delayed"])  # as tensorwise
+    # delayed is as tensorwise, and what accumulates fast in the backward too as what does not.
+    recipes = import_fp8().RECIPES.values()
+    found = peers.standard(
+        [r.name for r in recipes if r.scaling == "dynamic" and "dgrad" not in r.fast_accum]
+    )
     layers = [(side, side) for side in SIDES] + list(OBLONG)
     if options.quick:
         layers = layers[:3]

@@ -11,10 +11,10 @@
 #include <utility>
 
 #include "common/ranges.h"
+#include "common/recipe.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "grouped/operands.h"
-#include "grouped/recipe.h"
 
 namespace fp8::autograd {
 namespace {
@@ -185,7 +185,7 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  const int64_t index = grouped_recipe_index("grouped_linear", recipe);
+  const int64_t index = grouped_recipe_id("grouped_linear", recipe);
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || weight.requires_grad() || wants_grad(bias))) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -201,7 +201,7 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        const std::optional<at::Tensor>& down_bias, std::string_view activation,
                        bool interleaved, double alpha, double limit, std::string_view recipe) {
   const MoeOptions options{activation_index(activation), interleaved, alpha, limit,
-                           grouped_recipe_index("moe_experts", recipe)};
+                           grouped_recipe_id("moe_experts", recipe)};
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || top_k_weights.requires_grad() || gate_up.requires_grad() ||
         down.requires_grad() || wants_grad(gate_up_bias) || wants_grad(down_bias))) {

@@ -10,10 +10,10 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "grouped/grouped_mm.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/recipe.h"
 
 namespace fp8 {
 namespace {
@@ -108,7 +108,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& given_offsets,
     const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x) {
   check_grouped_linear(x, weight, given_offsets, bias);
-  const GroupedRecipe& recipe = grouped_recipe_at(recipe_id);
+  const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(x.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor offsets = given_offsets.contiguous();
@@ -120,9 +120,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
   if (empty) {
     y = at::zeros({x.size(0), features}, x.options());
   } else {
-    const grouped::Operand qx = grouped::quantize_rows(rows);
-    const grouped::Operand qw = grouped::weight_for_fprop(padded(weight, 2));
-    y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), /*fast_accum=*/true),
+    const grouped::Operand qx = grouped::quantize_rows(rows, recipe.power_of_two);
+    const grouped::Operand qw = grouped::weight_for_fprop(padded(weight, 2), recipe.power_of_two);
+    y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), recipe.fast_fprop),
                       features);
   }
   if (y.numel() > 0 && offsets.size(0) > 0 && (bias || !empty)) {
@@ -139,7 +139,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
             at::zeros({groups}, offsets.options())};
   }
   const grouped::Tiles tiles = grouped::make_tiles(offsets, x.size(0));
-  const grouped::Operand qx_t = grouped::quantize_columns(rows, tiles);
+  const grouped::Operand qx_t = grouped::quantize_columns(rows, tiles, recipe.power_of_two);
   return {y, qx_t.data, qx_t.scale, tiles.padded_offsets};
 }
 
@@ -149,7 +149,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const std::optional<at::Tensor>& weight, const at::Tensor& given_offsets,
     c10::SymInt in_features, bool transposed, int64_t recipe_id, bool needs_dx, bool needs_dweight,
     bool needs_dbias) {
-  const GroupedRecipe& recipe = grouped_recipe_at(recipe_id);
+  const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(given_dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor offsets = given_offsets.contiguous();
@@ -174,15 +174,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
   }
   const at::Tensor dy_rows = empty ? dy : rows_of(dy);
   if (needs_dx && !empty) {
-    const grouped::Operand qdy = grouped::quantize_rows(dy_rows);
-    const grouped::Operand qw = grouped::weight_for_dgrad(padded(*weight, 2));
+    const grouped::Operand qdy = grouped::quantize_rows(dy_rows, recipe.power_of_two);
+    const grouped::Operand qw = grouped::weight_for_dgrad(padded(*weight, 2), recipe.power_of_two);
     dx = first_columns(grouped::multiply_rows(qdy, qw, offsets, dtype, recipe.fast_dgrad), k);
     finish(dx, offsets, {});
   }
   if (needs_dweight && !empty) {
     if (recipe.fp8_wgrad) {
       const grouped::Tiles tiles = grouped::make_tiles(offsets, rows);
-      const grouped::Operand qdy_t = grouped::quantize_columns(dy_rows, tiles);
+      const grouped::Operand qdy_t = grouped::quantize_columns(dy_rows, tiles, recipe.power_of_two);
       const grouped::Operand qx_t{*x, *x_t_scale};
       dweight =
           transposed
@@ -209,7 +209,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias, std::string_view recipe) {
   return std::get<0>(_grouped_forward(x, weight, offsets, bias,
-                                      grouped_recipe_index("grouped_linear", recipe), false));
+                                      grouped_recipe_id("grouped_linear", recipe), false));
 }
 
 }  // namespace kernel
@@ -255,7 +255,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias, std::string_view recipe) {
   return std::get<0>(_grouped_forward(x, weight, offsets, bias,
-                                      grouped_recipe_index("grouped_linear", recipe), false));
+                                      grouped_recipe_id("grouped_linear", recipe), false));
 }
 
 }  // namespace meta

@@ -1,10 +1,10 @@
 // What moe_experts accepts, and the shapes of what it gives: the part that needs no data.
 #include <ATen/ATen.h>
 
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "grouped/grouped_ops.h"
 #include "grouped/operands.h"
-#include "grouped/recipe.h"
 
 namespace fp8 {
 namespace {
@@ -127,7 +127,7 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        bool interleaved, double alpha, double limit, std::string_view recipe) {
   return std::get<0>(_moe_forward(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias,
                                   down_bias, activation_index(activation), interleaved, alpha,
-                                  limit, grouped_recipe_index("moe_experts", recipe)));
+                                  limit, grouped_recipe_id("moe_experts", recipe)));
 }
 
 }  // namespace meta

@@ -15,10 +15,10 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "grouped/grouped_mm.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/recipe.h"
 
 namespace fp8 {
 namespace {
@@ -121,7 +121,7 @@ at::Tensor sum_by_expert(const at::Tensor& x, const Routing& routing, bool gathe
 // dW of one product from its output's gradient and its input, stored as `weight` is.
 struct WeightGradient {
   const at::Tensor& weight;
-  const GroupedRecipe& recipe;
+  const Recipe& recipe;
   const at::Tensor& offsets;
 
   at::Tensor fp8(const grouped::Operand& grad, const grouped::Operand& input,
@@ -172,7 +172,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forw
     double alpha, double limit, int64_t recipe_id) {
   check_moe_experts(given_x, top_k_index, top_k_weights, gate_up, down, given_gate_up_bias,
                     given_down_bias);
-  grouped_recipe_at(recipe_id);  // the forward is the same in all
+  const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(given_x.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor x = as_matrix(given_x);
@@ -195,9 +195,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forw
 
   at::Tensor gate_up_out;
   {
-    const grouped::Operand qx = grouped::quantize_rows(x, routing.place, top_k);
-    gate_up_out = grouped::multiply_rows(qx, grouped::weight_for_fprop(gate_up), routing.offsets,
-                                         dtype, /*fast_accum=*/true);
+    const grouped::Operand qx =
+        grouped::quantize_rows(x, recipe.power_of_two, routing.place, top_k);
+    gate_up_out =
+        grouped::multiply_rows(qx, grouped::weight_for_fprop(gate_up, recipe.power_of_two),
+                               routing.offsets, dtype, recipe.fast_fprop);
   }
   const Gate gate{static_cast<core::Activation>(activation), interleaved, alpha, limit};
   grouped::Operand qh{empty_on(x, {gate_up_out.size(0), features}, at::kFloat8_e4m3fn),
@@ -205,10 +207,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forw
   const core::GateForwardArgs args{
       .gate = gate_args(gate, gate_up_out, gate_up_bias, routing.offsets),
       .data = qh.data.mutable_data_ptr(),
-      .scale = qh.scale.mutable_data_ptr<float>()};
+      .scale = qh.scale.mutable_data_ptr<float>(),
+      .power_of_two = recipe.power_of_two};
   FP8_RUN_PASS(gate_forward, x, args);
-  const at::Tensor out = grouped::multiply_rows(qh, grouped::weight_for_fprop(down),
-                                                routing.offsets, dtype, /*fast_accum=*/true);
+  const at::Tensor out =
+      grouped::multiply_rows(qh, grouped::weight_for_fprop(down, recipe.power_of_two),
+                             routing.offsets, dtype, recipe.fast_fprop);
   const at::Tensor y = combine_rows(out, tokens, routing, weights, experts, down_bias);
   return {y, gate_up_out, routing.offsets, routing.place, routing.source};
 }
@@ -221,7 +225,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& offsets, const at::Tensor& place, const at::Tensor& source,
     int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe_id,
     int64_t wanted) {
-  const GroupedRecipe& recipe = grouped_recipe_at(recipe_id);
+  const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(given_dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor dy = given_dy.contiguous();
@@ -267,15 +271,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
        (needs::kX | needs::kWeights | needs::kGateUp | needs::kGateUpBias | needs::kDown)) != 0) {
     at::Tensor dh;
     {
-      const grouped::Operand qdy = grouped::quantize_rows(dy, place, top_k);
-      dh = grouped::multiply_rows(qdy, grouped::weight_for_dgrad(down), offsets, dtype,
-                                  recipe.fast_dgrad);
+      const grouped::Operand qdy = grouped::quantize_rows(dy, recipe.power_of_two, place, top_k);
+      dh = grouped::multiply_rows(qdy, grouped::weight_for_dgrad(down, recipe.power_of_two),
+                                  offsets, dtype, recipe.fast_dgrad);
     }
     const Gate gate{static_cast<core::Activation>(activation), interleaved, alpha, limit};
     core::GateBackwardArgs args{.gate = gate_args(gate, gate_up_out, gate_up_bias, offsets),
                                 .dh = dh.const_data_ptr(),
                                 .weights = weights.const_data_ptr<float>(),
-                                .source = source.const_data_ptr<int32_t>()};
+                                .source = source.const_data_ptr<int32_t>(),
+                                .power_of_two = recipe.power_of_two};
     if (needed(needs::kX)) {
       qd = {empty_on(dy, {rows, 2 * features}, at::kFloat8_e4m3fn),
             empty_on(dy, {rows}, at::kFloat)};
@@ -305,8 +310,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     d_weights.add_(dot.masked_fill_(experts.lt(0).logical_or_(experts.gt(last)), 0));
   }
   if (needed(needs::kX)) {
-    const at::Tensor dx_rows = grouped::multiply_rows(qd, grouped::weight_for_dgrad(gate_up),
-                                                      offsets, dtype, recipe.fast_dgrad);
+    const at::Tensor dx_rows =
+        grouped::multiply_rows(qd, grouped::weight_for_dgrad(gate_up, recipe.power_of_two), offsets,
+                               dtype, recipe.fast_dgrad);
     qd = {};
     dx = combine_rows(dx_rows, tokens, routing, {}, {}, {});
   }
@@ -323,14 +329,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   if (recipe.fp8_wgrad) {
     const grouped::Tiles tiles = grouped::make_tiles(offsets, rows);
     if (needed(needs::kGateUp)) {
-      const grouped::Operand grad = grouped::quantize_columns(d_gate_up_out, tiles);
+      const grouped::Operand grad =
+          grouped::quantize_columns(d_gate_up_out, tiles, recipe.power_of_two);
       drop_gate_up_out();
-      d_gate_up = of_gate_up.fp8(grad, grouped::quantize_columns(x, tiles, source, top_k), tiles);
+      d_gate_up = of_gate_up.fp8(
+          grad, grouped::quantize_columns(x, tiles, recipe.power_of_two, source, top_k), tiles);
     }
     if (needed(needs::kDown)) {
-      const grouped::Operand input = grouped::quantize_columns(weighted_h, tiles);
+      const grouped::Operand input =
+          grouped::quantize_columns(weighted_h, tiles, recipe.power_of_two);
       weighted_h = at::Tensor();
-      d_down = of_down.fp8(grouped::quantize_columns(dy, tiles, source, top_k), input, tiles);
+      d_down = of_down.fp8(grouped::quantize_columns(dy, tiles, recipe.power_of_two, source, top_k),
+                           input, tiles);
     }
   } else {
     if (needed(needs::kGateUp)) {
@@ -351,7 +361,7 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        bool interleaved, double alpha, double limit, std::string_view recipe) {
   return std::get<0>(_moe_forward(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias,
                                   down_bias, activation_index(activation), interleaved, alpha,
-                                  limit, grouped_recipe_index("moe_experts", recipe)));
+                                  limit, grouped_recipe_id("moe_experts", recipe)));
 }
 
 }  // namespace kernel

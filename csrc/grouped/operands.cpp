@@ -21,17 +21,18 @@ core::ScatterRowsArgs scatter_args(const at::Tensor& x, const at::Tensor& place,
 }
 
 // Of stored [groups, rows, cols]: codes along cols, scales per row.
-Operand quantize_stored_rows(const at::Tensor& stored) {
+Operand quantize_stored_rows(const at::Tensor& stored, bool power_of_two) {
   const int64_t groups = stored.size(0);
   const int64_t rows = stored.size(1);
   const int64_t cols = stored.size(2);
-  const QuantizedMatrix q = quantize_matrix(stored.view({groups * rows, cols}),
-                                            {.granularity = core::Granularity::kRowwise});
+  const QuantizedMatrix q =
+      quantize_matrix(stored.view({groups * rows, cols}),
+                      {.granularity = core::Granularity::kRowwise, .power_of_two = power_of_two});
   return {q.data.view({groups, rows, cols}), q.scale.view({groups, rows})};
 }
 
 // Codes along rows, scales per column, turned: [groups, cols, rows].
-Operand quantize_stored_columns(const at::Tensor& stored) {
+Operand quantize_stored_columns(const at::Tensor& stored, bool power_of_two) {
   const int64_t groups = stored.size(0);
   const int64_t rows = stored.size(1);
   const int64_t cols = stored.size(2);
@@ -47,20 +48,21 @@ Operand quantize_stored_columns(const at::Tensor& stored) {
                                     .data_t = out.data.mutable_data_ptr(),
                                     .ld_t = rows,
                                     .scale_t = out.scale.mutable_data_ptr<float>(),
-                                    .amax = static_cast<uint32_t*>(amax.mutable_data_ptr())};
+                                    .amax = static_cast<uint32_t*>(amax.mutable_data_ptr()),
+                                    .power_of_two = power_of_two};
   FP8_RUN_PASS(quantize_group_columns, stored, args);
   return out;
 }
 
 enum Form : uint8_t { kRows = 0, kColumns = 1 };
 
-Operand quantize_weight(const at::Tensor& weight, bool fprop) {
+Operand quantize_weight(const at::Tensor& weight, bool fprop, bool power_of_two) {
   const bool transposed = is_stored_transposed(weight);
   const at::Tensor stored = transposed ? weight.transpose(1, 2) : weight.contiguous();
   const Form form = fprop == transposed ? kColumns : kRows;
-  const auto made = memory::remember_weight(weight, stored, form, [&] {
-    const Operand q =
-        form == kRows ? quantize_stored_rows(stored) : quantize_stored_columns(stored);
+  const auto made = memory::remember_weight(weight, stored, form, power_of_two, [&] {
+    const Operand q = form == kRows ? quantize_stored_rows(stored, power_of_two)
+                                    : quantize_stored_columns(stored, power_of_two);
     return std::pair(q.data, q.scale);
   });
   return {made.first, made.second};
@@ -68,12 +70,14 @@ Operand quantize_weight(const at::Tensor& weight, bool fprop) {
 
 }  // namespace
 
-Operand quantize_rows(const at::Tensor& x, const at::Tensor& place, int64_t copies) {
+Operand quantize_rows(const at::Tensor& x, bool power_of_two, const at::Tensor& place,
+                      int64_t copies) {
   const int64_t rows = x.size(0) * copies;
   Operand out{empty_on(x, {rows, x.size(1)}, at::kFloat8_e4m3fn), empty_on(x, {rows}, at::kFloat)};
   core::ScatterRowsArgs args = scatter_args(x, place, copies);
   args.data = out.data.mutable_data_ptr();
   args.scale = out.scale.mutable_data_ptr<float>();
+  args.power_of_two = power_of_two;
   FP8_RUN_PASS(scatter_rows, x, args);
   return out;
 }
@@ -100,8 +104,8 @@ Tiles make_tiles(const at::Tensor& offsets, int64_t rows) {
   return tiles;
 }
 
-Operand quantize_columns(const at::Tensor& x, const Tiles& tiles, const at::Tensor& source,
-                         int64_t copies) {
+Operand quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_two,
+                         const at::Tensor& source, int64_t copies) {
   const int64_t groups = tiles.padded_offsets.size(0);
   const int64_t cols = x.size(1);
   Operand out{empty_on(x, {cols, tiles.columns}, at::kFloat8_e4m3fn),
@@ -120,7 +124,8 @@ Operand quantize_columns(const at::Tensor& x, const Tiles& tiles, const at::Tens
       .data_t = out.data.mutable_data_ptr(),
       .ld_t = tiles.columns,
       .scale_t = out.scale.mutable_data_ptr<float>(),
-      .amax = static_cast<uint32_t*>(amax.mutable_data_ptr())};
+      .amax = static_cast<uint32_t*>(amax.mutable_data_ptr()),
+      .power_of_two = power_of_two};
   FP8_RUN_PASS(quantize_group_columns, x, args);
   return out;
 }
@@ -129,7 +134,11 @@ bool is_stored_transposed(const at::Tensor& weight) {
   return !weight.is_contiguous() && weight.transpose(1, 2).is_contiguous();
 }
 
-Operand weight_for_fprop(const at::Tensor& weight) { return quantize_weight(weight, true); }
-Operand weight_for_dgrad(const at::Tensor& weight) { return quantize_weight(weight, false); }
+Operand weight_for_fprop(const at::Tensor& weight, bool power_of_two) {
+  return quantize_weight(weight, true, power_of_two);
+}
+Operand weight_for_dgrad(const at::Tensor& weight, bool power_of_two) {
+  return quantize_weight(weight, false, power_of_two);
+}
 
 }  // namespace fp8::grouped

@@ -34,8 +34,10 @@ struct Operand {
   at::Tensor scale;  // [rows] or [groups, rows] fp32
 };
 
-// Each row of x [M, K] quantized; with `place` [M * copies], written there `copies` times.
-Operand quantize_rows(const at::Tensor& x, const at::Tensor& place = {}, int64_t copies = 1);
+// Each row of x [M, K] quantized; with `place` [M * copies], written there `copies` times. Here and
+// below, power_of_two: scales are powers of two.
+Operand quantize_rows(const at::Tensor& x, bool power_of_two, const at::Tensor& place = {},
+                      int64_t copies = 1);
 
 // The rows of x themselves, copied to their places: [M * copies, K].
 at::Tensor copy_rows(const at::Tensor& x, const at::Tensor& place, int64_t copies);
@@ -50,15 +52,15 @@ Tiles make_tiles(const at::Tensor& offsets, int64_t rows);
 
 // x's columns quantized within each group of rows: data [K, tiles.columns], scale [groups, K]. With
 // `source`, row r of the groups is x's row source[r] / copies.
-Operand quantize_columns(const at::Tensor& x, const Tiles& tiles, const at::Tensor& source = {},
-                         int64_t copies = 1);
+Operand quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_two,
+                         const at::Tensor& source = {}, int64_t copies = 1);
 
 // An expert's weight as the product over its in-features reads it ([groups, N, K], scales per
 // out-feature), and as the one over its out-features does ([groups, K, N], scales per in-feature).
 // weight [groups, N, K], N and K multiples of 16, stored that way or transposed. Made once inside
 // fp8.cached_weights.
-Operand weight_for_fprop(const at::Tensor& weight);
-Operand weight_for_dgrad(const at::Tensor& weight);
+Operand weight_for_fprop(const at::Tensor& weight, bool power_of_two);
+Operand weight_for_dgrad(const at::Tensor& weight, bool power_of_two);
 
 // Whether weight [groups, N, K] is stored as [groups, K, N].
 bool is_stored_transposed(const at::Tensor& weight);

@@ -5,12 +5,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/messages.h"
 #include "common/ranges.h"
+#include "common/recipe.h"
 #include "fp8/ops.h"
 #include "linear/delayed.h"
 #include "linear/linear.h"
 #include "linear/memory.h"
-#include "linear/recipe.h"
 
 namespace fp8::autograd {
 namespace {

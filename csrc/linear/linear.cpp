@@ -1,8 +1,8 @@
 // fused_linear composed of quantize and matmul, forward and backward, for every device.
 //
 //   fprop  y  = x W^T + b    quantize x [M, K] and W [N, K]              fast accumulation
-//   dgrad  dx = dy W         quantize dy [M, N] and W^T [K, N]           split accumulation
-//   wgrad  dW = dy^T x       quantize dy^T [N, M] and x^T [K, M]         split accumulation
+//   dgrad  dx = dy W         quantize dy [M, N] and W^T [K, N]           as the recipe says: split
+//   wgrad  dW = dy^T x       quantize dy^T [N, M] and x^T [K, M]         as the recipe says: split
 //
 // Hopper's FP8 matmul wants both operands contiguous along the contracted dimension, hence the
 // transposed copies. x^T is made and saved in the forward, in place of x; W^T is made in the
@@ -16,10 +16,10 @@
 #include <algorithm>
 
 #include "common/launch.h"
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "linear/delayed.h"
 #include "linear/memory.h"
-#include "linear/recipe.h"
 #include "matmul/matmul.h"
 #include "quantize/quantize.h"
 
@@ -63,7 +63,7 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
                               {.granularity = recipe.granularity,
                                .granularity_b = recipe.weight_granularity,
                                .out_dtype = x.scalar_type(),
-                               .fast_accum = true,
+                               .fast_accum = recipe.fast_fprop,
                                .bias = bias.value_or(at::Tensor())});
   return x.dim() == 2 ? y : y.view(shape);
 }
@@ -170,8 +170,9 @@ Gradients backward(const BackwardArgs& args) {
   }
   if (args.needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
 
-  MatmulOptions options{
-      .granularity = recipe.granularity, .out_dtype = dy.scalar_type(), .fast_accum = false};
+  MatmulOptions options{.granularity = recipe.granularity,
+                        .out_dtype = dy.scalar_type(),
+                        .fast_accum = recipe.fast_wgrad};
   if (dy_data) {
     QuantizeRequest request{.dtype = recipe.forward_dtype,
                             .granularity = recipe.weight_granularity,
@@ -190,6 +191,7 @@ Gradients backward(const BackwardArgs& args) {
     const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
     MatmulOptions dgrad = options;
     dgrad.granularity_b = recipe.weight_granularity;
+    dgrad.fast_accum = recipe.fast_dgrad;
     dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, dgrad);
   }
   if (args.needs_dweight && !empty) {

@@ -185,7 +185,7 @@ QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest&
 }
 
 std::pair<at::Tensor, at::Tensor> remember_weight(
-    const at::Tensor& weight, const at::Tensor& stored, int form,
+    const at::Tensor& weight, const at::Tensor& stored, int form, bool power_of_two,
     const std::function<std::pair<at::Tensor, at::Tensor>()>& make) {
   Weights& weights = Weights::instance();
   if (weights.count.load(std::memory_order_relaxed) == 0) return make();
@@ -195,7 +195,7 @@ std::pair<at::Tensor, at::Tensor> remember_weight(
     return known.const_data_ptr() == stored.const_data_ptr() && known.numel() == stored.numel() &&
            known.device() == stored.device() && known.scalar_type() == stored.scalar_type();
   });
-  std::optional<Identity> id = identify(stored, {});
+  std::optional<Identity> id = identify(stored, {.power_of_two = power_of_two});
   if (found == weights.map.end() || !id || weight.is_inference()) return make();
   id->version = weight.unsafeGetTensorImpl()->version_counter().current_version();
   CachedWeight& cached = found->second;

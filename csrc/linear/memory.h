@@ -43,12 +43,12 @@ QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& reque
 QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest& request);
 
 // The weight [experts, ..] of grouped matmuls, quantized in one of two forms by `make`, which gives
-// codes and scales. Inside cached_weights each form is made once. `weight` may be a view of what
-// cache_weights was given: it is recognized by its memory. `stored` is its contiguous form, the
-// same memory; made below autograd, it has a version counter of its own, so weight's is the one
-// that counts.
+// codes and scales. Inside cached_weights each form is made once, and anew with other scales.
+// `weight` may be a view of what cache_weights was given: it is recognized by its memory. `stored`
+// is its contiguous form, the same memory; made below autograd, it has a version counter of its
+// own, so weight's is the one that counts.
 std::pair<at::Tensor, at::Tensor> remember_weight(
-    const at::Tensor& weight, const at::Tensor& stored, int form,
+    const at::Tensor& weight, const at::Tensor& stored, int form, bool power_of_two,
     const std::function<std::pair<at::Tensor, at::Tensor>()>& make);
 
 // Lets go of inputs whose tensors are gone; quantize_input begins with it.

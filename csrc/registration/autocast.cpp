@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <string>
 
+#include "common/recipe.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
-#include "linear/recipe.h"
 
 namespace fp8::autocast {
 namespace {

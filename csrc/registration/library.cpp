@@ -3,7 +3,10 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "common/messages.h"
 #include "common/ranges.h"
+#include "common/recipe.h"
+#include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
 #include "linear/memory.h"
@@ -59,16 +62,18 @@ TORCH_LIBRARY(fp8, m) {
       "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
       " Tensor? input_scale=None) -> Tensor",
       tags);
-  m.def(
-      "grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias=None,"
-      " str recipe=\"rowwise\") -> Tensor",
-      tags);
-  m.def(
-      "moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor down,"
-      " Tensor? gate_up_bias=None, Tensor? down_bias=None, str activation=\"silu\","
-      " bool interleaved=False, float alpha=1.702, float limit=7.0, str recipe=\"rowwise\")"
-      " -> Tensor",
-      tags);
+  const std::string grouped_recipe =
+      fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
+  m.def(("grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias=None," +
+         grouped_recipe)
+            .c_str(),
+        tags);
+  m.def(("moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
+         " Tensor down, Tensor? gate_up_bias=None, Tensor? down_bias=None,"
+         " str activation=\"silu\", bool interleaved=False, float alpha=1.702, float limit=7.0," +
+         grouped_recipe)
+            .c_str(),
+        tags);
   // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what
   // fused_linear is differentiated through.
   m.def(
@@ -80,6 +85,9 @@ TORCH_LIBRARY(fp8, m) {
       " bool save_weight_amax, Tensor? input_scale=None)"
       " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
       tags);
+  // The table of recipes, for Python.
+  m.def("_recipes() -> (Dict(str, str)[] recipes, str[] options, str grouped_default)",
+        &fp8::recipe_table);
   // What fp8.cached_weights opens and closes: no device, no gradient.
   m.def("_cache_weights(Tensor[] weights) -> ()", &fp8::memory::cache_weights);
   m.def("_uncache_weights(Tensor[] weights) -> ()", &fp8::memory::uncache_weights);

@@ -30,8 +30,8 @@ from ._native import flops as _flops
 from ._native import operators as _operators
 from .conversion import convert, revert, summary
 from .integrations.transformers import _registration
-from .nn import GROUPED_RECIPES, GroupedLinear, Linear
-from .recipe import RECIPES, Recipe
+from .nn import GroupedLinear, Linear
+from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
     autotune,
     cached_weights,

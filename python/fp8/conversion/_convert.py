@@ -17,9 +17,8 @@ from torch import nn
 from .._native.collectives import spare_collectives
 from ..integrations.transformers import _experts, _registration
 from ..nn._calls import forget_call, has_own_forward
-from ..nn._grouped import check_grouped_recipe
 from ..nn._linear import Linear, check_static
-from ..recipe import Recipe, check_recipe
+from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe, check_grouped_recipe, check_recipe
 from ._expert_rules import FoundExperts, find_experts
 from ._rules import Found, find_conv1d, find_linears, label, left_alone
 
@@ -31,7 +30,7 @@ def convert(
     recipe: str | Recipe = "tensorwise",
     filter: Callable[[Any, str], bool] | None = None,
     *,
-    experts_recipe: str | None = None,
+    experts_recipe: str | Recipe | None = None,
 ) -> ModelT:
     """Make every suitable nn.Linear of `model` compute in FP8. In place; returns `model`.
 
@@ -54,8 +53,9 @@ def convert(
             layers (`fp8.conversion.MIN_MEAN_SIZE`). The safety rules hold in any case: subclasses
             of nn.Linear, modules whose weight is used without calling them, and weights that are
             not bfloat16, float16 or float32 are left alone.
-        experts_recipe: of experts, out of `fp8.GROUPED_RECIPES`; None: "rowwise_gw_hp", whatever
-            the linears take, because an FP8 weight gradient does not pay for small groups of rows.
+        experts_recipe: of experts, out of `fp8.GROUPED_RECIPES`, with options as in `recipe`; None:
+            "rowwise_gw_hp", whatever the linears take, because an FP8 weight gradient does not pay
+            for small groups of rows.
 
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.
@@ -69,7 +69,9 @@ def convert(
     """
     check_model("convert", model)
     recipe = str(check_recipe(recipe))
-    experts_recipe = check_grouped_recipe(experts_recipe or _experts.DEFAULT_RECIPE)
+    if experts_recipe is None:
+        experts_recipe = DEFAULT_GROUPED_RECIPE
+    experts_recipe = str(check_grouped_recipe(experts_recipe))
     if filter is not None and not callable(filter):
         raise TypeError(
             "fp8.convert: filter must be a function (module, name) -> bool, "

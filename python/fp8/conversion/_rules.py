@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..integrations.transformers._experts import is_experts
 from ..nn._calls import has_own_forward
 from ..nn._linear import Linear
-from ..recipe import Recipe, check_recipe
+from ..recipe import RECIPES, Recipe, check_recipe
 from ._readers import readers
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,8 +38,10 @@ HEAD_NAMES = frozenset({"lm_head"})
 """Last name components of output heads: their error goes straight into the loss, and they stay in
 high precision."""
 
+_MIN_WORK = {"tensorwise": 800, "rowwise": 900, "blockwise": 900}  # by granularity
+
 MIN_WORK: Mapping[str, int] = MappingProxyType(
-    {"tensorwise": 800, "rowwise": 900, "rowwise_gw_hp": 900, "blockwise": 900, "delayed": 800}
+    {name: _MIN_WORK[recipe.granularity] for name, recipe in RECIPES.items()}
 )
 """Smallest K·N / (K + N), per recipe, for which `worthwhile` lets FP8 run.
 
@@ -48,7 +50,8 @@ of one layer alone in steps that follow each other, 8192 tokens, against bf16: l
 million elements, from 955 on, are 1.13 to 1.54 times as fast in FP8. Those of 4.2 million, at 819
 and 1024, are the host's: 0.79 to 1.25 times in runs beside four hosts. At 819 are the k and v
 projections of grouped-query attention: their input is quantized for q already, and among larger
-layers the host is ahead. blockwise has rowwise's number, delayed tensorwise's.
+layers the host is ahead. Recipes have the number of their granularity; blockwise's
+is rowwise's.
 """
 
 MIN_MEAN_SIZE = 6_000_000

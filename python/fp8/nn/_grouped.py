@@ -1,6 +1,4 @@
-"""`fp8.GroupedLinear`: many linear layers of one shape, each for its own group of rows; and the
-recipes of grouped matmuls, which experts modules take too (integrations/transformers).
-"""
+"""`fp8.GroupedLinear`: many linear layers of one shape, each for its own group of rows."""
 
 import math
 
@@ -9,27 +7,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ._calls import CALLED, _mark_traced
-
-GROUPED_RECIPES: tuple[str, ...] = (
-    "rowwise",
-    "rowwise_gw_hp",
-    "rowwise_fast",
-    "rowwise_fast_gw_hp",
-)
-"""All quantize to e4m3 with a scale per row of each operand as the product reads it. `gw_hp`: the
-weight gradient is made from unquantized operands. `fast`: gradients use fast accumulation, as the
-forward does in all; the others promote to fp32 in steps, as dense layers do, for which grouped
-matmuls of small groups pay much. The C++ side is csrc/grouped/recipe.h."""
+from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe, check_grouped_recipe
 
 _grouped_linear = torch.ops.fp8.grouped_linear.default
-
-
-def check_grouped_recipe(name: str) -> str:
-    """The name itself. Raises ValueError that lists the known ones."""
-    if name not in GROUPED_RECIPES:
-        known = ", ".join(repr(known) for known in GROUPED_RECIPES)
-        raise ValueError(f"fp8: expected a grouped recipe out of {known}, got {name!r}")
-    return name
 
 
 class GroupedLinear(nn.Module):
@@ -43,7 +23,8 @@ class GroupedLinear(nn.Module):
     Args:
         num_groups: up to 1023.
         in_features, out_features, bias, device, dtype: as nn.Linear has them.
-        recipe: out of `fp8.GROUPED_RECIPES`. Unknown: ValueError.
+        recipe: out of `fp8.GROUPED_RECIPES`, with options in a string ("rowwise:power_of_two") or
+            as an `fp8.Recipe`. Others: ValueError. The attribute `recipe` is the string.
 
     Example:
         >>> layer = fp8.GroupedLinear(8, 64, 128)
@@ -55,7 +36,7 @@ class GroupedLinear(nn.Module):
     __module__ = "fp8.nn"  # what pickles name
 
     bias: Tensor | None
-    recipe: str = "rowwise"
+    recipe: str = DEFAULT_GROUPED_RECIPE
 
     def __init__(
         self,
@@ -66,14 +47,14 @@ class GroupedLinear(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        recipe: str = "rowwise",
+        recipe: str | Recipe = DEFAULT_GROUPED_RECIPE,
     ) -> None:
-        check_grouped_recipe(recipe)
+        name = str(check_grouped_recipe(recipe))
         super().__init__()
         self.num_groups = num_groups
         self.in_features = in_features
         self.out_features = out_features
-        self.recipe = recipe
+        self.recipe = name
         shape = (num_groups, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:

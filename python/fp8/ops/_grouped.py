@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe
+
 _ops = torch.ops.fp8
 
 
@@ -11,7 +13,7 @@ def grouped_linear(
     weight: Tensor,
     offsets: Tensor,
     bias: Tensor | None = None,
-    recipe: str = "rowwise",
+    recipe: str | Recipe = DEFAULT_GROUPED_RECIPE,
 ) -> Tensor:
     """y[r] = x[r] · weight[g]ᵀ + bias[g] for each row r of group g, in FP8, differentiable once.
 
@@ -25,7 +27,8 @@ def grouped_linear(
         offsets: [E] int32 on x's device: the row that ends each group, so ascending and at most T.
             Rows past the last one give zeros and get a gradient of zeros.
         bias: [E, N] of x's dtype.
-        recipe: one of `fp8.GROUPED_RECIPES`.
+        recipe: out of `fp8.GROUPED_RECIPES`, with options in a string ("rowwise:power_of_two") or
+            as an `fp8.Recipe`.
 
     Returns: [T, N] in x's dtype. On a GPU products are made in bfloat16 and cast. Offsets that
     descend or exceed T give undefined values, and are not noticed.
@@ -36,7 +39,7 @@ def grouped_linear(
         >>> y.shape
         torch.Size([8, 32])
     """
-    result: Tensor = _ops.grouped_linear.default(x, weight, offsets, bias, recipe)
+    result: Tensor = _ops.grouped_linear.default(x, weight, offsets, bias, str(recipe))
     return result
 
 
@@ -52,7 +55,7 @@ def moe_experts(
     interleaved: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
-    recipe: str = "rowwise",
+    recipe: str | Recipe = DEFAULT_GROUPED_RECIPE,
 ) -> Tensor:
     """The experts of a mixture, with the routing given, in FP8; differentiable once, deterministic.
 
@@ -76,7 +79,8 @@ def moe_experts(
             limit), up = clamp(up, ±limit), h = gate · sigmoid(alpha · gate) · (up + 1).
         interleaved: gate and up are the even and odd elements of g instead of its halves.
         alpha, limit: of "clamped_silu".
-        recipe: one of `fp8.GROUPED_RECIPES`.
+        recipe: out of `fp8.GROUPED_RECIPES`, with options in a string ("rowwise:power_of_two") or
+            as an `fp8.Recipe`.
 
     Returns: [T, H] in x's dtype. Gradients for x, top_k_weights, both weights and both biases.
 
@@ -98,6 +102,6 @@ def moe_experts(
         interleaved,
         alpha,
         limit,
-        recipe,
+        str(recipe),
     )
     return result

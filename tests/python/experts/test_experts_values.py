@@ -25,7 +25,7 @@ from tiny_models import FAMILIES, eager, experts_of, make, only_experts, relativ
 import fp8
 
 FORWARD, GRADIENT, LEAST = 0.105, 0.12, 0.019
-RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast")
+RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise:power_of_two")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
