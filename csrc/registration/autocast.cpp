@@ -7,10 +7,10 @@
 #include <string>
 
 #include "common/operators.h"
+#include "common/recipe.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
-#include "linear/recipe.h"
 
 namespace fp8::autocast {
 namespace {
