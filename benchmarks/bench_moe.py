@@ -20,11 +20,10 @@ import timing
 import torch
 from peers import reason
 from runs import Row, main
-from shapes import MoeShape, moe_shapes
+from shapes import GROUPED_RECIPES, MoeShape, moe_shapes
 from torch import nn
 from tqdm import tqdm
 
-RECIPES = ("rowwise", "rowwise_fast", "rowwise_gw_hp", "rowwise_fast_gw_hp")
 CEILINGS = {
     "GEMMs alone, bf16": "bf16",
     "GEMMs alone, fp8": "split",
@@ -50,7 +49,7 @@ def measure_shape(shape: MoeShape, options: argparse.Namespace) -> tuple[list[Ro
     data = moe_layer.make_data(shape)
     few = data.first(HOST_TOKENS)
     exact = moe_layer.exact(module, data)
-    recipes = tuple(options.recipes or RECIPES)
+    recipes = tuple(options.recipes or GROUPED_RECIPES)
     made, left_out = moe_layer.variants(module, recipes, not options.no_peers)
     forwards, steps, hosts, found = {}, {}, {}, {}
     with ExitStack() as contexts:
@@ -143,7 +142,7 @@ def table(rows: list[Row]) -> str:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: all")
+    parser.add_argument("--recipes", nargs="+", choices=GROUPED_RECIPES, help="default: all")
     parser.add_argument("--repeats", type=int, help="timed calls per variant")
     parser.add_argument("--no-peers", action="store_true", help="transformers and fp8 only")
 

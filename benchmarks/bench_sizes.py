@@ -1,7 +1,7 @@
 """Small layers: from which size on FP8 trains faster than nn.Linear. fp8.convert's rule follows.
 
 A grid of square and oblong layers, forward + backward in bf16, with the measure that the rule
-uses, K·N / (K + N) (fp8.rules.MIN_WORK).
+uses, K·N / (K + N) (fp8.conversion.MIN_WORK).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import peers
 import tables
 import timing
 import torch
-from runs import Row, main
-from shapes import RECIPES
+from runs import Row, import_fp8, main
 from torch import nn
 from tqdm import tqdm
 
@@ -54,7 +53,11 @@ def measure_shape(m: int, k: int, n: int, found: peers.Peers, repeats: int) -> l
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
-    found = peers.standard([recipe for recipe in RECIPES if recipe != "delayed"])  # as tensorwise
+    # delayed is as tensorwise, and what accumulates fast in the backward too as what does not.
+    recipes = import_fp8().RECIPES.values()
+    found = peers.standard(
+        [r.name for r in recipes if r.scaling == "dynamic" and "dgrad" not in r.fast_accum]
+    )
     layers = [(side, side) for side in SIDES] + list(OBLONG)
     if options.quick:
         layers = layers[:3]

@@ -8,10 +8,11 @@ from pathlib import Path
 import bench_block
 import status
 import tables
-from runs import ROOT, Row
+from runs import ROOT, Row, import_fp8
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 CHECKS = ("<!-- checks:begin -->", "<!-- checks:end -->")
+RECIPES = ("<!-- recipes:begin -->", "<!-- recipes:end -->")
 PLOTS = {"linear": "Speed of one layer over M", "breakdown": "Where a step's time goes"}
 
 
@@ -54,9 +55,47 @@ def sections(runs: dict[str, Row], folder: Path) -> str:
 
 def write(runs: dict[str, Row], folder: Path) -> Path:
     readme = ROOT / "README.md"
-    readme.write_text(replace_between(readme.read_text(), sections(runs, folder)))
+    text = replace_between(readme.read_text(), sections(runs, folder))
+    readme.write_text(replace_between(text, recipes(), RECIPES))
     status.show(readme)
     return readme
+
+
+_SCALES = {
+    "tensorwise": "one per tensor",
+    "rowwise": "one per row",
+    "blockwise": "one per 128 elements of a row; weight: per 128 x 128",
+}
+_RESULTS = {"fprop": "y", "dgrad": "dx", "wgrad": "dW"}
+
+
+def recipes() -> str:
+    """The table of recipes, as the library has it."""
+    default = import_fp8().recipe.DEFAULT_GROUPED_RECIPE
+    lines = []
+    for name, recipe in import_fp8().RECIPES.items():
+        scales = _SCALES[recipe.granularity]
+        if recipe.scaling == "delayed":
+            scales += ", from the 16 calls before ([Delayed scaling](#delayed-scaling))"
+        of_input, of_grad = (
+            str(dtype).removeprefix("torch.float8_").removesuffix("fn")
+            for dtype in (recipe.input_dtype, recipe.grad_output_dtype)
+        )
+        takes = "yes" if "grouped" in recipe.linears else "no"
+        fast = ", ".join(_RESULTS[product] for product in recipe.fast_accum)
+        wgrad = recipe.wgrad.replace("fp8", "FP8")
+        experts = f"{takes}, the default" if name == default else takes
+        lines.append([f"`{name}`", scales, of_input, of_grad, wgrad, fast or "none", experts])
+    columns = [
+        "recipe",
+        "scales",
+        "x, weight",
+        "dy",
+        "weight gradient",
+        "accumulate fast",
+        "experts",
+    ]
+    return tables.markdown(columns, lines, left=len(columns))
 
 
 def pivot(

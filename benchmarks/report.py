@@ -6,7 +6,8 @@ against earlier runs.
     python benchmarks/report.py --check OTHER        # compare ratios with another folder of results
 
 The README's tables stand between the lines `<!-- bench:begin -->` and `<!-- bench:end -->`; that
-of the checks (status.py) between `<!-- checks:begin -->` and `<!-- checks:end -->`.
+of the checks (status.py) between `<!-- checks:begin -->` and `<!-- checks:end -->`; that of the
+recipes, which the library has, between `<!-- recipes:begin -->` and `<!-- recipes:end -->`.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def header() -> Row:
     }
     try:
         fp8 = import_fp8()
-        from fp8 import _loader
+        from fp8._native import loader as _loader
 
         facts["fp8"] = fp8.__version__
         facts["cublaslt"] = _loader.native().cublaslt_runtime_version()

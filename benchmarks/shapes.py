@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from runs import import_fp8
+
 
 class LinearShape(NamedTuple):
     """y[M, N] = x[M, K] · W[N, K]ᵀ."""
@@ -22,7 +24,8 @@ class LinearShape(NamedTuple):
 
 
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # (K, N) of Llama 3 8B and 70B
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise", "delayed")
+RECIPES: tuple[str, ...] = tuple(import_fp8().RECIPES)
+GROUPED_RECIPES: tuple[str, ...] = tuple(import_fp8().GROUPED_RECIPES)
 
 # The layers that are compared with every peer.
 MAIN_SHAPES = (

@@ -19,8 +19,9 @@ def text(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -
     return "\n".join([line(cells[0]), line(["-" * w for w in widths]), *map(line, cells[1:])])
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """The first `left` columns are of words, the others of numbers."""
+    lines = [columns, ["---"] * left + ["---:"] * (len(columns) - left), *rows]
     return "\n".join("| " + " | ".join(cell(v) for v in line) + " |" for line in lines)
 
 

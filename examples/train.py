@@ -49,6 +49,13 @@ JOBS = {
 }
 
 
+RECIPES = {
+    # Nothing accumulates fast there.
+    "cpu": tuple(n for n, recipe in fp8.RECIPES.items() if "dgrad" not in recipe.fast_accum),
+    "cuda": tuple(fp8.RECIPES),
+}
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; defaults depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -58,15 +65,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recipes",
         nargs="*",
-        default=list(fp8.RECIPES),
         metavar="RECIPE",
         help="FP8 recipes to compare, with options after a colon, as in rowwise:power_of_two "
-        f"(default: {' '.join(fp8.RECIPES)})",
+        f"(default: {' '.join(RECIPES['cuda'])}; CPU: without fast)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for results")
     options = parser.parse_args(arguments)
-    for recipe in options.recipes:
+    for recipe in options.recipes or ():
         try:
             check_recipe(recipe)
         except ValueError:
@@ -75,6 +81,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--steps must be at least 2, got {options.steps}")
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.recipes is None:
+        options.recipes = list(RECIPES[torch.device(options.device).type])
     if options.size is None:
         options.size = "cpu" if options.device == "cpu" else "gpu"
     return options

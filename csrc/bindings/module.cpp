@@ -100,7 +100,6 @@ PYBIND11_MODULE(_C, m) {
         "The file with what was measured on this model of GPU; empty where no folder is known.");
   m.def("whole_gpu_launches", &fp8::whole_gpu_launches,
         "Whether a quantization may wait until the whole GPU is free for it.");
-  m.attr("AMAX_HISTORY_SIZE") = fp8::core::kAmaxHistorySize;
   m.def("spare_collectives", &fp8::spare_collectives,
         "No such launches from now on, unless FP8_WHOLE_GPU_LAUNCHES is set.");
 }

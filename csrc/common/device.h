@@ -39,4 +39,12 @@ inline DeviceInfo current_device(int index = -1) {
   return {index, packed & 0xFFFF, packed >> 16};
 }
 
+#ifdef FP8_OLDEST_CUDA_ARCH  // within fp8_core
+// Clusters and programmatic dependent launches. Code for an older architecture, which a newer GPU
+// may run through PTX, has neither in it.
+inline bool has_hopper_launches(const DeviceInfo& device) {
+  return FP8_OLDEST_CUDA_ARCH >= 90 && device.capability >= 90;
+}
+#endif
+
 }  // namespace fp8::core

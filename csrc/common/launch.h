@@ -191,7 +191,7 @@ inline BlockwisePlan plan_blockwise(int64_t rows, int64_t cols, int64_t data_ld,
           .scale_t_ld = square_scale_ld(data_t_ld)};
 }
 
-// --- rowwise pass: threads_per_row threads hold a row in registers, 8 elements a vector ---
+// --- passes over rows: threads_per_row threads hold a row in registers, 8 elements a vector ---
 
 struct RowwisePlan {
   int threads_per_row = 32;
@@ -200,13 +200,19 @@ struct RowwisePlan {
   int iterations = 1;          // > 1: the row does not fit and is read twice
 };
 
+constexpr int kMaxRowVectors = 8;
+constexpr int kMaxRowThreads = 512;
+
 // block_threads: of a block of short rows; a row that needs more threads has a block to itself.
-inline RowwisePlan plan_rowwise(int64_t padded_cols, int block_threads = kThreads) {
+// max_vectors: that a thread has registers for.
+inline RowwisePlan plan_rowwise(int64_t padded_cols, int block_threads = kThreads,
+                                int max_vectors = kMaxRowVectors) {
   RowwisePlan plan;
   const int64_t vectors = ceil_div(padded_cols, 8);
-  while (plan.threads_per_row < 512 && vectors > 8LL * plan.threads_per_row)
+  while (plan.threads_per_row < kMaxRowThreads &&
+         vectors > static_cast<int64_t>(max_vectors) * plan.threads_per_row)
     plan.threads_per_row *= 2;
-  while (plan.vectors_per_thread < 8 &&
+  while (plan.vectors_per_thread < max_vectors &&
          vectors > static_cast<int64_t>(plan.vectors_per_thread) * plan.threads_per_row) {
     plan.vectors_per_thread *= 2;
   }

@@ -27,6 +27,14 @@ __device__ __forceinline__ uint32_t warp_add(uint32_t value) {
 #endif
 }
 
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFU, value, offset);
+  }
+  return value;
+}
+
 // Every thread of the block gets the maximum. scratch: one word a warp; it may be reused after the
 // next barrier.
 template <int kWarpCount>

@@ -77,6 +77,39 @@ __device__ __forceinline__ Vec8<T> load8(const T* source, int valid, bool vector
   return v;
 }
 
+// Elements 2 * pair and 2 * pair + 1, rounded to T.
+template <typename T>
+__device__ __forceinline__ void set_pair(Vec8<T>& v, int pair, float low, float high) {
+  if constexpr (sizeof(T) == 4) {
+    v.words[2 * pair] = __float_as_uint(low);
+    v.words[2 * pair + 1] = __float_as_uint(high);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    v.words[pair] = *reinterpret_cast<const uint32_t*>(&both);
+  } else {
+    const __half2 both = __floats2half2_rn(low, high);
+    v.words[pair] = *reinterpret_cast<const uint32_t*>(&both);
+  }
+}
+
+// destination lies on 16 bytes.
+template <typename T>
+__device__ __forceinline__ void store8(T* destination, const Vec8<T>& v) {
+#pragma unroll
+  for (int i = 0; i < Vec8<T>::kWords / 4; ++i) {
+    reinterpret_cast<uint4*>(destination)[i] =
+        make_uint4(v.words[4 * i], v.words[4 * i + 1], v.words[4 * i + 2], v.words[4 * i + 3]);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Vec8<T> zero8() {
+  Vec8<T> v;
+#pragma unroll
+  for (int i = 0; i < Vec8<T>::kWords; ++i) v.words[i] = 0;
+  return v;
+}
+
 // Inf, of either sign, becomes NaN.
 template <typename T>
 __device__ __forceinline__ void infinite_to_nan(Vec8<T>& v) {

@@ -55,7 +55,7 @@ void scatter_rows(const core::ScatterRowsArgs& a) {
       float scale = 1.0F;
       if (a.data != nullptr) {
         widen(source, a.x_dtype, a.cols, row.data());
-        scale = quantize_row(row.data(), a.cols, codes.data(), 0);
+        scale = quantize_row(row.data(), a.cols, codes.data(), 0, {a.dtype, a.power_of_two});
       }
       for (int64_t copy = 0; copy < a.copies; ++copy) {
         const int64_t to = a.place != nullptr ? a.place[r * a.copies + copy] : r;
@@ -139,6 +139,7 @@ std::vector<Columns> column_groups(const core::GroupColumnsArgs& a) {
 
 void quantize_group_columns(const core::GroupColumnsArgs& a) {
   const std::vector<Columns> groups = column_groups(a);
+  const CodeFormat format{a.dtype, a.power_of_two};
   constexpr int64_t kBlock = 64;
   const int64_t blocks = (a.cols + kBlock - 1) / kBlock;
   at::parallel_for(0, a.groups * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -158,13 +159,13 @@ void quantize_group_columns(const core::GroupColumnsArgs& a) {
       }
       std::vector<float> multipliers(cols);
       for (int64_t c = 0; c < cols; ++c) {
-        multipliers[c] = quant_multiplier(std::bit_cast<float>(bits[c]), E4M3::kMax);
+        multipliers[c] = format.multiplier(std::bit_cast<float>(bits[c]));
         a.scale_t[item / blocks * a.cols + col0 + c] = 1.0F / multipliers[c];
       }
       auto* out = static_cast<uint8_t*>(a.data_t) + group.place + col0 * a.ld_t;
       for (int64_t c = 0; c < cols; ++c) std::memset(out + c * a.ld_t, 0, group.padded);
       for (int64_t r = 0; r < group.rows; ++r) {
-        encode_columns(&values[r * cols], multipliers.data(), Dtype::kE4M3, cols, codes.data());
+        encode_columns(&values[r * cols], multipliers.data(), a.dtype, cols, codes.data());
         for (int64_t c = 0; c < cols; ++c) out[c * a.ld_t + r] = codes[c];
       }
     }

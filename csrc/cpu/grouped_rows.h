@@ -43,15 +43,26 @@ inline float rounded(float value, Dtype dtype) {
   return value;
 }
 
+// How a pass makes codes.
+struct CodeFormat {
+  Dtype dtype;
+  bool power_of_two;
+  float multiplier(float amax) const {
+    return quant_multiplier(amax, fp8_max(dtype), power_of_two);
+  }
+};
+
 // Codes of a row, and its scale.
-inline float quantize_row(const float* row, int64_t cols, void* data, int64_t offset) {
-  const float multiplier = quant_multiplier(std::bit_cast<float>(amax_bits(row, cols)), E4M3::kMax);
-  encode(row, multiplier, Dtype::kE4M3, cols, static_cast<uint8_t*>(data) + offset);
+inline float quantize_row(const float* row, int64_t cols, void* data, int64_t offset,
+                          const CodeFormat& format) {
+  const float multiplier = format.multiplier(std::bit_cast<float>(amax_bits(row, cols)));
+  encode(row, multiplier, format.dtype, cols, static_cast<uint8_t*>(data) + offset);
   return 1.0F / multiplier;
 }
 
 // Rows that belong to a group, and the group of one of them.
 inline int64_t grouped_rows(const int32_t* offsets, int64_t groups, int64_t rows) {
+  if (offsets == nullptr) return rows;
   return groups == 0 ? 0 : std::min<int64_t>(offsets[groups - 1], rows);
 }
 

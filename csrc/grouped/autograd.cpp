@@ -11,10 +11,11 @@
 #include <utility>
 
 #include "common/operators.h"
+#include "common/ranges.h"
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/recipe.h"
 
 namespace fp8::autograd {
 namespace {
@@ -27,6 +28,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
                             int64_t recipe) {
+    const Range range("fp8::grouped_linear");
     const bool needs_dx = x.requires_grad();
     const bool needs_dweight = weight.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -48,6 +50,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Range range("fp8::grouped_linear backward");
     const at::Tensor none;
     const at::Tensor& dy = grads[0];
     if (!dy.defined()) return {none, none, none, none, none};
@@ -95,6 +98,7 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
                             const at::Tensor& gate_up, const at::Tensor& down,
                             const std::optional<at::Tensor>& gate_up_bias,
                             const std::optional<at::Tensor>& down_bias, const MoeOptions* options) {
+    const Range range("fp8::moe_experts");
     const int64_t wanted = (x.requires_grad() ? needs::kX : 0) |
                            (top_k_weights.requires_grad() ? needs::kWeights : 0) |
                            (gate_up.requires_grad() ? needs::kGateUp : 0) |
@@ -121,6 +125,7 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Range range("fp8::moe_experts backward");
     const at::Tensor& dy = grads[0];
     variable_list result(8);
     if (!dy.defined()) return result;
@@ -168,7 +173,7 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  const int64_t index = grouped_recipe_index("grouped_linear", recipe);
+  const int64_t index = grouped_recipe_id("grouped_linear", recipe);
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || weight.requires_grad() || wants_grad(bias))) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -184,7 +189,7 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        const std::optional<at::Tensor>& down_bias, std::string_view activation,
                        bool interleaved, double alpha, double limit, std::string_view recipe) {
   const MoeOptions options{activation_index(activation), interleaved, alpha, limit,
-                           grouped_recipe_index("moe_experts", recipe)};
+                           grouped_recipe_id("moe_experts", recipe)};
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || top_k_weights.requires_grad() || gate_up.requires_grad() ||
         down.requires_grad() || wants_grad(gate_up_bias) || wants_grad(down_bias))) {

@@ -5,17 +5,13 @@
 // integer atomicMax (a maximum has no order, so the bits are the same on every run), then cast and
 // transpose as in quantize/cast.cu. A tile of a ragged group is found in the tile table; its rows
 // may be gathered through `source`. Bound by bandwidth: 2 + 2 + 1 bytes an element.
-#include "common/codes.cuh"
+#include "common/device.h"
 #include "grouped/device.cuh"
+#include "quantize/tile.cuh"
 
 namespace fp8::core {
 namespace {
 
-constexpr int kRowsPerThread = 4;
-constexpr int kGroups = kTileRows / kRowsPerThread;  // row groups of a tile, also words of a column
-constexpr int kColGroups = kTileCols / 8;
-static_assert(kGroups * kColGroups == kThreads);
-static_assert(kGroups == 32, "the swizzle spreads a column over the 32 banks");
 static_assert(kTileRows == kGroupTileRows);
 
 struct ColumnsParams {
@@ -52,30 +48,31 @@ __device__ __forceinline__ Tile find_tile(const ColumnsParams& p, int64_t index)
           done == 0};
 }
 
+// A thread's part of a tile, whose rows may be gathered.
 template <typename T>
-__device__ __forceinline__ void load_tile(const ColumnsParams& p, const Tile& tile, int row_group,
-                                          int64_t col, Vec8<T> (&v)[kRowsPerThread]) {
-  const int valid_cols = of_eight(p.args.cols - col);
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    const int in_tile = row_group * kRowsPerThread + r;
-    const bool exists = in_tile < tile.rows;
-    int64_t row = tile.row + in_tile;
-    if (p.args.source != nullptr && exists) row = __ldg(p.args.source + row) / p.args.copies;
-    v[r] = load8(static_cast<const T*>(p.args.x) + (exists ? row * p.args.ld + col : 0),
-                 exists ? valid_cols : 0, p.vectorized);
-  }
+__device__ __forceinline__ void load_rows(const ColumnsParams& p, const Tile& tile, int row_group,
+                                          int64_t col, int valid_cols,
+                                          Vec8<T> (&v)[kRowsPerThread]) {
+  const int done = row_group * kRowsPerThread;
+  const GatheredSource<T> source{
+      {static_cast<const T*>(p.args.x), INT64_MAX, p.args.cols, p.args.ld, p.vectorized},
+      p.args.source,
+      p.args.copies};
+  load_tile(source, tile.row + done, tile.rows - done, col, valid_cols, v);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) group_amax_kernel(const ColumnsParams p) {
   __shared__ uint32_t warp_amax[kWarps][kTileCols];
+  let_next_start();
   const Tile tile = find_tile(p, blockIdx.x / p.col_tiles);
   if (tile.group < 0 || tile.rows == 0) return;
   const int64_t col0 = static_cast<int64_t>(blockIdx.x % p.col_tiles) * kTileCols;
   const int col_group = threadIdx.x % kColGroups;
   Vec8<T> v[kRowsPerThread];
-  load_tile(p, tile, threadIdx.x / kColGroups, col0 + col_group * 8, v);
+  const int64_t col = col0 + col_group * 8;
+  load_rows(p, tile, static_cast<int>(threadIdx.x) / kColGroups, col, of_eight(p.args.cols - col),
+            v);
   PackedAmax<T> amax;
   amax.clear();
 #pragma unroll
@@ -97,62 +94,51 @@ __global__ void __launch_bounds__(kThreads) group_amax_kernel(const ColumnsParam
     }
   }
   __syncthreads();
-  const int64_t col = col0 + threadIdx.x;
-  if (threadIdx.x >= kTileCols || col >= p.args.cols) return;
+  const int64_t own_col = col0 + threadIdx.x;
+  if (threadIdx.x >= kTileCols || own_col >= p.args.cols) return;
   uint32_t bits = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) bits = max(bits, warp_amax[w][threadIdx.x]);
-  if (bits != 0) atomicMax(p.args.amax + tile.group * p.args.cols + col, bits);
+  if (bits != 0) atomicMax(p.args.amax + tile.group * p.args.cols + own_col, bits);
 }
 
-template <typename T>
+template <typename T, typename Format>
 __global__ void __launch_bounds__(kThreads) group_cast_kernel(const ColumnsParams p) {
-  __shared__ alignas(16) uint32_t turned[kTileCols * kGroups];
+  __shared__ alignas(16) uint32_t turned[kTurnedWords];
   __shared__ float multiplier[kTileCols];
+  let_next_start();
   const Tile tile = find_tile(p, blockIdx.x / p.col_tiles);
-  if (tile.group < 0) return;
+  if (tile.group < 0) {
+    wait_for_previous();
+    return;
+  }
   const int64_t col0 = static_cast<int64_t>(blockIdx.x % p.col_tiles) * kTileCols;
   const int row_group = threadIdx.x / kColGroups;
   const int col_group = threadIdx.x % kColGroups;
   const int64_t col = col0 + col_group * 8;
   Vec8<T> v[kRowsPerThread];
-  load_tile(p, tile, row_group, col, v);
+  const int valid_cols = of_eight(p.args.cols - col);
+  load_rows(p, tile, row_group, col, valid_cols, v);
+  wait_for_previous();  // for the maxima; x was complete before
   if (threadIdx.x < kTileCols) {
     const int64_t c = col0 + threadIdx.x;
     const int64_t place = tile.group * p.args.cols + c;
-    const uint32_t bits = c < p.args.cols ? __ldg(p.args.amax + place) : 0;
-    const GroupScale group = scale_from_amax(bits, E4M3::kMax);
+    const uint32_t bits = c < p.args.cols ? __ldcg(p.args.amax + place) : 0;
+    const GroupScale group = scale_from_amax(bits, Format::kMax, p.args.power_of_two);
     multiplier[threadIdx.x] = group.quant_multiplier;
     if (tile.first && c < p.args.cols) p.args.scale_t[place] = group.scale;
   }
   __syncthreads();
-  const int valid_cols = of_eight(p.args.cols - col);
   uint2 codes[kRowsPerThread];
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    codes[r] = keep_first(encode8<E4M3>(v[r], [&](int j) { return multiplier[col_group * 8 + j]; }),
-                          row_group * kRowsPerThread + r < tile.rows ? valid_cols : 0);
+    codes[r] =
+        keep_first(encode8<Format>(v[r], [&](int j) { return multiplier[col_group * 8 + j]; }),
+                   row_group * kRowsPerThread + r < tile.rows ? valid_cols : 0);
   }
-  uint32_t words[8];
-  transpose_bytes(codes[0].x, codes[1].x, codes[2].x, codes[3].x, words);
-  transpose_bytes(codes[0].y, codes[1].y, codes[2].y, codes[3].y, words + 4);
-  const int place = row_group ^ (4 * col_group);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) turned[(col_group * 8 + j) * kGroups + place] = words[j];
-  __syncthreads();
-  // 64 columns of 128 codes: eight lanes write one column's 128 bytes, 16 bytes each.
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int column = i * static_cast<int>(kTileCols / 2) + static_cast<int>(threadIdx.x) / 8;
-    const int chunk = static_cast<int>(threadIdx.x) % 8;
-    const int64_t out_row = col0 + column;
-    if (out_row < p.args.cols && chunk * 16 < tile.columns) {
-      const uint4 q =
-          *reinterpret_cast<const uint4*>(&turned[column * kGroups + 4 * (chunk ^ (column / 8))]);
-      *reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.args.data_t) + tile.column +
-                                out_row * p.args.ld_t + chunk * 16) = q;
-    }
-  }
+  const Destination to{static_cast<uint8_t*>(p.args.data_t) + tile.column, p.args.cols,
+                       p.args.ld_t};
+  store_turned_tile(to, tile.columns, 0, col0, codes, turned);
 }
 
 }  // namespace
@@ -176,7 +162,10 @@ void quantize_group_columns(const GroupColumnsArgs& args, Stream stream) {
     using T = typename decltype(input)::type;
     const auto grid = static_cast<unsigned>(blocks);
     launch(group_amax_kernel<T>, grid, kThreads, stream, params);
-    launch(group_cast_kernel<T>, grid, kThreads, stream, params);
+    dispatch_format(args.dtype, [&](auto format) {
+      launch(group_cast_kernel<T, typename decltype(format)::type>, grid, kThreads, stream, params,
+             {.overlaps_previous = has_hopper_launches(current_device())});
+    });
   });
 }
 

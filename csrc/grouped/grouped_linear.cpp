@@ -10,10 +10,10 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "grouped/grouped_mm.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/recipe.h"
 
 namespace fp8 {
 namespace {
@@ -72,13 +72,13 @@ struct BackwardArgs {
   const at::Tensor& offsets;                        // [E] int32
   int64_t k;
   bool transposed;  // how dweight is stored
-  const GroupedRecipe& recipe;
+  Recipe recipe;
 };
 
 // [T, K]
 at::Tensor input_gradient(const BackwardArgs& args, const at::Tensor& dy_rows) {  // [T, pad16(N)]
-  const Side qdy = grouped::quantize_rows(dy_rows);
-  const Side qw = grouped::weight_for_dgrad(padded(*args.weight, 2));
+  const Side qdy = grouped::quantize_rows(dy_rows, args.recipe.power_of_two);
+  const Side qw = grouped::weight_for_dgrad(padded(*args.weight, 2), args.recipe.power_of_two);
   const at::Tensor dx = first_columns(
       grouped::multiply_rows(qdy, qw, args.offsets, args.dy.scalar_type(), args.recipe.fast_dgrad),
       args.k);
@@ -97,7 +97,7 @@ at::Tensor stored_weight_gradient(const BackwardArgs& args,
                            : grouped::multiply_high_precision(dy_rows, x_rows, args.offsets);
   }
   const grouped::Tiles tiles = grouped::make_tiles(args.offsets, dy_rows.size(0));
-  const Side qdy_t = grouped::quantize_columns(dy_rows, tiles);
+  const Side qdy_t = grouped::quantize_columns(dy_rows, tiles, args.recipe.power_of_two);
   const Side qx_t = operand::given("_grouped_backward", "x_t", x, *args.x_t_scale,
                                    core::Granularity::kRowwise, x.size(0));
   return grouped::multiply_columns(args.transposed ? qx_t : qdy_t, args.transposed ? qdy_t : qx_t,
@@ -165,7 +165,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& given_offsets,
     const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x) {
   check_grouped_linear(x, weight, given_offsets, bias);
-  const GroupedRecipe& recipe = grouped_recipe_at(recipe_id);
+  const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(x.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor offsets = given_offsets.contiguous();
@@ -177,9 +177,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
   if (empty) {
     y = at::zeros({x.size(0), features}, x.options());
   } else {
-    const Side qx = grouped::quantize_rows(rows);
-    const Side qw = grouped::weight_for_fprop(padded(weight, 2));
-    y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), /*fast_accum=*/true),
+    const Side qx = grouped::quantize_rows(rows, recipe.power_of_two);
+    const Side qw = grouped::weight_for_fprop(padded(weight, 2), recipe.power_of_two);
+    y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), recipe.fast_fprop),
                       features);
   }
   if (y.numel() > 0 && offsets.size(0) > 0 && (bias || !empty)) {
@@ -196,7 +196,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
             at::zeros({groups}, offsets.options())};
   }
   const grouped::Tiles tiles = grouped::make_tiles(offsets, x.size(0));
-  const Side qx_t = grouped::quantize_columns(rows, tiles);
+  const Side qx_t = grouped::quantize_columns(rows, tiles, recipe.power_of_two);
   return {y, qx_t.codes, qx_t.scales, tiles.padded_offsets};
 }
 
@@ -283,8 +283,8 @@ at::Tensor composite::grouped_linear(const at::Tensor& x, const at::Tensor& weig
                                      const std::optional<at::Tensor>& bias,
                                      std::string_view recipe) {
   const auto forward = x.is_meta() ? meta::_grouped_forward : kernel::_grouped_forward;
-  return std::get<0>(forward(x, weight, offsets, bias,
-                             grouped_recipe_index("grouped_linear", recipe), /*save_x=*/false));
+  return std::get<0>(forward(x, weight, offsets, bias, grouped_recipe_id("grouped_linear", recipe),
+                             /*save_x=*/false));
 }
 
 }  // namespace fp8

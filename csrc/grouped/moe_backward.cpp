@@ -7,11 +7,11 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "grouped/grouped_mm.h"
 #include "grouped/grouped_ops.h"
 #include "grouped/moe_passes.h"
-#include "grouped/recipe.h"
 
 namespace fp8 {
 namespace {
@@ -22,7 +22,7 @@ using grouped::Routing;
 // dW of one product from its output's gradient and its input, stored as `weight` is.
 struct WeightGradient {
   const at::Tensor& weight;
-  const GroupedRecipe& recipe;
+  const Recipe& recipe;
   const at::Tensor& offsets;
 
   at::Tensor fp8(const Side& grad, const Side& input, const grouped::Tiles& tiles) const {
@@ -65,7 +65,7 @@ struct BackwardArgs {
   at::Tensor gate_up_out;     // [T * k, 2 I]
   Routing routing;
   Gate gate;
-  const GroupedRecipe& recipe;
+  Recipe recipe;
   int64_t wanted;  // bits of `needs`
 
   bool needs(int64_t what) const { return (wanted & what) != 0; }
@@ -110,16 +110,18 @@ GateGradients gate_gradients(const BackwardArgs& args,
   const int64_t features = args.down.size(2);
   at::Tensor dh;
   {
-    const Side qdy = grouped::quantize_rows(args.dy, args.routing.place, args.top_k());
-    dh = grouped::multiply_rows(qdy, grouped::weight_for_dgrad(args.down), offsets, args.dtype(),
-                                args.recipe.fast_dgrad);
+    const Side qdy =
+        grouped::quantize_rows(args.dy, args.recipe.power_of_two, args.routing.place, args.top_k());
+    dh = grouped::multiply_rows(qdy, grouped::weight_for_dgrad(args.down, args.recipe.power_of_two),
+                                offsets, args.dtype(), args.recipe.fast_dgrad);
   }
   GateGradients out;
   core::GateBackwardArgs pass{
       .gate = grouped::gate_args(args.gate, args.gate_up_out, args.gate_up_bias, offsets),
       .dh = dh.const_data_ptr(),
       .weights = args.weights.const_data_ptr<float>(),
-      .source = args.routing.source.const_data_ptr<int32_t>()};
+      .source = args.routing.source.const_data_ptr<int32_t>(),
+      .power_of_two = args.recipe.power_of_two};
   if (args.needs(needs::kX)) {
     out.quantized = grouped::rowwise_side(args.dy, rows, 2 * features);
     pass.data = out.quantized.codes.mutable_data_ptr();
@@ -161,6 +163,7 @@ void weight_gradients(const BackwardArgs& args, GateGradients& gate, Gradients& 
   const WeightGradient of_gate_up{args.gate_up, args.recipe, offsets};
   const WeightGradient of_down{args.down, args.recipe, offsets};
   const int64_t top_k = args.top_k();
+  const bool power_of_two = args.recipe.power_of_two;
   if (!args.recipe.fp8_wgrad) {
     if (args.needs(needs::kGateUp)) {
       grads.gate_up =
@@ -175,16 +178,16 @@ void weight_gradients(const BackwardArgs& args, GateGradients& gate, Gradients& 
   }
   const grouped::Tiles tiles = grouped::make_tiles(offsets, args.rows());
   if (args.needs(needs::kGateUp)) {
-    const Side grad = grouped::quantize_columns(gate.gate_up_out, tiles);
+    const Side grad = grouped::quantize_columns(gate.gate_up_out, tiles, power_of_two);
     drop_gate_up_out(args, gate);
-    grads.gate_up =
-        of_gate_up.fp8(grad, grouped::quantize_columns(args.x, tiles, source, top_k), tiles);
+    grads.gate_up = of_gate_up.fp8(
+        grad, grouped::quantize_columns(args.x, tiles, power_of_two, source, top_k), tiles);
   }
   if (args.needs(needs::kDown)) {
-    const Side input = grouped::quantize_columns(gate.weighted_h, tiles);
+    const Side input = grouped::quantize_columns(gate.weighted_h, tiles, power_of_two);
     gate.weighted_h = at::Tensor();
-    grads.down =
-        of_down.fp8(grouped::quantize_columns(args.dy, tiles, source, top_k), input, tiles);
+    grads.down = of_down.fp8(grouped::quantize_columns(args.dy, tiles, power_of_two, source, top_k),
+                             input, tiles);
   }
 }
 
@@ -204,9 +207,9 @@ Gradients moe_gradients(const BackwardArgs& args) {
   }
   if (args.needs(needs::kWeights) && args.down_bias.defined()) add_bias_part(args, grads.weights);
   if (args.needs(needs::kX)) {
-    const at::Tensor rows =
-        grouped::multiply_rows(gate.quantized, grouped::weight_for_dgrad(args.gate_up),
-                               routing.offsets, args.dtype(), args.recipe.fast_dgrad);
+    const at::Tensor rows = grouped::multiply_rows(
+        gate.quantized, grouped::weight_for_dgrad(args.gate_up, args.recipe.power_of_two),
+        routing.offsets, args.dtype(), args.recipe.fast_dgrad);
     gate.quantized = {};
     grads.x = grouped::combine_rows(rows, args.x.size(0), routing, {}, {}, {});
   }

@@ -1,10 +1,10 @@
 // What moe_experts accepts, and the shapes of what it gives: the part that needs no data.
 #include <ATen/ATen.h>
 
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "fp8/core_grouped.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/recipe.h"
 
 namespace fp8 {
 namespace {

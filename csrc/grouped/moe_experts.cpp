@@ -11,11 +11,11 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "grouped/grouped_mm.h"
 #include "grouped/grouped_ops.h"
 #include "grouped/moe_passes.h"
-#include "grouped/recipe.h"
 
 namespace fp8 {
 
@@ -32,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forw
     double alpha, double limit, int64_t recipe_id) {
   check_moe_experts(given_x, top_k_index, top_k_weights, gate_up, down, given_gate_up_bias,
                     given_down_bias);
-  grouped_recipe_at(recipe_id);  // the forward is the same in all
+  const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(given_x.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor x = as_matrix(given_x);
@@ -55,19 +55,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forw
 
   at::Tensor gate_up_out;
   {
-    const Side qx = grouped::quantize_rows(x, routing.place, top_k);
-    gate_up_out = grouped::multiply_rows(qx, grouped::weight_for_fprop(gate_up), routing.offsets,
-                                         dtype, /*fast_accum=*/true);
+    const Side qx = grouped::quantize_rows(x, recipe.power_of_two, routing.place, top_k);
+    gate_up_out =
+        grouped::multiply_rows(qx, grouped::weight_for_fprop(gate_up, recipe.power_of_two),
+                               routing.offsets, dtype, recipe.fast_fprop);
   }
   const Gate gate{static_cast<core::Activation>(activation), interleaved, alpha, limit};
   const Side qh = grouped::rowwise_side(x, gate_up_out.size(0), features);
   const core::GateForwardArgs args{
       .gate = grouped::gate_args(gate, gate_up_out, gate_up_bias, routing.offsets),
       .data = qh.codes.mutable_data_ptr(),
-      .scale = qh.scales.mutable_data_ptr<float>()};
+      .scale = qh.scales.mutable_data_ptr<float>(),
+      .power_of_two = recipe.power_of_two};
   FP8_RUN_PASS(gate_forward, x, args);
-  const at::Tensor out = grouped::multiply_rows(qh, grouped::weight_for_fprop(down),
-                                                routing.offsets, dtype, /*fast_accum=*/true);
+  const at::Tensor out =
+      grouped::multiply_rows(qh, grouped::weight_for_fprop(down, recipe.power_of_two),
+                             routing.offsets, dtype, recipe.fast_fprop);
   const at::Tensor y = grouped::combine_rows(out, tokens, routing, weights, experts, down_bias);
   return {y, gate_up_out, routing.offsets, routing.place, routing.source};
 }
@@ -84,7 +87,7 @@ at::Tensor composite::moe_experts(const at::Tensor& x, const at::Tensor& top_k_i
   const auto forward = x.is_meta() ? meta::_moe_forward : kernel::_moe_forward;
   return std::get<0>(forward(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
                              activation_index(activation), interleaved, alpha, limit,
-                             grouped_recipe_index("moe_experts", recipe)));
+                             grouped_recipe_id("moe_experts", recipe)));
 }
 
 }  // namespace fp8

@@ -28,11 +28,13 @@ Side rowwise_side(const at::Tensor& like, int64_t rows, int64_t k) {
           .rows = rows};
 }
 
-Side quantize_rows(const at::Tensor& x, const at::Tensor& place, int64_t copies) {
+Side quantize_rows(const at::Tensor& x, bool power_of_two, const at::Tensor& place,
+                   int64_t copies) {
   const Side out = rowwise_side(x, x.size(0) * copies, x.size(1));
   core::ScatterRowsArgs args = scatter_args(x, place, copies);
   args.data = out.codes.mutable_data_ptr();
   args.scale = out.scales.mutable_data_ptr<float>();
+  args.power_of_two = power_of_two;
   FP8_RUN_PASS(scatter_rows, x, args);
   return out;
 }
@@ -59,8 +61,8 @@ Tiles make_tiles(const at::Tensor& offsets, int64_t rows) {
   return tiles;
 }
 
-Side quantize_columns(const at::Tensor& x, const Tiles& tiles, const at::Tensor& source,
-                      int64_t copies) {
+Side quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_two,
+                      const at::Tensor& source, int64_t copies) {
   const int64_t groups = tiles.padded_offsets.size(0);
   const int64_t cols = x.size(1);
   const Side out{.codes = empty_on(x, {cols, tiles.columns}, at::kFloat8_e4m3fn),
@@ -81,20 +83,23 @@ Side quantize_columns(const at::Tensor& x, const Tiles& tiles, const at::Tensor&
       .data_t = out.codes.mutable_data_ptr(),
       .ld_t = tiles.columns,
       .scale_t = out.scales.mutable_data_ptr<float>(),
-      .amax = static_cast<uint32_t*>(amax.mutable_data_ptr())};
+      .amax = static_cast<uint32_t*>(amax.mutable_data_ptr()),
+      .power_of_two = power_of_two};
   FP8_RUN_PASS(quantize_group_columns, x, args);
   return out;
 }
 
-Side weight_for_fprop(const at::Tensor& weight) {
-  return operand::remembered_weight(weight, {.granularity = core::Granularity::kRowwise})
+Side weight_for_fprop(const at::Tensor& weight, bool power_of_two) {
+  return operand::remembered_weight(
+             weight, {.granularity = core::Granularity::kRowwise, .power_of_two = power_of_two})
       .along_cols;
 }
 
-Side weight_for_dgrad(const at::Tensor& weight) {
-  return operand::remembered_weight(
-             weight,
-             {.granularity = core::Granularity::kRowwise, .along_cols = false, .along_rows = true})
+Side weight_for_dgrad(const at::Tensor& weight, bool power_of_two) {
+  return operand::remembered_weight(weight, {.granularity = core::Granularity::kRowwise,
+                                             .along_cols = false,
+                                             .along_rows = true,
+                                             .power_of_two = power_of_two})
       .along_rows;
 }
 

@@ -6,85 +6,76 @@
 // added up in fp32, in the order of the choices. Bound by bandwidth.
 #include <algorithm>
 
-#include "common/codes.cuh"
 #include "grouped/device.cuh"
+#include "quantize/row.cuh"
 
 namespace fp8::core {
 namespace {
 
+constexpr int kScatterThreads = 128;  // of a block of short rows
+constexpr int kScatterVectors = 4;    // of eight elements a thread
+
+// A row's codes, once for each copy.
+struct ScatteredRows {
+  ScatterRowsArgs args;
+
+  __device__ __forceinline__ int64_t destination(int64_t row, int64_t copy) const {
+    return args.place == nullptr ? row : __ldg(args.place + row * args.copies + copy);
+  }
+  __device__ __forceinline__ bool has(int64_t /*row*/, bool exists) const { return exists; }
+  __device__ __forceinline__ int64_t cols() const { return args.cols; }
+  __device__ __forceinline__ void put_scale(int64_t row, float value) const {
+    for (int64_t copy = 0; copy < args.copies; ++copy) args.scale[destination(row, copy)] = value;
+  }
+  struct Row {
+    int64_t index;
+    uint8_t* first;  // its first copy
+  };
+  __device__ __forceinline__ uint8_t* at(int64_t row, int64_t copy) const {
+    return static_cast<uint8_t*>(args.data) + destination(row, copy) * args.cols;
+  }
+  __device__ __forceinline__ Row row(int64_t index) const { return {index, at(index, 0)}; }
+  __device__ __forceinline__ void put(const Row& row, int64_t col, uint2 codes) const {
+    *reinterpret_cast<uint2*>(row.first + col) = codes;
+    for (int64_t copy = 1; copy < args.copies; ++copy) {
+      *reinterpret_cast<uint2*>(at(row.index, copy) + col) = codes;
+    }
+  }
+};
+
+template <typename T>
 struct ScatterParams {
   ScatterRowsArgs args;
   RowwisePlan plan;
+  bool power_of_two;
   bool vectorized;
+
+  __host__ __device__ MatrixSource<T> source() const {
+    return {static_cast<const T*>(args.x), args.rows, args.cols, args.ld, vectorized};
+  }
+  __host__ __device__ ScatteredRows sink() const { return {args}; }
 };
 
-template <typename T, int kVectors>
-__global__ void __launch_bounds__(512, 1) scatter_rows_kernel(const ScatterParams p) {
-  __shared__ uint32_t warp_amax[16];
-  const ScatterRowsArgs& a = p.args;
-  const int threads_per_row = p.plan.threads_per_row;
-  const int slot = static_cast<int>(threadIdx.x) / threads_per_row;  // which of the block's rows
-  const int thread = static_cast<int>(threadIdx.x) % threads_per_row;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * p.plan.rows_per_block + slot;
-  const int64_t cols = row < a.rows ? a.cols : 0;
-  const T* source = static_cast<const T*>(a.x) + (row < a.rows ? row * a.ld : 0);
-  const int64_t stride = static_cast<int64_t>(threads_per_row) * 8;
+// The rows as they are: a block a row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(const ScatterParams<T> p) {
+  let_next_start();
+  const int64_t index = blockIdx.x;
+  const int64_t cols = p.args.cols;
+  const auto source = p.source();
+  const auto row = source.row(index);
+  wait_for_previous();
+  for (int64_t col = threadIdx.x * 8; col < cols; col += blockDim.x * 8) {
+    const Vec8<T> v = source.load(row, col, of_eight(cols - col));
+    for (int64_t copy = 0; copy < p.args.copies; ++copy) {
+      store8(static_cast<T*>(p.args.plain) + p.sink().destination(index, copy) * cols + col, v);
+    }
+  }
+}
 
-  Vec8<T> v[kVectors];
-  const auto load = [&](int iteration) {
-    const int64_t col0 = iteration * kVectors * stride + thread * 8;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t col = col0 + i * stride;
-      v[i] = load8(source + (col < cols ? col : 0), of_eight(cols - col), p.vectorized);
-    }
-  };
-
-  GroupScale group{1.0F, 1.0F};
-  if (a.data != nullptr) {
-    PackedAmax<T> amax;
-    amax.clear();
-    for (int iteration = 0; iteration < p.plan.iterations; ++iteration) {
-      load(iteration);
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) amax.update(v[i]);
-    }
-    uint32_t bits = warp_max(amax.max_float_bits());
-    if (threads_per_row > 32) {
-      if (threadIdx.x % 32 == 0) warp_amax[threadIdx.x / 32] = bits;
-      __syncthreads();
-      const int warps = threads_per_row / 32;
-      for (int w = 0; w < warps; ++w) bits = max(bits, warp_amax[slot * warps + w]);
-    }
-    group = scale_from_amax(bits, E4M3::kMax);
-  }
-  if (row >= a.rows) return;
-  const auto destination = [&](int64_t copy) {
-    return a.place == nullptr ? row : static_cast<int64_t>(__ldg(a.place + row * a.copies + copy));
-  };
-  if (a.data != nullptr && thread == 0) {
-    for (int64_t copy = 0; copy < a.copies; ++copy) a.scale[destination(copy)] = group.scale;
-  }
-  for (int iteration = 0; iteration < p.plan.iterations; ++iteration) {
-    if (p.plan.iterations > 1 || a.data == nullptr) load(iteration);
-    const int64_t col0 = iteration * kVectors * stride + thread * 8;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t col = col0 + i * stride;
-      if (col >= cols) continue;
-      uint2 codes = make_uint2(0, 0);
-      if (a.data != nullptr) {
-        codes = encode8<E4M3>(v[i], [&](int) { return group.quant_multiplier; });
-      }
-      for (int64_t copy = 0; copy < a.copies; ++copy) {
-        const int64_t out = destination(copy) * a.cols + col;
-        if (a.data != nullptr) {
-          *reinterpret_cast<uint2*>(static_cast<uint8_t*>(a.data) + out) = codes;
-        }
-        if (a.plain != nullptr) store8(static_cast<T*>(a.plain) + out, v[i]);
-      }
-    }
-  }
+// Threads that share a row of `cols` elements, eight each at a time.
+unsigned threads_of_row(int64_t cols) {
+  return static_cast<unsigned>(std::min<int64_t>(kThreads, round_up(ceil_div(cols, 8), 32)));
 }
 
 constexpr int kBatch = 4;
@@ -192,24 +183,22 @@ void scatter_rows(const ScatterRowsArgs& args, Stream stream) {
   require(args.place != nullptr || args.copies == 1, "scatter_rows expects places for copies");
   require(on_16_bytes(args.data) && on_16_bytes(args.plain),
           "scatter_rows expects 16-byte aligned destinations");
-  const ScatterParams params{
-      .args = args,
-      .plan = plan_rowwise(args.cols),
-      .vectorized = on_16_bytes(args.x) && args.ld * dtype_bytes(args.x_dtype) % 16 == 0};
-  const int threads = params.plan.threads_per_row * params.plan.rows_per_block;
-  const auto blocks = static_cast<unsigned>(ceil_div(args.rows, params.plan.rows_per_block));
   dispatch_input(args.x_dtype, [&](auto input) {
     using T = typename decltype(input)::type;
-    const auto go = [&](auto kernel) { launch(kernel, blocks, threads, stream, params); };
-    switch (params.plan.vectors_per_thread) {
-      case 1:
-        return go(scatter_rows_kernel<T, 1>);
-      case 2:
-        return go(scatter_rows_kernel<T, 2>);
-      case 4:
-        return go(scatter_rows_kernel<T, 4>);
-      default:
-        return go(scatter_rows_kernel<T, 8>);
+    const ScatterParams<T> params{
+        .args = args,
+        .plan = plan_rowwise(args.cols, kScatterThreads, kScatterVectors),
+        .power_of_two = args.power_of_two,
+        .vectorized = on_16_bytes(args.x) && args.ld * dtype_bytes(args.x_dtype) % 16 == 0};
+    if (args.data != nullptr) {
+      dispatch_format(args.dtype, [&](auto format) {
+        launch_rows<typename decltype(format)::type, 1, kScatterVectors>(
+            params, args.rows, args.overlaps_previous, stream);
+      });
+    }
+    if (args.plain != nullptr) {
+      launch(copy_rows_kernel<T>, static_cast<unsigned>(args.rows), threads_of_row(args.cols),
+             stream, params);
     }
   });
 }
@@ -218,11 +207,9 @@ void combine(const CombineArgs& args, Stream stream) {
   require(args.tokens > 0 && args.cols > 0 && args.cols % 8 == 0 && on_16_bytes(args.x) &&
               on_16_bytes(args.out) && on_16_bytes(args.bias),
           "combine expects tokens, and columns in eights on 16 bytes");
-  const int64_t vectors = ceil_div(args.cols, 8);
-  const auto threads = static_cast<unsigned>(std::min<int64_t>(kThreads, round_up(vectors, 32)));
   dispatch_input(args.dtype, [&](auto input) {
     launch(combine_kernel<typename decltype(input)::type>, static_cast<unsigned>(args.tokens),
-           threads, stream, args);
+           threads_of_row(args.cols), stream, args);
   });
 }
 

@@ -5,10 +5,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/messages.h"
 #include "common/operators.h"
+#include "common/ranges.h"
+#include "common/recipe.h"
 #include "fp8/ops.h"
 #include "linear/linear.h"
-#include "linear/recipe.h"
 #include "quantize/memory.h"
 
 namespace fp8::autograd {
@@ -47,6 +49,7 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, int64_t recipe, int64_t needs,
                             const Extras* extras) {
+    const Range range("fp8::fused_linear");
     const Buffer* buffer = extras->buffer;
     const auto [dx, dweight, dbias] = unpack(needs);
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -79,6 +82,7 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Range range("fp8::fused_linear backward");
     const at::Tensor none;
     const at::Tensor& dy = grads[0];
     if (!dy.defined()) return {none, none, none, none, none, none};

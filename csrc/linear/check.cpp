@@ -1,8 +1,8 @@
 // What fused_linear refuses, for every device and for fake tensors alike.
+#include "common/recipe.h"
 #include "common/tensors.h"
 #include "fp8/core.h"
 #include "linear/linear.h"
-#include "linear/recipe.h"
 
 namespace fp8 {
 

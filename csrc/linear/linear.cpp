@@ -1,8 +1,8 @@
 // fused_linear composed of quantize and matmul, forward and backward, for every device.
 //
 //   fprop  y  = x W^T + b    quantize x [M, K] and W [N, K]              fast accumulation
-//   dgrad  dx = dy W         quantize dy [M, N] and W^T [K, N]           split accumulation
-//   wgrad  dW = dy^T x       quantize dy^T [N, M] and x^T [K, M]         split accumulation
+//   dgrad  dx = dy W         quantize dy [M, N] and W^T [K, N]           as the recipe says: split
+//   wgrad  dW = dy^T x       quantize dy^T [N, M] and x^T [K, M]         as the recipe says: split
 //
 // Hopper's FP8 matmul wants both operands contiguous along the contracted dimension, hence the
 // transposed copies. x^T is made and saved in the forward, in place of x; W^T is made in the
@@ -16,8 +16,8 @@
 #include <algorithm>
 
 #include "common/launch.h"
+#include "common/recipe.h"
 #include "common/tensors.h"
-#include "linear/recipe.h"
 #include "matmul/matmul.h"
 #include "quantize/memory.h"
 
@@ -47,7 +47,8 @@ auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
 }
 
 at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
-                           const std::optional<at::Tensor>& bias, const Side& qx, const Side& qw) {
+                           const std::optional<at::Tensor>& bias, const Side& qx, const Side& qw,
+                           bool fast_accum) {
   const int64_t features = weight.size(0);
   const std::vector<int64_t> shape = with_last(x.sizes(), features);
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
@@ -56,7 +57,8 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
     return bias ? y.add_(*bias) : y;
   }
   const at::Tensor y = matmul(
-      qx, qw, {.dtype = x.scalar_type(), .fast_accum = true, .bias = bias.value_or(at::Tensor())});
+      qx, qw,
+      {.dtype = x.scalar_type(), .fast_accum = fast_accum, .bias = bias.value_or(at::Tensor())});
   return x.dim() == 2 ? y : y.view(shape);
 }
 
@@ -171,7 +173,7 @@ at::Tensor input_gradient(const BackwardArgs& args, const Operand& dy) {
                                           .scaling = scaling,
                                           .overlaps_previous = dy.launched && is_matrix(weight)});
   return matmul(dy.along_cols, qw.along_rows,
-                {.dtype = args.dy.scalar_type(), .fast_accum = false});
+                {.dtype = args.dy.scalar_type(), .fast_accum = recipe.fast_dgrad});
 }
 
 // [N, K], undefined where main_grad takes it.
@@ -191,7 +193,7 @@ at::Tensor weight_gradient(const BackwardArgs& args,
   const at::Tensor dweight =
       matmul(dy_t, x_t,
              {.dtype = into.defined() ? into.scalar_type() : dy.scalar_type(),
-              .fast_accum = false,
+              .fast_accum = args.recipe.fast_wgrad,
               .into = into,
               .overwrite = args.overwrite});
   return into.defined() ? at::Tensor() : dweight;
@@ -252,7 +254,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
                                           .scaling = delayed_scaling(history, Role::kWeight),
                                           .keep_amax = keep_amax,
                                           .overlaps_previous = qx.launched && is_matrix(weight)});
-  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols);
+  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols, recipe.fast_fprop);
   return {y, x_t ? qx.along_rows.codes : none_like(x), x_t ? qx.along_rows.scales : none_like(x),
           keep_amax ? qw.amax : none_like(x)};
 }

@@ -4,9 +4,10 @@
 
 #include <cmath>
 
+#include "common/messages.h"
+#include "common/recipe.h"
 #include "fp8/nn.h"
 #include "fp8/ops.h"
-#include "linear/recipe.h"
 
 namespace fp8::nn {
 

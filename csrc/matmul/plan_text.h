@@ -1,4 +1,4 @@
-// FP8_PRINT_PLAN=1: one line on stderr for each distinct matmul problem, when it is first met.
+// What FP8_PRINT_PLAN=1 says of a matmul (common/print_plan.h):
 //
 //   fp8 plan: cuda:0 matmul m=8192 n=4096 k=4096 lda=4096 ... tensorwise fast_accum |
 //   cublasLt algo=66 tile=20 stages=35 splits=1 workspace=0 launches=1
@@ -7,32 +7,14 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <mutex>
 #include <string>
-#include <string_view>
-#include <unordered_set>
 
 #include "common/formats.h"
+#include "common/print_plan.h"
 #include "fp8/core.h"
 #include "matmul/plan_key.h"
 
 namespace fp8::core {
-
-inline const char* granularity_name(Granularity granularity) {
-  switch (granularity) {
-    case Granularity::kTensorwise:
-      return "tensorwise";
-    case Granularity::kRowwise:
-      return "rowwise";
-    case Granularity::kBlock1x128:
-      return "1x128";
-    case Granularity::kBlock128x128:
-      return "128x128";
-  }
-  return "unknown";
-}
 
 // "rowwise", or "1x128*128x128": a's scales and b's.
 inline std::string granularities(const MatmulArgs& args) {
@@ -59,40 +41,14 @@ struct PlanFacts {
   int launches = 1;  // 0: several, by its options
 };
 
-// device: the CUDA index, or negative for the CPU.
 inline std::string plan_line(const MatmulArgs& args, int device, const PlanFacts& facts) {
-  return "fp8 plan: " + (device < 0 ? "cpu" : "cuda:" + std::to_string(device)) + " " +
-         describe(args) + " | " + facts.algorithm +
+  return "fp8 plan: " + device_text(device) + " " + describe(args) + " | " + facts.algorithm +
          " workspace=" + std::to_string(facts.workspace_bytes) +
          " launches=" + (facts.launches > 0 ? std::to_string(facts.launches) : "several");
 }
 
-// FP8_PRINT_PLAN=1, read once.
-inline bool printing_plans() {
-  static const bool on = [] {
-    const char* text = std::getenv("FP8_PRINT_PLAN");
-    return text != nullptr && std::string_view(text) == "1";
-  }();
-  return on;
-}
-
-// True the first time that a line comes, in any thread.
-class FirstTimes {
- public:
-  bool operator()(const std::string& line) {
-    const std::lock_guard lock(mutex_);
-    return seen_.insert(line).second;
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_set<std::string> seen_;
-};
-
 inline void print_plan(const MatmulArgs& args, int device, const PlanFacts& facts) {
-  static FirstTimes first;
-  const std::string line = plan_line(args, device, facts);
-  if (first(line)) std::fprintf(stderr, "%s\n", line.c_str());
+  print_first_time(plan_line(args, device, facts));
 }
 
 }  // namespace fp8::core

@@ -14,6 +14,7 @@
 #include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
+#include "quantize/source.cuh"
 
 namespace fp8::core {
 namespace {
@@ -94,9 +95,11 @@ __device__ __forceinline__ void store_square_scale(float* scale, int64_t row, in
   if (col == cols - 1 && threadIdx.x > 0 && padding < ld) scale[row * ld + padding] = 1.0F;
 }
 
-template <typename T, typename Format, Granularity kGranularity, bool kData, bool kDataT>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    blockwise_kernel(const BlockwiseParams p) {
+template <typename Source, typename Format, Granularity kGranularity, bool kData, bool kDataT>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<typename Source::Element>)
+    blockwise_kernel(const From<Source, BlockwiseParams> from) {
+  using T = typename Source::Element;
+  const BlockwiseParams& p = from.to;
   constexpr bool kSquare = kGranularity == Granularity::kBlock128x128;
   let_next_start();
   union Shared {
@@ -118,13 +121,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   const int valid_rows = of_eight(p.rows - row0);
 
   Vec8<T> v[8];
-  {
-    const T* source = static_cast<const T*>(p.x) + row0 * p.ld + col;
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      v[r] = load8(source, r < valid_rows ? valid_cols : 0, p.vectorized);
-      source += p.ld;
-    }
+  for (int r = 0; r < 8; ++r) {
+    v[r] = from.source.load(from.source.row(row0 + r), col, r < valid_rows ? valid_cols : 0);
   }
   wait_for_previous();
 
@@ -282,15 +281,17 @@ void launch_typed(const BlockwiseParams& params, cudaStream_t stream) {
   const bool data = params.data.data != nullptr;
   const bool data_t = params.data_t.data != nullptr;
   const auto grid = static_cast<unsigned>(params.plan.col_tiles * params.plan.row_tiles);
+  using Source = MatrixSource<T>;
+  const From<Source, BlockwiseParams> from{matrix_source<T>(params), params};
   const auto go = [&](auto kernel) {
-    launch(kernel, grid, kThreads, stream, params, {.overlaps_previous = params.overlaps_previous});
+    launch(kernel, grid, kThreads, stream, from, {.overlaps_previous = params.overlaps_previous});
   };
   if (data && data_t) {
-    go(blockwise_kernel<T, Format, kGranularity, true, true>);
+    go(blockwise_kernel<Source, Format, kGranularity, true, true>);
   } else if (data_t) {
-    go(blockwise_kernel<T, Format, kGranularity, false, true>);
+    go(blockwise_kernel<Source, Format, kGranularity, false, true>);
   } else {
-    go(blockwise_kernel<T, Format, kGranularity, true, false>);
+    go(blockwise_kernel<Source, Format, kGranularity, true, false>);
   }
 }
 

@@ -87,9 +87,11 @@ __device__ __forceinline__ void report(uint2* tile_report, const uint2* warp_rep
   *tile_report = all;
 }
 
-template <typename T, typename Format, ScaleOf kScaleOf, bool kData, bool kDataT>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaleOf>)
-    cast_kernel(const CastParams p) {
+template <typename Source, typename Format, ScaleOf kScaleOf, bool kData, bool kDataT>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<typename Source::Element, kScaleOf>)
+    cast_kernel(const From<Source, CastParams> from) {
+  using T = typename Source::Element;
+  const CastParams& p = from.to;
   constexpr bool kRowwise = kScaleOf == ScaleOf::kRowwise;
   constexpr bool kDelayed = kScaleOf == ScaleOf::kDelayed;
   let_next_start();
@@ -115,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaleOf>)
   const bool writes_cols = col < p.data.ld;
   const auto load = [&](int64_t tile, Vec8<T>(&v)[kRowsPerThread]) {
     const int64_t row = tile * kTileRows + group * kRowsPerThread;
-    load_tile(static_cast<const T*>(p.x) + row * p.ld + col, p.ld, p.rows - row, valid_cols,
-              p.vectorized, v);
+    load_tile(from.source, row, p.rows - row, col, valid_cols, v);
   };
   // The first tile is under way while the partial results are reduced.
   Vec8<T> v[kRowsPerThread];
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kScaleOf>)
       }
     }
 
-    if constexpr (kDataT) store_turned_tile(p.data_t, tile_row, col0, codes, turned);
+    if constexpr (kDataT) store_turned_tile(p.data_t, p.data_t.ld, tile_row, col0, codes, turned);
   }
   if constexpr (kDelayed) {
     if constexpr (!kDataT) __syncthreads();  // else there was one since examine
@@ -205,15 +206,17 @@ void launch_typed(const CastParams& params, cudaStream_t stream) {
   const bool data = params.data.data != nullptr;
   const bool data_t = params.data_t.data != nullptr;
   const auto grid = static_cast<unsigned>(params.plan.col_tiles * params.plan.strips);
+  using Source = MatrixSource<T>;
+  const From<Source, CastParams> from{matrix_source<T>(params), params};
   const auto go = [&](auto kernel) {
-    launch(kernel, grid, kThreads, stream, params, {.overlaps_previous = params.overlaps_previous});
+    launch(kernel, grid, kThreads, stream, from, {.overlaps_previous = params.overlaps_previous});
   };
   if (data && data_t) {
-    go(cast_kernel<T, Format, kScaleOf, true, true>);
+    go(cast_kernel<Source, Format, kScaleOf, true, true>);
   } else if (data_t) {
-    go(cast_kernel<T, Format, kScaleOf, false, true>);
+    go(cast_kernel<Source, Format, kScaleOf, false, true>);
   } else {
-    go(cast_kernel<T, Format, kScaleOf, true, false>);
+    go(cast_kernel<Source, Format, kScaleOf, true, false>);
   }
 }
 

@@ -48,6 +48,7 @@ struct LaunchOptions {
   // The kernel must call wait_for_previous() before it reads what that one wrote, and before it
   // writes anything; every thread must.
   bool overlaps_previous = false;
+  size_t shared_bytes = 0;  // dynamic; more than 48 KiB: SharedMemory
 };
 
 template <typename Kernel, typename Params>
@@ -57,6 +58,7 @@ void launch(Kernel kernel, dim3 grid, dim3 block, cudaStream_t stream, const Par
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = options.shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
   if (options.cluster.x * options.cluster.y > 1) {

@@ -8,6 +8,7 @@
 #include "common/tensors.h"
 #include "cpu/grouped.h"
 #include "cpu/kernels.h"
+#include "quantize/plan_text.h"
 #include "quantize/whole_gpu.h"
 
 namespace fp8 {
@@ -122,7 +123,7 @@ Side rows_of_stack(const at::Tensor& stored, const QuantizeRequest& request) {
 }
 
 // Codes along rows, a scale for each column, turned: [groups, cols, rows].
-Side columns_of_stack(const at::Tensor& stored) {
+Side columns_of_stack(const at::Tensor& stored, const QuantizeRequest& request) {
   const int64_t groups = stored.size(0);
   const int64_t rows = stored.size(1);
   const int64_t cols = stored.size(2);
@@ -140,7 +141,8 @@ Side columns_of_stack(const at::Tensor& stored) {
                                     .data_t = out.codes.mutable_data_ptr(),
                                     .ld_t = rows,
                                     .scale_t = out.scales.mutable_data_ptr<float>(),
-                                    .amax = static_cast<uint32_t*>(amax.mutable_data_ptr())};
+                                    .amax = static_cast<uint32_t*>(amax.mutable_data_ptr()),
+                                    .power_of_two = request.power_of_two};
   FP8_RUN_PASS(quantize_group_columns, stored, args);
   return out;
 }
@@ -162,6 +164,7 @@ Operand operand::make(const at::Tensor& x, const QuantizeRequest& request) {
   }
   core::QuantizeArgs args = quantize_args(x, out, request);
   if (x.is_cpu()) {
+    if (core::printing_plans()) core::print_plan(args, -1, {}, 0);
     cpu::quantize(args);
     return out;
   }
@@ -181,7 +184,7 @@ Operand operand::make(const at::Tensor& x, const QuantizeRequest& request) {
 
 Operand operand::make_stack(const at::Tensor& x, const QuantizeRequest& request) {
   TORCH_INTERNAL_ASSERT(request.granularity == Granularity::kRowwise &&
-                        request.dtype == at::kFloat8_e4m3fn && !request.power_of_two);
+                        request.dtype == at::kFloat8_e4m3fn);
   const bool transposed = is_stored_transposed(x);
   const at::Tensor stored = transposed ? x.transpose(1, 2) : x.contiguous();
   Operand out;
@@ -189,7 +192,8 @@ Operand operand::make_stack(const at::Tensor& x, const QuantizeRequest& request)
   Side& of_columns = transposed ? out.along_cols : out.along_rows;
   if (transposed ? request.along_rows : request.along_cols)
     of_rows = rows_of_stack(stored, request);
-  if (transposed ? request.along_cols : request.along_rows) of_columns = columns_of_stack(stored);
+  if (transposed ? request.along_cols : request.along_rows)
+    of_columns = columns_of_stack(stored, request);
   return out;
 }
 

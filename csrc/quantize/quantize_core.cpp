@@ -5,15 +5,10 @@
 #include "common/device.h"
 #include "common/formats.h"
 #include "quantize/kernels.h"
+#include "quantize/plan_text.h"
 
 namespace fp8::core {
 namespace {
-
-// Clusters and programmatic dependent launches. Code for an older architecture, which a newer GPU
-// may run through PTX, has neither in it.
-bool has_hopper_launches(const DeviceInfo& device) {
-  return FP8_OLDEST_CUDA_ARCH >= 90 && device.capability >= 90;
-}
 
 // Of a block of the rowwise pass: small ones end together, which counts where few waves run (17
 // MB).
@@ -104,6 +99,8 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
   return plan;
 }
 
+size_t bytes_of(const QuantizePlan& plan) { return plan.words * sizeof(uint32_t); }
+
 bool fits(const Destination& d, int64_t rows, int64_t cols) {
   return d.data == nullptr || (reinterpret_cast<uintptr_t>(d.data) % 16 == 0 && d.ld % 16 == 0 &&
                                d.rows >= rows && d.ld >= cols);
@@ -142,6 +139,9 @@ void quantize_blockwise(const QuantizeArgs& args, const QuantizePlan& plan, cons
   const BlockwisePlan tiles = plan_blockwise(rows, cols, args.data.ld, args.data_t.ld);
   require(tiles.col_tiles * tiles.row_tiles <= kMaxGridX,
           "quantize expects fewer than 2^45 elements");
+  if (printing_plans()) {
+    print_plan(args, how.device.index, {.blockwise = &tiles}, bytes_of(plan));
+  }
   auto* col_sum = plan.col_sum ? static_cast<float*>(args.workspace) : nullptr;
   require(!plan.col_sum || col_sum != nullptr, "quantize expects a workspace");
   launch_blockwise({.x = args.x,
@@ -238,7 +238,21 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
       .column_sum_dtype = args.column_sum_dtype};
   require(cast.plan.col_tiles * cast.plan.strips <= kMaxGridX,
           "quantize expects fewer than 2^44 elements");
-  if (quantize_resident(args, plan, how, cast, row_amax, col_amax, tensor_amax)) return;
+  const int64_t settle_blocks =
+      is_delayed(args) ? std::min(cast.plan.col_tiles * cast.plan.row_tiles,
+                                  static_cast<int64_t>(how.device.sm_count) * kSettleBlocks)
+                       : 0;
+  const bool cooperative =
+      quantize_resident(args, plan, how, cast, row_amax, col_amax, tensor_amax);
+  if (printing_plans()) {
+    print_plan(args, how.device.index,
+               cooperative ? QuantizeFacts{.cooperative = &plan.resident}
+                           : QuantizeFacts{.statistics = plan.statistics ? &plan.first : nullptr,
+                                           .cast = &cast.plan,
+                                           .settle_blocks = settle_blocks},
+               bytes_of(plan));
+  }
+  if (cooperative) return;
   if (plan.statistics) {
     // A folded matrix starts its rows every kStatisticsCols elements, always on 16 bytes if x does.
     const bool folded = plan.first.ld != args.ld || plan.first.cols != args.cols;
@@ -260,15 +274,14 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
   launch_cast(cast, args.x_dtype, args.dtype, args.granularity, how.stream);
   if (!is_delayed(args)) return;
   cast.overlaps_previous = can_overlap;
-  const int64_t blocks = std::min(cast.plan.col_tiles * cast.plan.row_tiles,
-                                  static_cast<int64_t>(how.device.sm_count) * kSettleBlocks);
-  launch_settle_delayed(cast, static_cast<unsigned>(blocks), args.x_dtype, args.dtype, how.stream);
+  launch_settle_delayed(cast, static_cast<unsigned>(settle_blocks), args.x_dtype, args.dtype,
+                        how.stream);
 }
 
 }  // namespace
 
 size_t quantize_workspace_bytes(const QuantizeArgs& args) {
-  return plan_quantize(args, current_device(args.device)).words * sizeof(uint32_t);
+  return bytes_of(plan_quantize(args, current_device(args.device)));
 }
 
 void quantize(const QuantizeArgs& args, Stream stream) {
@@ -282,13 +295,15 @@ void quantize(const QuantizeArgs& args, Stream stream) {
     return quantize_blockwise(args, plan, {device, vectorized, overlaps_previous, stream});
   }
   if (plan.one_pass) {
+    const RowwisePlan rows = plan_rowwise(args.data.ld, kRowwiseThreads);
+    if (printing_plans()) print_plan(args, device.index, {.rowwise = &rows}, bytes_of(plan));
     return launch_rowwise({.x = args.x,
                            .rows = args.rows,
                            .cols = args.cols,
                            .ld = args.ld,
                            .vectorized = vectorized,
                            .overlaps_previous = overlaps_previous,
-                           .plan = plan_rowwise(args.data.ld, kRowwiseThreads),
+                           .plan = rows,
                            .data = args.data,
                            .power_of_two = args.power_of_two,
                            .scale = args.scale},

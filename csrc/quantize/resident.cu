@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     }
     if constexpr (kDataT) {
       // Of two buffers in turn: the barrier between write and read of one frees the other.
-      store_turned_tile(c.data_t, tiles.row0(i), tiles.col0(i), codes,
+      store_turned_tile(c.data_t, c.data_t.ld, tiles.row0(i), tiles.col0(i), codes,
                         turned + i % 2 * kTurnedWords);
     }
   });

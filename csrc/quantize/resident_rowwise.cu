@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     }
     free_slot();
     // Of two buffers in turn: the barrier between write and read of one frees the other.
-    store_turned_tile(c.data_t, tiles.row0(i), col0, codes, turned + i % 2 * kTurnedWords);
+    store_turned_tile(c.data_t, c.data_t.ld, tiles.row0(i), col0, codes,
+                      turned + i % 2 * kTurnedWords);
   });
 }
 

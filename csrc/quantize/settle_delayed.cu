@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2) settle_delayed_kernel(const CastP
   if (!cast_otherwise(p, tiles, settled.used)) return;
 
   const float multiplier = scale.quant_multiplier;
+  const MatrixSource<T> source = matrix_source<T>(p);
   const int group = static_cast<int>(threadIdx.x) / kColGroups;
   const int col_group = static_cast<int>(threadIdx.x) % kColGroups;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -77,8 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2) settle_delayed_kernel(const CastP
     const int64_t col = col0 + col_group * 8;
     const int valid_cols = of_eight(p.cols - col);
     Vec8<T> v[kRowsPerThread];
-    load_tile(static_cast<const T*>(p.x) + row0 * p.ld + col, p.ld, p.rows - row0, valid_cols,
-              p.vectorized, v);
+    load_tile(source, row0, p.rows - row0, col, valid_cols, v);
     uint2 codes[kRowsPerThread];
     uint8_t* out = static_cast<uint8_t*>(p.data.data) + row0 * p.data.ld + col;
 #pragma unroll
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) settle_delayed_kernel(const CastP
     }
     if constexpr (kDataT) {
       __syncthreads();  // the tile before has left
-      store_turned_tile(p.data_t, tile_row, col0, codes, turned);
+      store_turned_tile(p.data_t, p.data_t.ld, tile_row, col0, codes, turned);
     }
   }
 }

@@ -12,6 +12,7 @@
 #include "common/reduce.cuh"
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
+#include "quantize/source.cuh"
 
 namespace fp8::core {
 namespace {
@@ -38,10 +39,15 @@ __device__ __forceinline__ const T* in_block(const T* shared, unsigned) {
 #endif
 
 template <typename T, int kWhat>
-__global__ void __launch_bounds__(kThreads, kWhat != kTensorAmax ? 1
-                                            : sizeof(T) == 4     ? 4
-                                                                 : 5)
-    statistics_kernel(const StatisticsParams p) {
+constexpr int kMinBlocks = kWhat != kTensorAmax ? 1
+                           : sizeof(T) == 4     ? 4
+                                                : 5;
+
+template <typename Source, int kWhat>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<typename Source::Element, kWhat>)
+    statistics_kernel(const From<Source, StatisticsParams> from) {
+  using T = typename Source::Element;
+  const StatisticsParams& p = from.to;
   constexpr bool kPerRow = (kWhat & kRowAmax) != 0;
   constexpr bool kPerColumnAmax = (kWhat & kColAmax) != 0;
   constexpr bool kPerColumnSum = (kWhat & kColSum) != 0;
@@ -68,13 +74,13 @@ __global__ void __launch_bounds__(kThreads, kWhat != kTensorAmax ? 1
   for (int i = 0; i < (kPerColumnSum ? kVectors * 8 : 1); ++i) sum[i] = 0.0F;
 
   for (int64_t row = row_begin + warp; row < row_end; row += kWarps) {
-    const T* source = static_cast<const T*>(p.x) + row * p.plan.ld;
-    const int64_t cols = row == p.plan.rows - 1 ? p.plan.last_row_cols : p.plan.cols;
+    const auto source_row = from.source.row(row);
+    const int64_t cols = from.source.cols_of(row);
     Vec8<T> v[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int64_t col = col0 + i * 256;
-      v[i] = load8(source + col, of_eight(cols - col), p.vectorized);
+      v[i] = from.source.load(source_row, col, of_eight(cols - col));
     }
 
     if constexpr (kPerRow) {
@@ -179,7 +185,12 @@ void launch_what(const StatisticsParams& params, Dtype x_dtype, cudaStream_t str
     const auto cy = static_cast<unsigned>(params.plan.cluster_y);
     const dim3 grid(static_cast<unsigned>(round_up(params.plan.col_tiles, cx)),
                     static_cast<unsigned>(round_up(params.plan.row_chunks, cy)));
-    launch(statistics_kernel<T, kWhat>, grid, kThreads, stream, params,
+    const From<FoldedSource<T>, StatisticsParams> from{
+        {{static_cast<const T*>(params.x), params.plan.rows, params.plan.cols, params.plan.ld,
+          params.vectorized},
+         params.plan.last_row_cols},
+        params};
+    launch(statistics_kernel<FoldedSource<T>, kWhat>, grid, kThreads, stream, from,
            {.cluster = dim3(cx, cy), .overlaps_previous = params.overlaps_previous});
   });
 }

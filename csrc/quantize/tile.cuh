@@ -11,6 +11,7 @@
 #include "common/reduce.cuh"
 #include "quantize/history.cuh"
 #include "quantize/kernels.h"
+#include "quantize/source.cuh"
 
 namespace fp8::core {
 
@@ -21,23 +22,24 @@ constexpr int kTurnedWords = kTileCols * kGroups;    // of shared memory, for a 
 static_assert(kGroups * kColGroups == kThreads);
 static_assert(kGroups == 32, "the swizzle spreads a column over the 32 banks");
 
-// A thread's part of a tile from `source` on, its first element; zeros beyond `rows` rows and
-// `valid_cols` columns.
-template <typename T>
-__device__ __forceinline__ void load_tile(const T* source, int64_t ld, int64_t rows, int valid_cols,
-                                          bool vectorized, Vec8<T> (&v)[kRowsPerThread]) {
+// A thread's part of a tile, from row0 and col on, of a source (source.cuh); zeros beyond `rows`
+// rows and `valid_cols` columns.
+template <typename Source>
+__device__ __forceinline__ void load_tile(const Source& source, int64_t row0, int64_t rows,
+                                          int64_t col, int valid_cols,
+                                          Vec8<typename Source::Element> (&v)[kRowsPerThread]) {
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    v[r] = load8(source, r < rows ? valid_cols : 0, vectorized);
-    source += ld;
+    const bool exists = r < rows;
+    v[r] = source.load(source.row(exists ? row0 + r : 0), col, exists ? valid_cols : 0);
   }
 }
 
-// The transposed tile of a matrix's rows from row0 and columns from col0. Every thread of the block
-// calls it. turned: kTurnedWords words of shared memory, 16-byte aligned, which no thread reads any
-// more.
-__device__ __forceinline__ void store_turned_tile(const Destination& data_t, int64_t row0,
-                                                  int64_t col0,
+// The transposed tile of a matrix's rows from row0 and columns from col0, into columns of data_t
+// below `end`. Every thread of the block calls it. turned: kTurnedWords words of shared memory,
+// 16-byte aligned, which no thread reads any more.
+__device__ __forceinline__ void store_turned_tile(const Destination& data_t, int64_t end,
+                                                  int64_t row0, int64_t col0,
                                                   const uint2 (&codes)[kRowsPerThread],
                                                   uint32_t* turned) {
   const int group = static_cast<int>(threadIdx.x) / kColGroups;
@@ -56,7 +58,7 @@ __device__ __forceinline__ void store_turned_tile(const Destination& data_t, int
     const int chunk = static_cast<int>(threadIdx.x) % 8;
     const int64_t out_row = col0 + column;
     const int64_t out_col = row0 + chunk * 16;
-    if (out_row < data_t.rows && out_col < data_t.ld) {
+    if (out_row < data_t.rows && out_col < end) {
       const uint4 q =
           *reinterpret_cast<const uint4*>(&turned[column * kGroups + 4 * (chunk ^ (column / 8))]);
       *reinterpret_cast<uint4*>(static_cast<uint8_t*>(data_t.data) + out_row * data_t.ld +

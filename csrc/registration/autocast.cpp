@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common/operators.h"
+#include "common/recipe.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"

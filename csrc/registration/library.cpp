@@ -3,6 +3,10 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "common/messages.h"
+#include "common/ranges.h"
+#include "common/recipe.h"
+#include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
 #include "matmul/scaled_mm.h"
@@ -58,16 +62,18 @@ TORCH_LIBRARY(fp8, m) {
       "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
       " Tensor? input_scale=None, Tensor(a!)? history=None) -> Tensor",
       tags);
-  m.def(
-      "grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias=None,"
-      " str recipe=\"rowwise\") -> Tensor",
-      tags);
-  m.def(
-      "moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor down,"
-      " Tensor? gate_up_bias=None, Tensor? down_bias=None, str activation=\"silu\","
-      " bool interleaved=False, float alpha=1.702, float limit=7.0, str recipe=\"rowwise\")"
-      " -> Tensor",
-      tags);
+  const std::string grouped_recipe =
+      fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
+  m.def(("grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias=None," +
+         grouped_recipe)
+            .c_str(),
+        tags);
+  m.def(("moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
+         " Tensor down, Tensor? gate_up_bias=None, Tensor? down_bias=None,"
+         " str activation=\"silu\", bool interleaved=False, float alpha=1.702, float limit=7.0," +
+         grouped_recipe)
+            .c_str(),
+        tags);
   // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what
   // fused_linear is differentiated through.
   m.def(
@@ -79,6 +85,11 @@ TORCH_LIBRARY(fp8, m) {
       " bool save_weight_amax, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
       tags);
+  // The table of recipes, for Python.
+  m.def("_recipes() -> (Dict(str, str)[] recipes, str[] options, str grouped_default)",
+        &fp8::recipe_table);
+  // Of a row of a history, for Python.
+  m.def("_amax_history_size() -> int", [] { return int64_t{fp8::core::kAmaxHistorySize}; });
   // What fp8.cached_weights opens and closes: no device, no gradient.
   m.def("_cache_weights(Tensor[] weights) -> ()", &fp8::memory::cache_weights);
   m.def("_uncache_weights(Tensor[] weights) -> ()", &fp8::memory::uncache_weights);
@@ -124,38 +135,42 @@ TORCH_LIBRARY(fp8, m) {
 
 namespace {
 
+// A kernel, under an NVTX range of the operator's name.
+#define FP8_KERNEL(family, op) \
+  m.impl(#op, TORCH_FN((fp8::Ranged<"fp8::" #op, &fp8::family::op>::call)))
+
 // Made of the operators below, for real and for fake tensors alike.
 void register_composites(torch::Library& m) {
-  m.impl("fused_linear", TORCH_FN(fp8::composite::fused_linear));
-  m.impl("_fused_linear_into", TORCH_FN(fp8::composite::_fused_linear_into));
-  m.impl("grouped_linear", TORCH_FN(fp8::composite::grouped_linear));
-  m.impl("moe_experts", TORCH_FN(fp8::composite::moe_experts));
+  FP8_KERNEL(composite, fused_linear);
+  FP8_KERNEL(composite, _fused_linear_into);
+  FP8_KERNEL(composite, grouped_linear);
+  FP8_KERNEL(composite, moe_experts);
 }
 
 // CPU and CUDA share their kernels down to the device's own quantize and matmul.
 void register_kernels(torch::Library& m) {
   register_composites(m);
-  m.impl("quantize_tensorwise", TORCH_FN(fp8::kernel::quantize_tensorwise));
-  m.impl("quantize_rowwise", TORCH_FN(fp8::kernel::quantize_rowwise));
-  m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::kernel::quantize_tensorwise_transpose));
-  m.impl("quantize_rowwise_transpose", TORCH_FN(fp8::kernel::quantize_rowwise_transpose));
-  m.impl("quantize_blockwise_1x128", TORCH_FN(fp8::kernel::quantize_blockwise_1x128));
-  m.impl("quantize_blockwise_128x128", TORCH_FN(fp8::kernel::quantize_blockwise_128x128));
-  m.impl("quantize_blockwise_1x128_transpose",
-         TORCH_FN(fp8::kernel::quantize_blockwise_1x128_transpose));
-  m.impl("quantize_blockwise_128x128_transpose",
-         TORCH_FN(fp8::kernel::quantize_blockwise_128x128_transpose));
-  m.impl("dequantize", TORCH_FN(fp8::kernel::dequantize));
-  m.impl("scaled_mm", TORCH_FN(fp8::kernel::scaled_mm));
-  m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::kernel::scaled_mm_accumulate_));
-  m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::kernel::_scaled_mm_accumulate));
-  m.impl("_linear_forward", TORCH_FN(fp8::kernel::_linear_forward));
-  m.impl("_linear_backward", TORCH_FN(fp8::kernel::_linear_backward));
-  m.impl("_grouped_forward", TORCH_FN(fp8::kernel::_grouped_forward));
-  m.impl("_grouped_backward", TORCH_FN(fp8::kernel::_grouped_backward));
-  m.impl("_moe_forward", TORCH_FN(fp8::kernel::_moe_forward));
-  m.impl("_moe_backward", TORCH_FN(fp8::kernel::_moe_backward));
+  FP8_KERNEL(kernel, quantize_tensorwise);
+  FP8_KERNEL(kernel, quantize_rowwise);
+  FP8_KERNEL(kernel, quantize_tensorwise_transpose);
+  FP8_KERNEL(kernel, quantize_rowwise_transpose);
+  FP8_KERNEL(kernel, quantize_blockwise_1x128);
+  FP8_KERNEL(kernel, quantize_blockwise_128x128);
+  FP8_KERNEL(kernel, quantize_blockwise_1x128_transpose);
+  FP8_KERNEL(kernel, quantize_blockwise_128x128_transpose);
+  FP8_KERNEL(kernel, dequantize);
+  FP8_KERNEL(kernel, scaled_mm);
+  FP8_KERNEL(kernel, scaled_mm_accumulate_);
+  FP8_KERNEL(kernel, _scaled_mm_accumulate);
+  FP8_KERNEL(kernel, _linear_forward);
+  FP8_KERNEL(kernel, _linear_backward);
+  FP8_KERNEL(kernel, _grouped_forward);
+  FP8_KERNEL(kernel, _grouped_backward);
+  FP8_KERNEL(kernel, _moe_forward);
+  FP8_KERNEL(kernel, _moe_backward);
 }
+
+#undef FP8_KERNEL
 
 }  // namespace
 

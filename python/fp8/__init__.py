@@ -6,28 +6,43 @@
     model = fp8.convert(model)                       # every suitable nn.Linear computes in FP8
     print(fp8.summary(model))                        # which ones, and why the others do not
 
-Importing registers the operators `torch.ops.fp8.*`, and `fp8` with Hugging Face transformers as an
-experts implementation once that is imported; it does not initialize CUDA or import transformers.
+`fp8.nn` has the modules, `fp8.ops` the operators, `fp8.conversion` the rules that `convert`
+follows, `fp8.tools` what is done around training, `fp8.integrations` what other libraries need.
+What begins with an underscore is private.
+
+Importing registers the operators `torch.ops.fp8.*`. It does not initialize CUDA, and it imports and
+changes no other library: `fp8` as an experts implementation of Hugging Face transformers is
+registered if that is loaded already (see `fp8.integrations.transformers`).
 """
 
-from ._loader import PACKAGE as _PACKAGE
-from ._loader import load as _load
+from ._native.loader import PACKAGE as _PACKAGE
+from ._native.loader import load as _load
 
 # The operators must exist before the modules below look them up.
 __version__: str = _load().version
 
-from . import _flops, _operators, ops, transformers_hook
-from ._info import info, plan_cache_clear, plan_cache_info
-from ._summary import summary
-from .autotune import autotune
-from .cached_weights import cached_weights
-from .calibrate import calibrate, uncalibrate
-from .convert import convert, revert
-from .grouped import GROUPED_RECIPES, GroupedLinear
-from .linear import Linear
-from .recipe import RECIPES, Recipe
+from . import conversion as conversion
+from . import integrations as integrations
+from . import nn as nn
+from . import ops
+from . import tools as tools
+from ._native import flops as _flops
+from ._native import operators as _operators
+from .conversion import convert, revert, summary
+from .integrations.transformers import _registration
+from .nn import GroupedLinear, Linear
+from .recipe import GROUPED_RECIPES, RECIPES, Recipe
+from .tools import (
+    autotune,
+    cached_weights,
+    calibrate,
+    info,
+    plan_cache_clear,
+    plan_cache_info,
+    uncalibrate,
+)
 
-transformers_hook.install()  # Hugging Face's experts_implementation="fp8"
+_registration.register_if_loaded()
 _flops.install()
 _operators.install()
 

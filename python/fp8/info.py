@@ -1,12 +1,13 @@
-"""`python -m fp8.info`: the facts of `fp8.info()` on one screen, to paste into a bug report."""
+"""`python -m fp8.info`: the same as `python -m fp8`, for one release more.
+
+It is a command alone: imported, it leaves its name to the function `fp8.info`.
+"""
 
 import sys
 
-from . import _info
+from .tools import _info
 
 if __name__ == "__main__":
     print(_info.report(_info.info()))
 else:
-    # `import fp8.info` would put this module where the function fp8.info is: keep the function
-    # there.
     sys.modules[__name__] = _info.info  # type: ignore[assignment]

@@ -1,13 +1,13 @@
-"""The recipes of `fused_linear`: scaling and format of each operand, accumulation of each product.
+"""The recipes of linear layers, dense and grouped: scaling and format of each operand, accumulation
+of each product.
 
-The C++ side (csrc/linear/recipe.h) decides what runs; this table describes the same recipes to a
-reader and lets Python refuse an unknown one early. A test holds the two together: the names, the
-options, and which strings are recipes.
+The table is the native library's (csrc/common/recipe.h), so it describes what runs. The grammar of
+strings is written here a second time, for errors before anything runs; a test holds the two equal.
 
 The three products of a linear layer: fprop y = x·Wᵀ, dgrad dx = dy·W, wgrad dW = dyᵀ·x.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -51,64 +51,84 @@ class Recipe:
     for the backward."""
     fast_accum: tuple[str, ...] = field(init=False, repr=False)
     """The products that use the tensor cores' fast accumulation; the others are promoted to fp32 in
-    steps (split)."""
+    steps (split). On the CPU all are."""
+    linears: tuple[Literal["dense", "grouped"], ...] = field(init=False, repr=False)
+    """Which layers take it. Grouped ones, and experts, take those of one scale per row in e4m3, as
+    their products do."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or self.name not in _FORMATS:
+        if not isinstance(self.name, str) or self.name not in _TABLE:
             raise _unknown(self.name)
         for option in OPTIONS:
             if not isinstance(getattr(self, option), bool):
                 got = getattr(self, option)
                 raise TypeError(f"fp8.Recipe: expected {option} to be a bool, got {got!r}")
-        for key, value in zip(_FIELDS, _FORMATS[self.name], strict=True):
+        for key, value in _TABLE[self.name].items():
             object.__setattr__(self, key, value)
 
     def __str__(self) -> str:
         return ":".join([self.name, *(option for option in OPTIONS if getattr(self, option))])
 
 
-OPTIONS = ("power_of_two",)
+def _described(row: dict[str, str]) -> dict[str, Any]:
+    """A row of the library's table, which is of words alone, as fields of Recipe."""
+    fields: dict[str, Any] = dict(row)
+    for key in ("input_dtype", "weight_dtype", "grad_output_dtype"):
+        fields[key] = getattr(torch, row[key])
+    for key in ("fast_accum", "linears"):
+        fields[key] = tuple(row[key].split())
+    return fields
+
+
+_rows, _options, _grouped_default = torch.ops.fp8._recipes()
+_TABLE: Mapping[str, dict[str, Any]] = {row["name"]: _described(row) for row in _rows}
+
+OPTIONS: tuple[str, ...] = tuple(_options)
 """The options of every recipe, in the order in which its string has them."""
 
-_E4M3 = torch.float8_e4m3fn
-_E5M2 = torch.float8_e5m2
-_FPROP = ("fprop",)
+DEFAULT_GROUPED_RECIPE: str = _grouped_default
+"""Of grouped linears and experts, "rowwise_gw_hp". Its weight gradients are exact, and measured
+against `rowwise` it is faster in every shape, by half where groups have a few hundred rows, for a
+few percent more memory."""
 
-_FIELDS = (
-    "granularity",
-    "scaling",
-    "input_dtype",
-    "weight_dtype",
-    "grad_output_dtype",
-    "wgrad",
-    "fast_accum",
+RECIPES: Mapping[str, Recipe] = MappingProxyType({name: Recipe(name) for name in _TABLE})
+"""The recipes without options, by name. Dense linears take all of them:
+
+- `tensorwise`: the fastest with dynamic scales. dy has the wider range of e5m2, since one scale
+  serves the whole tensor.
+- `rowwise`: a scale per row isolates outliers, so e4m3 is enough for dy too.
+- `rowwise_gw_hp`: as rowwise, with the weight gradient (the product most sensitive to rounding)
+  left unquantized.
+- `blockwise`: DeepSeek-V3's. An outlier costs its block of 128 elements precision, not its row.
+- `delayed`: tensorwise in one pass over each tensor, as a rule.
+- `rowwise_fast`, `rowwise_fast_gw_hp`: with fast accumulation of gradients too.
+"""
+
+GROUPED_RECIPES: tuple[str, ...] = tuple(
+    name for name, recipe in RECIPES.items() if "grouped" in recipe.linears
 )
-_FORMATS: Mapping[str, tuple[Any, ...]] = {
-    # The fastest with dynamic scales. dy has the wider range of e5m2, since one scale serves the
-    # whole tensor.
-    "tensorwise": ("tensorwise", "dynamic", _E4M3, _E4M3, _E5M2, "fp8", _FPROP),
-    # A scale per row isolates outliers, so e4m3 is enough for dy too.
-    "rowwise": ("rowwise", "dynamic", _E4M3, _E4M3, _E4M3, "fp8", _FPROP),
-    # As rowwise, with the weight gradient (the product most sensitive to rounding) left
-    # unquantized.
-    "rowwise_gw_hp": ("rowwise", "dynamic", _E4M3, _E4M3, _E4M3, "high precision", _FPROP),
-    # DeepSeek-V3's: an outlier costs its block of 128 elements precision, not its row.
-    "blockwise": ("blockwise", "dynamic", _E4M3, _E4M3, _E4M3, "fp8", ()),
-    # tensorwise in one pass over each tensor, as a rule.
-    "delayed": ("tensorwise", "delayed", _E4M3, _E4M3, _E5M2, "fp8", _FPROP),
-}
+"""The names of those that grouped linears and experts take, with every option."""
+
+
+def _names(names: Iterable[str], prefix: str = "") -> str:
+    return ", ".join(repr(prefix + name) for name in names)
 
 
 def _unknown(got: object) -> ValueError:
-    names = ", ".join(repr(name) for name in _FORMATS)
-    options = ", ".join(f"':{option}'" for option in OPTIONS)
     return ValueError(  # as in C++
-        f"fp8: expected a recipe out of {names}, with options out of {options}, got {got!r}"
+        f"fp8: expected a recipe out of {_names(_TABLE)}, with options out of "
+        f"{_names(OPTIONS, ':')}, got {got!r}"
     )
 
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({name: Recipe(name) for name in _FORMATS})
-"""The recipes without options, by name."""
+def _parsed(text: object) -> Recipe | None:
+    """None for what names no recipe."""
+    if not isinstance(text, str):
+        return None
+    name, *options = text.split(":")
+    if name not in RECIPES or not set(options) <= set(OPTIONS) or len(set(options)) < len(options):
+        return None
+    return Recipe(name, **dict.fromkeys(options, True)) if options else RECIPES[name]
 
 
 def check_recipe(recipe: str | Recipe) -> Recipe:
@@ -116,13 +136,22 @@ def check_recipe(recipe: str | Recipe) -> Recipe:
 
     Raises ValueError that lists the known names and options.
     """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if not isinstance(recipe, str):
+    found = recipe if isinstance(recipe, Recipe) else _parsed(recipe)
+    if found is None:
         raise _unknown(recipe)
-    name, *options = recipe.split(":")
-    if not options and name in RECIPES:
-        return RECIPES[name]
-    if name not in RECIPES or not set(options) <= set(OPTIONS) or len(set(options)) < len(options):
-        raise _unknown(recipe)
-    return Recipe(name, **dict.fromkeys(options, True))
+    return found
+
+
+def check_grouped_recipe(recipe: str | Recipe) -> Recipe:
+    """The same for grouped linears and experts, which take the recipes of their products.
+
+    Raises ValueError that says which.
+    """
+    found = recipe if isinstance(recipe, Recipe) else _parsed(recipe)
+    if found is None or "grouped" not in found.linears:
+        got = str(found) if found else recipe
+        raise ValueError(  # as in C++
+            "fp8: expected a recipe whose scales are one per row, which the grouped products take: "
+            f"{_names(GROUPED_RECIPES)}, with options out of {_names(OPTIONS, ':')}, got {got!r}"
+        )
+    return found

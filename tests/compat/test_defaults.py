@@ -258,7 +258,7 @@ def test_a_gate_that_raises_leaves_the_model_whole():
         fp8.convert(model, filter=every)
     except KeyboardInterrupt:
         assert {n: type(m) for n, m in model.named_modules()} == before
-        assert not any(fp8.experts.in_fp8(m) for m in model.modules())
+        assert not any(fp8.integrations.transformers.in_fp8(m) for m in model.modules())
 
 
 @pytest.mark.parametrize("context", ["bfloat16", "float64", "meta", "inference_mode"])

@@ -57,7 +57,7 @@ def experts(family: str = "mixtral", before: Any = None) -> nn.Module:
     if before is not None:
         before(module)
     convert(model)
-    assert fp8.experts.in_fp8(module)
+    assert fp8.integrations.transformers.in_fp8(module)
     forward(module, *routed())
     return module
 

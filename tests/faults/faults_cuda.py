@@ -144,6 +144,14 @@ CUDA = [
         gpu=True,
     ),
     Fault(
+        "CUDA: dgrad accumulates as wgrad does",
+        "csrc/linear/linear.cpp",
+        ".fast_accum = recipe.fast_dgrad}",
+        ".fast_accum = recipe.fast_wgrad}",
+        "tests/python/linear/test_linear_accuracy.py",
+        gpu=True,
+    ),
+    Fault(
         "CUDA: slots of earlier warps do not count",
         "csrc/grouped/route.cu",
         "row += warp_count[w][bucket];",

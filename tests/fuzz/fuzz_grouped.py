@@ -18,29 +18,35 @@ from reference import assert_same_bits
 from torch import Tensor
 
 import fp8
+from fp8.recipe import check_recipe
 
 OPS = torch.ops.fp8
-RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise_fast_gw_hp")
+RECIPES = fp8.GROUPED_RECIPES
 
 
 class Ways(NamedTuple):
     """How products of a recipe are added up and rounded on a device."""
 
-    forward: bounds.Accumulation
-    backward: bounds.Accumulation
+    fprop: bounds.Accumulation
+    dgrad: bounds.Accumulation
+    wgrad: bounds.Accumulation
     dtypes: tuple[torch.dtype, ...]  # that a product is rounded to, one after the other
     gpu: bool
+    power_of_two: bool
 
     @classmethod
     def of(cls, recipe: str, dtype: torch.dtype, device: str) -> Ways:
-        fast = recipe.startswith("rowwise_fast")
-        gpu = device != "cpu"
+        spec, gpu = check_recipe(recipe), device != "cpu"
+        products = ("fprop", "dgrad", "wgrad")
         return cls(
-            bounds.accumulation_of(device, True),
-            bounds.accumulation_of(device, fast),
+            *(bounds.accumulation_of(device, name in spec.fast_accum) for name in products),
             (torch.bfloat16, dtype) if gpu and dtype != torch.bfloat16 else (dtype,),
             gpu,
+            spec.power_of_two,
         )
+
+    def quantized(self, a: Approx) -> error_bounds.Operand:
+        return quantized(a, "rows", power_of_two=self.power_of_two)
 
     def stored(self, a: Approx) -> Approx:
         for dtype in self.dtypes:
@@ -50,8 +56,8 @@ class Ways(NamedTuple):
 
 def rows_by_weight(a: Approx, weight: Approx, ways: Ways, backward: bool = False) -> Approx:
     """a [T, K] · weight [N, K]ᵀ, both quantized by rows."""
-    way = ways.backward if backward else ways.forward
-    return ways.stored(product(quantized(a, "rows"), quantized(weight, "rows"), way))
+    way = ways.dgrad if backward else ways.fprop
+    return ways.stored(product(ways.quantized(a), ways.quantized(weight), way))
 
 
 def columns(a: Approx, b: Approx, recipe: str, ways: Ways) -> Approx:
@@ -59,10 +65,10 @@ def columns(a: Approx, b: Approx, recipe: str, ways: Ways) -> Approx:
     if a.value.shape[0] == 0:
         zeros = torch.zeros(a.value.shape[1], b.value.shape[1], dtype=torch.float64)
         return approx(zeros, zeros)
-    if recipe.endswith("gw_hp"):
+    if check_recipe(recipe).wgrad == "high precision":
         cast = 2.0**-7 if ways.gpu else 0.0  # of both operands to bf16
         return ways.stored(error_bounds.high_precision(a, b, cast))
-    return ways.stored(product(quantized(a.t(), "rows"), quantized(b.t(), "rows"), ways.backward))
+    return ways.stored(product(ways.quantized(a.t()), ways.quantized(b.t()), ways.wgrad))
 
 
 def joined(parts: list[Approx], like: tuple[int, ...]) -> Approx:
@@ -82,7 +88,7 @@ def stacked(parts: list[Approx]) -> Approx:
 
 
 def _check_gradients(case: Case, y: Tensor, leaves: dict[str, Tensor], cast, ends, dy) -> None:
-    recipe, dtype, device = case["recipe"], y.dtype, y.device.type
+    recipe, dtype, device = case["recipe"] + case["option"], y.dtype, y.device.type
     ways = Ways.of(recipe, dtype, device)
     wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
     if not wanted:
@@ -129,7 +135,7 @@ def _tensors(case: Case, device: str) -> tuple[dict[str, Tensor | None], Tensor,
 
 
 def check_grouped(case: Case, device: str) -> None:
-    recipe = case["recipe"]
+    recipe = case["recipe"] + case["option"]
     with mode(case["mode"]):
         made, offsets, ends = _tensors(case, device)
         autocast = case["autocast"] and DTYPES[case["autocast"]]
@@ -177,6 +183,7 @@ GROUPED = Family(
     "grouped",
     {
         "recipe": Choice(*RECIPES),
+        "option": Choice("", ":power_of_two"),
         "counts": Listed(Extent(0, 80), 1, 6),
         "spare": Choice(0, 1, 5, plain=0.7),
         "k": Extent(0, 200),

@@ -16,18 +16,18 @@ from case_tensors import DENSE, DTYPES, KINDS, LAYOUTS, tensor
 from error_bounds import Approx, exact, product, quantized, rounded
 from fuzz_matmul import with_bias
 from fuzz_quantize import MODES, mode
-from reference import E4M3, E5M2, as_matrix, assert_same_bits
+from reference import E4M3, as_matrix, assert_same_bits
 from torch import Tensor
 
 import fp8
+from fp8.recipe import check_recipe
 
 OPS = torch.ops.fp8
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
+RECIPES = tuple(n for n, recipe in fp8.RECIPES.items() if recipe.scaling == "dynamic")
 # How x, the weight, and dy are scaled.
 _GRANULARITY = {
     "tensorwise": ("tensor", "tensor", "tensor"),
     "rowwise": ("rows", "rows", "rows"),
-    "rowwise_gw_hp": ("rows", "rows", "rows"),
     "blockwise": ("blocks", "squares", "blocks"),
 }
 
@@ -46,36 +46,37 @@ class Problem(NamedTuple):
 
 
 def forward(p: Problem) -> Approx:
-    name, _, option = p.recipe.partition(":")
-    of_x, of_weight, _ = _GRANULARITY[name]
-    two = option == "power_of_two"
+    recipe = check_recipe(p.recipe)
+    of_x, of_weight, _ = _GRANULARITY[recipe.granularity]
+    two = recipe.power_of_two
     x = quantized(p.x, of_x, E4M3, two and p.scale is None, p.scale)
     weight = quantized(p.weight, of_weight, E4M3, two)
-    way = bounds.accumulation_of(p.device, name != "blockwise")
+    way = bounds.accumulation_of(p.device, "fprop" in recipe.fast_accum)
     return with_bias(rounded(product(x, weight, way), p.dtype), p.bias, p.dtype)
 
 
 def input_gradient(p: Problem) -> Approx:
-    name, _, option = p.recipe.partition(":")
-    _, of_weight, of_dy = _GRANULARITY[name]
-    two = option == "power_of_two"
-    dy = quantized(p.dy, of_dy, E5M2 if name == "tensorwise" else E4M3, two)
+    recipe = check_recipe(p.recipe)
+    _, of_weight, of_dy = _GRANULARITY[recipe.granularity]
+    two = recipe.power_of_two
+    dy = quantized(p.dy, of_dy, recipe.grad_output_dtype, two)
     weight = quantized(p.weight.t(), of_weight, E4M3, two)
-    return rounded(product(dy, weight, bounds.accumulation_of(p.device, False)), p.dtype)
+    way = bounds.accumulation_of(p.device, "dgrad" in recipe.fast_accum)
+    return rounded(product(dy, weight, way), p.dtype)
 
 
 def weight_gradient(p: Problem) -> Approx:
     """Before it is rounded."""
-    name, _, option = p.recipe.partition(":")
-    if name == "rowwise_gw_hp":
+    recipe = check_recipe(p.recipe)
+    if recipe.wgrad == "high precision":
         # A GPU may add a product's parts up in 16 bits (torch allows cuBLAS to).
         parts = 0.0 if p.device == "cpu" else 4 * bounds._ROUNDING[p.dtype][0]
         return error_bounds.high_precision(p.dy, p.x, parts)
-    of_x, _, of_dy = _GRANULARITY[name]
-    two = option == "power_of_two"
-    dy = quantized(p.dy.t(), of_dy, E5M2 if name == "tensorwise" else E4M3, two)
+    of_x, _, of_dy = _GRANULARITY[recipe.granularity]
+    two = recipe.power_of_two
+    dy = quantized(p.dy.t(), of_dy, recipe.grad_output_dtype, two)
     x = quantized(p.x.t(), of_x, E4M3, two and p.scale is None, p.scale)
-    return product(dy, x, bounds.accumulation_of(p.device, False))
+    return product(dy, x, bounds.accumulation_of(p.device, "wgrad" in recipe.fast_accum))
 
 
 def bias_gradient(p: Problem) -> Approx:

@@ -11,12 +11,13 @@ import torch
 from reference import E4M3, E5M2
 from torch import Tensor
 
+import fp8
 from fp8.ops import make_history
 
 OPS = torch.ops.fp8
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise", "delayed")
-GROUPED_RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise_fast_gw_hp")
-
+RECIPES = tuple(fp8.RECIPES)  # in the order of their numbers, as private operators take them
+ROWWISE, GW_HP = RECIPES.index("rowwise"), RECIPES.index("rowwise_gw_hp")
+POWER_OF_TWO = 1 << 8  # where such a number has its option
 
 # The public contract: names and order of arguments, and what is returned.
 SCHEMAS = {
@@ -50,8 +51,9 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-# They open and close fp8.cached_weights and compute nothing, so there is nothing to trace.
+# fp8.cached_weights, and what Python asks once: they compute nothing, so there is nothing to trace.
 STATE_OPS = {"_cache_weights", "_forget_weights", "_uncache_weights"}
+STATE_OPS |= {"_recipes", "_amax_history_size"}
 
 
 def namespace() -> list[str]:
@@ -189,10 +191,6 @@ def _fused_linear(device: str) -> list[Sample]:
     return found
 
 
-# Where the number of a recipe, as private operators take it, has its option.
-POWER_OF_TWO = 1 << 8
-
-
 def _linear_forward(device: str) -> list[Sample]:
     found = []
     for recipe in range(len(RECIPES)):
@@ -221,8 +219,9 @@ def _linear_backward(device: str) -> list[Sample]:
             weight = torch.randn(n, shape[-1], device=device, dtype=torch.bfloat16)
             dy = torch.randn(*shape[:-1], n, device=device, dtype=torch.bfloat16)
             _, x_t, x_t_scale, amax = OPS._linear_forward(x, weight, None, recipe, True, True)
-            saved = (x, None) if name == "rowwise_gw_hp" else (x_t, x_t_scale)
-            one_scale = name in ("tensorwise", "delayed")
+            fp8_wgrad = fp8.RECIPES[name].wgrad == "fp8"
+            saved = (x_t, x_t_scale) if fp8_wgrad else (x, None)
+            one_scale = fp8.RECIPES[name].granularity == "tensorwise"
             args = (dy, *saved, weight, amax if one_scale else None, shape[-1], recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{name} {shape} needs {needs}", (*args, *needs)))
@@ -288,7 +287,7 @@ _GROUPED = (
 
 def _grouped_linear(device: str) -> list[Sample]:
     found = []
-    for recipe in GROUPED_RECIPES:
+    for recipe in (*fp8.GROUPED_RECIPES, "rowwise:power_of_two"):
         for counts, k, n, transposed, spare in _GROUPED:
             x, weight, offsets, bias = _grouped_problem(device, counts, k, n, transposed, spare)
             leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
@@ -303,7 +302,7 @@ def _grouped_forward(device: str) -> list[Sample]:
     return [
         Sample(f"{counts} {recipe} {saves}", (*problem, recipe, saves))
         for counts, k, n, transposed, _ in _GROUPED
-        for recipe in (0, 1)
+        for recipe in (ROWWISE, GW_HP, ROWWISE | POWER_OF_TWO)
         for saves in (True, False)
         # Rows past the last offset have no place in x_t: nothing says what lies there.
         for problem in [_grouped_problem(device, counts, k, n, transposed)]
@@ -315,9 +314,9 @@ def _grouped_backward(device: str) -> list[Sample]:
     for counts, k, n, transposed, spare in _GROUPED:
         x, weight, offsets, _ = _grouped_problem(device, counts, k, n, transposed, spare)
         dy = torch.randn(x.shape[0], n, device=device, dtype=torch.bfloat16)
-        for recipe in (0, 1):
+        for recipe in (ROWWISE, GW_HP, ROWWISE | POWER_OF_TWO):
             _, x_t, scale, padded = OPS._grouped_forward(x, weight, offsets, None, recipe, True)
-            saved = (x, None, None) if recipe == 1 else (x_t, scale, padded)
+            saved = (x, None, None) if recipe == GW_HP else (x_t, scale, padded)
             args = (dy, *saved, weight, offsets, k, transposed, recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{counts} {recipe} needs {needs}", (*args, *needs)))
@@ -352,7 +351,7 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu")
 def _moe_experts(device: str) -> list[Sample]:
     found = []
     for tokens, transposed, bias, activation, interleaved in _MOE_OPTIONS:
-        for recipe in GROUPED_RECIPES:
+        for recipe in (*fp8.GROUPED_RECIPES, "rowwise:power_of_two"):
             problem = _moe_problem(device, tokens, transposed, bias, spare=1)
             leaves = [
                 t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
@@ -366,20 +365,21 @@ def _moe_experts(device: str) -> list[Sample]:
 
 def _moe_forward(device: str) -> list[Sample]:
     return [
-        Sample(f"{options}", (*_moe_problem(device, *options[:3]), *options[3:], 1.702, 7.0, 0))
-        for options in _MOE_OPTIONS
+        Sample(f"{o} {recipe}", (*_moe_problem(device, *o[:3]), *o[3:], 1.702, 7.0, recipe))
+        for o in _MOE_OPTIONS
+        for recipe in (ROWWISE, ROWWISE | POWER_OF_TWO)
     ]
 
 
 def _moe_backward(device: str) -> list[Sample]:
     found = []
     for sample in _moe_forward(device):
-        *problem, activation, interleaved, alpha, limit, _ = sample.args
+        *problem, activation, interleaved, alpha, limit, number = sample.args
         problem[2] = problem[2].float()
-        made = OPS._moe_forward(*problem, activation, interleaved, alpha, limit, 0)
+        made = OPS._moe_forward(*problem, activation, interleaved, alpha, limit, number)
         dy = torch.randn_like(problem[0])
         every = 63 if problem[5] is not None else 15
-        for recipe in (0, 1):
+        for recipe in (number, GW_HP):
             for needs in (every, 1, 12):
                 args = (dy, *problem, *made[1:], activation, interleaved, alpha, limit)
                 found.append(Sample(f"{sample.name} needs {needs}", (*args, recipe, needs)))

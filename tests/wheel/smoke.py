@@ -29,7 +29,6 @@ def check_files() -> None:
         "include/fp8/ops.h",
         "include/fp8/nn.h",
         "include/fp8/core.h",
-        "include/fp8/core_grouped.h",
         "share/cmake/FP8/FP8Config.cmake",
         "py.typed",
     ):

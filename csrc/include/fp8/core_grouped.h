@@ -39,9 +39,13 @@ struct ScatterRowsArgs {
   int64_t ld = 0;
   int64_t copies = 1;
   const int32_t* place = nullptr;  // [rows * copies], or nullptr with one copy
-  void* data = nullptr;            // [.., cols] e4m3, optional
+  void* data = nullptr;            // [.., cols] codes, optional
   float* scale = nullptr;          // [..], with data
   void* plain = nullptr;           // [.., cols] in x's dtype, optional
+  Dtype dtype = Dtype::kE4M3;      // of data
+  // x was complete before the launch that precedes this one began (core.h, QuantizeArgs)
+  bool overlaps_previous = false;
+  bool power_of_two = false;
 };
 void scatter_rows(const ScatterRowsArgs& args, Stream stream);
 
@@ -72,7 +76,7 @@ struct TileTableArgs {
 };
 void make_tile_table(const TileTableArgs& args, Stream stream);
 
-// Transposed copies with one scale per group and column: e4m3 codes of x's columns, zeros in the
+// Transposed copies with one scale per group and column: codes of x's columns, zeros in the
 // padding. Two launches; x is read twice.
 //   ragged (tiles given): data_t [cols, ld_t], groups beside each other as the tile table says.
 //   uniform: groups of group_rows rows each; data_t [groups, cols, ld_t] with ld_t >= group_rows.
@@ -92,6 +96,8 @@ struct GroupColumnsArgs {
   int64_t ld_t = 0;          // multiple of 16
   float* scale_t = nullptr;  // [groups, cols]
   uint32_t* amax = nullptr;  // workspace [groups, cols]
+  Dtype dtype = Dtype::kE4M3;
+  bool power_of_two = false;
 };
 void quantize_group_columns(const GroupColumnsArgs& args, Stream stream);
 
@@ -106,7 +112,7 @@ struct GateArgs {
   int64_t rows = 0;
   int64_t features = 0;  // multiple of 16
   int64_t groups = 0;
-  const int32_t* offsets = nullptr;  // [groups]
+  const int32_t* offsets = nullptr;  // [groups]; without, all rows are one group
   const void* bias = nullptr;        // [groups, 2 * features] in dtype, laid out as a row; optional
   Activation activation = Activation::kSilu;
   bool interleaved = false;
@@ -115,8 +121,10 @@ struct GateArgs {
 };
 struct GateForwardArgs {
   GateArgs gate;
-  void* data = nullptr;    // [rows, features] e4m3
+  void* data = nullptr;    // [rows, features] codes
   float* scale = nullptr;  // [rows]
+  Dtype dtype = Dtype::kE4M3;
+  bool power_of_two = false;
 };
 void gate_forward(const GateForwardArgs& args, Stream stream);
 
@@ -128,11 +136,13 @@ struct GateBackwardArgs {
   const void* dh = nullptr;         // [rows, features] in dtype
   const float* weights = nullptr;   // [slots]
   const int32_t* source = nullptr;  // [rows]
-  void* data = nullptr;             // [rows, 2 * features] e4m3, optional
+  void* data = nullptr;             // [rows, 2 * features] codes, optional
   float* scale = nullptr;           // [rows], with data
   void* d_gate_up = nullptr;        // [rows, 2 * features] in dtype, optional
   void* weighted_h = nullptr;       // [rows, features] in dtype, optional
   float* d_weights = nullptr;       // [slots], optional; slots of no group are left alone
+  Dtype dtype = Dtype::kE4M3;       // of data
+  bool power_of_two = false;
 };
 void gate_backward(const GateBackwardArgs& args, Stream stream);
 

@@ -21,12 +21,12 @@ With `power_of_two` quant_multiplier is rounded down to a power of two, and scal
 everything computed from the group is non-finite.
 """
 
-from .checkpointing import MATMUL_OPS as MATMUL_OPS
-from .grouped import grouped_linear, moe_experts
-from .linear import fused_linear
-from .linear import make_history as make_history
-from .matmul import scaled_mm, scaled_mm_accumulate_
-from .quantize import (
+from ._checkpointing import MATMUL_OPS as MATMUL_OPS
+from ._grouped import grouped_linear, moe_experts
+from ._linear import fused_linear
+from ._linear import make_history as make_history
+from ._matmul import scaled_mm, scaled_mm_accumulate_
+from ._quantize import (
     dequantize,
     quantize_blockwise_1x128,
     quantize_blockwise_1x128_transpose,

@@ -169,12 +169,32 @@ TEST_CASE("grouped_linear is fused_linear group by group") {
   for (const auto& [group, begin, rows] : {std::array{0, 0, 12}, std::array{2, 12, 13}}) {
     const at::Tensor part = x.detach().narrow(0, begin, rows).requires_grad_();
     const at::Tensor w = weight.detach()[group].requires_grad_();
-    const at::Tensor expected = fp8::fused_linear(part, w, bias.detach()[group], "rowwise");
+    const at::Tensor expected =
+        fp8::fused_linear(part, w, bias.detach()[group], fp8::kDefaultGroupedRecipe);
     expected.backward(dy.narrow(0, begin, rows));
     REQUIRE(at::allclose(y.narrow(0, begin, rows), expected, 1e-5, 1e-4));
     REQUIRE(at::allclose(x.grad().narrow(0, begin, rows), part.grad(), 1e-5, 1e-4));
     REQUIRE(at::allclose(weight.grad()[group], w.grad(), 1e-5, 1e-4));
   }
+}
+
+TEST_CASE("grouped linears have one default, and take options") {
+  at::manual_seed(3);
+  const at::Tensor x = at::randn({30, 64});
+  const at::Tensor weight = at::randn({3, 32, 64});
+  const at::Tensor offsets = at::tensor({12, 12, 25}, at::kInt);
+  const auto weight_gradient = [&](auto... recipe) {
+    const at::Tensor leaf = weight.clone().requires_grad_();
+    fp8::grouped_linear(x, leaf, offsets, std::nullopt, recipe...).sum().backward();
+    return leaf.grad();
+  };
+  REQUIRE(at::equal(weight_gradient(), weight_gradient(fp8::kDefaultGroupedRecipe)));
+  REQUIRE(!at::equal(weight_gradient(), weight_gradient("rowwise")));
+  REQUIRE(!at::equal(weight_gradient("rowwise:power_of_two"), weight_gradient("rowwise")));
+  REQUIRE_THROWS_WITH(fp8::grouped_linear(x, weight, offsets, std::nullopt, "blockwise"),
+                      Catch::Contains("scales are one per row") &&
+                          Catch::Contains("'rowwise_fast_gw_hp'") &&
+                          Catch::Contains("got 'blockwise'"));
 }
 
 TEST_CASE("moe_experts follows the exact one") {

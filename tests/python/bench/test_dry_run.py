@@ -29,7 +29,14 @@ import readme  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
 import timing  # noqa: E402
-from shapes import RECIPES, BlockShape, DecoderCase, LinearShape, MoeShape  # noqa: E402
+from shapes import (  # noqa: E402
+    GROUPED_RECIPES,
+    RECIPES,
+    BlockShape,
+    DecoderCase,
+    LinearShape,
+    MoeShape,
+)
 
 TINY = BlockShape(hidden=64, ffn=96, heads=4, kv_heads=2, layers=1, sequences=2, tokens=8)
 LAYER = LinearShape(32, 64, 96)
@@ -90,13 +97,14 @@ def test_block(run, monkeypatch, autotune):
     ours = [f"fp8 {recipe}" for recipe in RECIPES]
     rows = [row for row in written["rows"] if not row["variant"].startswith(("TE", "torchao"))]
     assert [row["variant"] for row in rows] == ["bf16", *ours] * 2
-    assert [row["rotary"] for row in rows] == [True] * 6 + [False] * 6
+    each = 1 + len(RECIPES)
+    assert [row["rotary"] for row in rows] == [True] * each + [False] * each
     assert {row["variant"]: row["autotuned"] for row in rows} == {
         "bf16": False,
         **dict.fromkeys(ours, True),
     }
     assert written["header"]["wall_s"] > 0
-    assert autotune == [(7, 16)] * 10  # each linear of the decoder layer
+    assert autotune == [(7, 16)] * 2 * len(RECIPES)  # each linear of the decoder layer
 
 
 def test_block_time_budget(run, monkeypatch):
@@ -141,7 +149,7 @@ def test_linear(run, monkeypatch, autotune):
     variants = {row["variant"] for row in written["rows"] if row["sweep"] == "main"}
     assert variants == {"bf16", *(f"fp8 {recipe}" for recipe in RECIPES), *bench_linear.CEILINGS}
     assert written["header"]["autotuned"] is True
-    assert [m for _, m in autotune] == [32] * 5 + [16] * 3 + [48] * 3
+    assert [m for _, m in autotune] == [32] * len(RECIPES) + [16] * 3 + [48] * 3
 
 
 def test_linear_not_autotuned(run, monkeypatch, autotune):
@@ -254,7 +262,8 @@ def test_host(run, monkeypatch):
     monkeypatch.setattr(bench_host, "PEERS", ("TE current",))
     monkeypatch.setattr(bench_host, "TOKENS", 2)
     rows = run("host", bench_host, "--quick")["rows"]
-    assert [row["bias"] for row in rows] == [False] * 6 + [True] * 6
+    each = 1 + len(RECIPES)
+    assert [row["bias"] for row in rows] == [False] * each + [True] * each
     assert [row["step_ratio"] for row in rows if row["variant"] == "bf16"] == [1.0, 1.0]
 
 
@@ -301,7 +310,7 @@ def tiny_experts(monkeypatch):
 def test_moe(run, tiny_experts):
     written = run("moe", bench_moe, "--repeats", "1")
     rows = {row["variant"]: row for row in written["rows"]}
-    ours = [f"fp8 {recipe}" for recipe in bench_moe.RECIPES]
+    ours = [f"fp8 {recipe}" for recipe in GROUPED_RECIPES]
     assert list(rows) == ["bf16", *ours, "fp8 rowwise, composed", *bench_moe.CEILINGS]
     assert "torchao" in written["skipped"]
     for name in ours:

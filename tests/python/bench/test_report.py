@@ -22,6 +22,8 @@ import runs  # noqa: E402
 import shapes  # noqa: E402
 import timing  # noqa: E402
 
+import fp8  # noqa: E402
+
 
 def linear_row(variant: str, step: float, m: int = 8192, sweep: str = "main") -> runs.Row:
     times = timing.summarize([step]).as_dict()
@@ -216,6 +218,14 @@ def test_readme_replaces_between_markers():
     for broken in ("nothing", readme.BEGIN, f"{readme.END} {readme.BEGIN}"):
         with pytest.raises(ValueError, match="lacks the lines"):
             readme.replace_between(broken, "new")
+
+
+def test_readme_has_the_table_of_recipes():
+    """As the library has it; `python benchmarks/report.py --readme` writes it."""
+    text = (runs.ROOT / "README.md").read_text()
+    assert readme.replace_between(text, readme.recipes(), readme.RECIPES) == text
+    for name in fp8.RECIPES:
+        assert f"| `{name}` |" in readme.recipes()
 
 
 def test_regressions_of_our_rows():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fp8
-from fp8 import _flops
+from fp8._native import flops as _flops
 
 
 def count(run):

@@ -10,7 +10,7 @@ import torch
 from samples import SCHEMAS
 
 import fp8
-from fp8 import _loader
+from fp8._native import loader as _loader
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 

@@ -10,7 +10,7 @@ from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
 import fp8
-from fp8 import _operators
+from fp8._native import operators as _operators
 
 pytestmark = pytest.mark.filterwarnings("error")
 RECIPES = sorted(fp8.RECIPES)

@@ -11,7 +11,7 @@ from cmake_runs import ROOT, TREE, configure
 import fp8
 from fp8 import _build
 
-HEADERS = ["core.h", "core_grouped.h", "nn.h", "ops.h", "version.h"]
+HEADERS = ["core.h", "nn.h", "ops.h", "version.h"]
 CMAKE_FILES = ["FP8Config.cmake", "FP8ConfigVersion.cmake", "LibTorch.cmake"]
 LIBRARIES = (["libfp8_core.so"] if _build.CUDA_VERSION else []) + ["libfp8_torch.so"]
 

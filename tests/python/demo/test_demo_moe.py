@@ -63,10 +63,10 @@ def test_demo_moe_variants_start_from_the_same_weights(family):
     states = [variant.model.state_dict() for variant in variants]
     for state in states[1:]:
         assert all(torch.equal(state[name], value) for name, value in states[0].items())
-    assert not any(map(fp8.experts.in_fp8, variants[0].model.modules()))
+    assert not any(map(fp8.integrations.transformers.in_fp8, variants[0].model.modules()))
     for variant in variants[1:]:
-        found = [m for m in variant.model.modules() if fp8.experts.in_fp8(m)]
-        assert [fp8.experts.recipe_of(m) for m in found] == [variant.name]
+        found = [m for m in variant.model.modules() if fp8.integrations.transformers.in_fp8(m)]
+        assert [fp8.integrations.transformers.recipe_of(m) for m in found] == [variant.name]
 
 
 @pytest.mark.parametrize("family", demo.FAMILIES)

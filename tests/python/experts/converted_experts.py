@@ -10,7 +10,7 @@ from tiny_models import experts_of, make, routing
 from torch import nn
 
 import fp8
-from fp8 import experts
+from fp8.integrations.transformers import _experts as experts
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from tiny_models import (
 from torch import nn
 
 import fp8
-from fp8 import experts
+from fp8.integrations.transformers import _experts as experts
 
 
 def every(module, name):
@@ -96,6 +96,8 @@ def test_convert_asks_the_filter_about_linears_and_experts_once():
         ("rowwise", None, "rowwise_gw_hp"),
         ("rowwise", "rowwise", "rowwise"),
         ("tensorwise", "rowwise_fast", "rowwise_fast"),
+        ("delayed", "rowwise:power_of_two", "rowwise:power_of_two"),
+        ("rowwise", fp8.Recipe("rowwise", power_of_two=True), "rowwise:power_of_two"),
     ],
 )
 def test_convert_recipes_of_experts(recipe, experts_recipe, expected):
@@ -116,7 +118,7 @@ def test_convert_again_changes_the_recipe():
 
 def test_convert_refuses_an_unknown_experts_recipe():
     model = make("mixtral")
-    with pytest.raises(ValueError, match=r"expected a grouped recipe.*'rowwise'.*got 'tensorwise'"):
+    with pytest.raises(ValueError, match=r"one per row, .*'rowwise', .*got 'tensorwise'"):
         fp8.convert(model, filter=every, experts_recipe="tensorwise")
     assert implementations(model) == {"grouped_mm"}
     assert not any(isinstance(m, fp8.Linear) for m in model.modules())

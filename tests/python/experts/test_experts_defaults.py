@@ -13,7 +13,7 @@ from tiny_models import experts_of, make, relative, summary_row, tokens, transfo
 from torch import nn
 
 import fp8
-from fp8 import experts
+from fp8.integrations.transformers import _experts as experts
 
 MODES = [contextlib.nullcontext, torch.no_grad, torch.inference_mode]
 

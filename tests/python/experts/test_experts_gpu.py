@@ -38,7 +38,7 @@ def no_waiting():
 @pytest.mark.parametrize("fused", [True, False])
 def test_experts_do_not_wait(problem, no_waiting, monkeypatch, fused):
     if not fused:
-        monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
+        monkeypatch.setattr(fp8.integrations.transformers._experts, "gate_of", lambda module: None)
     module, hidden, index, weights = problem
     dy = torch.randn_like(hidden)
     step(module, hidden, index, weights, dy)  # first calls may look at the device
@@ -53,7 +53,7 @@ def test_experts_do_not_wait(problem, no_waiting, monkeypatch, fused):
 def test_experts_in_a_cuda_graph(problem, monkeypatch, fused):
     """Replayed with another input and another routing, sentinels among it: eager's bits."""
     if not fused:
-        monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
+        monkeypatch.setattr(fp8.integrations.transformers._experts, "gate_of", lambda module: None)
     module, hidden, index, weights = problem
     dy = torch.randn_like(hidden)
     side = torch.cuda.Stream()

@@ -142,7 +142,7 @@ def test_model_saves_nothing_of_fp8(family, tmp_path):
     assert "fp8" not in (tmp_path / "config.json").read_text()
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in before.items())
-    assert not any(map(fp8.experts.in_fp8, loaded.modules()))
+    assert not any(map(fp8.integrations.transformers.in_fp8, loaded.modules()))
 
 
 def test_model_from_pretrained_with_the_implementation(family, tmp_path):
@@ -150,7 +150,7 @@ def test_model_from_pretrained_with_the_implementation(family, tmp_path):
     kind = type(make(family))
     model = kind.from_pretrained(tmp_path, experts_implementation="fp8")
     modules = experts_of(model)
-    assert all(map(fp8.experts.in_fp8, modules.values()))
+    assert all(map(fp8.integrations.transformers.in_fp8, modules.values()))
     check_calls(record_calls(model, lambda: model(tokens())), len(modules))
 
 

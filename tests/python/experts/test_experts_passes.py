@@ -1,4 +1,4 @@
-"""fp8.experts.mixture against a loop over experts of the same FP8 products; corner cases."""
+"""mixture (fp8.integrations.transformers) against a loop over experts of the same FP8 products; corner cases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fp8
-from fp8.experts import mixture
+from fp8.integrations.transformers._experts import mixture
 
 HIDDEN, INNER, EXPERTS = 48, 32, 5
 
@@ -62,7 +62,7 @@ class Case:
         return [y.detach(), *torch.autograd.grad(y, self.leaves(), dy)]
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "rowwise:power_of_two"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_experts_mixture_is_a_loop_of_linears(top_k, bias, recipe):

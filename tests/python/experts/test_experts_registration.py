@@ -52,12 +52,16 @@ def test_import_fp8_does_not_import_transformers():
     )
 
 
+REGISTER = "fp8.integrations.transformers.register()"
+
+
 @needs_transformers
 @pytest.mark.parametrize(
     "imports",
     [
-        "import fp8",  # transformers comes later
-        "import transformers\nimport fp8",  # its registry comes later: it imports lazily
+        f"import fp8\n{REGISTER}",  # which imports transformers' registry
+        f"import fp8\nimport transformers\n{REGISTER}",
+        f"import transformers\nimport fp8\n{REGISTER}",  # its registry comes later: lazily
         "from transformers import MixtralForCausalLM\nimport fp8",
     ],
 )
@@ -70,74 +74,84 @@ def test_implementation_is_taken_by_a_config():
     program = MODEL.replace('model.set_experts_implementation("fp8")', "").replace(
         "(config)", "._from_config(config, experts_implementation='fp8')"
     )
-    assert run("import fp8" + program) == "in FP8"
+    assert run(f"import fp8\n{REGISTER}" + program) == "in FP8"
 
 
 @needs_transformers
-def test_registration_leaves_no_trace_in_the_module():
-    """Its loader is the one that Python gives it, so sources and reloads work as ever."""
+def test_convert_registers():
+    """Of any model, one without experts too."""
     program = """
-        import importlib, inspect
+        import fp8, torch
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        print("fp8" in ALL_EXPERTS_FUNCTIONS)
+        fp8.convert(torch.nn.Linear(16, 16), filter=lambda *_: True)
+        print("fp8" in ALL_EXPERTS_FUNCTIONS)
+    """
+    assert run(program) == "False\nTrue"
+
+
+@needs_transformers
+def test_registration_by_a_pickled_model(tmp_path):
+    """Its config asks for the implementation; fp8 was imported first, and nothing called."""
+    file = str(tmp_path / "model.pt")
+    convert = "fp8.convert(model, filter=lambda *_: True)"
+    save = MODEL.replace('model.set_experts_implementation("fp8")', convert).replace(
+        "import torch", f"import torch\ntorch.save(model, {file!r})"
+    )
+    assert "in FP8" in run("import fp8" + save)
+    program = f"""
+        import fp8, torch
+        model = torch.load({file!r}, weights_only=False)
+        print(tuple(model(torch.arange(8)[None]).logits.shape))
+    """
+    assert run(program) == "(1, 8, 32)"
+
+
+@needs_transformers
+def test_registration_leaves_the_module_and_imports_alone():
+    program = """
+        import inspect
+        before = list(sys.meta_path)
         import fp8
+        fp8.integrations.transformers.register()
         import transformers.integrations.moe as moe
         from importlib.machinery import SourceFileLoader
         assert type(moe.__loader__) is type(moe.__spec__.loader) is SourceFileLoader
         assert "class ExpertsInterface" in inspect.getsource(moe)
-        assert moe.ALL_EXPERTS_FUNCTIONS["fp8"] is fp8.experts.forward
-        print(len([f for f in sys.meta_path if type(f).__module__.startswith("fp8")]))
+        assert sys.meta_path == before
+        print(moe.ALL_EXPERTS_FUNCTIONS["fp8"].__module__)
     """
-    assert run(program) == "1"
+    assert run(program) == "fp8.integrations.transformers._experts"
 
 
 @needs_transformers
-def test_registration_survives_a_reload_and_a_second_import():
+def test_registration_can_be_repeated():
+    """After a reload, or where a test emptied sys.modules, transformers' registry is a new one."""
     program = """
         import importlib
         import fp8
         import transformers.integrations.moe as moe
         importlib.reload(moe)
-        print("fp8" in moe.ALL_EXPERTS_FUNCTIONS)
         for name in [name for name in sys.modules if name.startswith("transformers.integrations")]:
             del sys.modules[name]
         again = importlib.import_module("transformers.integrations.moe")
-        print(again is not moe and "fp8" in again.ALL_EXPERTS_FUNCTIONS)
+        print("fp8" in moe.ALL_EXPERTS_FUNCTIONS, "fp8" in again.ALL_EXPERTS_FUNCTIONS)
+        fp8.integrations.transformers.register()
+        fp8.integrations.transformers.register()
+        print("fp8" in again.ALL_EXPERTS_FUNCTIONS)
         importlib.reload(fp8)
-        print(len([f for f in sys.meta_path if type(f).__module__.startswith("fp8")]))
     """
-    assert run(program) == "True\nTrue\n1"
-
-
-@needs_transformers
-def test_registration_goes_along_with_other_hooks():
-    """A hook in front that looks the module up through the others, as tracers do."""
-    program = """
-        import importlib.util
-        import fp8
-        class Tracer:
-            def find_spec(self, name, path=None, target=None):
-                if name == "transformers.integrations.moe":
-                    for finder in sys.meta_path:
-                        if finder is not self:
-                            spec = finder.find_spec(name, path, target)
-                            if spec is not None:
-                                return spec
-        sys.meta_path.insert(0, Tracer())
-        spec = importlib.util.find_spec("transformers.integrations.moe")  # looked up, not loaded
-        assert spec.loader.get_source("transformers.integrations.moe")
-        assert "transformers.integrations.moe" not in sys.modules
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-        print("fp8" in ALL_EXPERTS_FUNCTIONS)
-    """
-    assert run(program) == "True"
+    assert run(program) == "False False\nTrue"
 
 
 @needs_transformers
 def test_registration_while_another_thread_imports():
     program = """
         import threading
+        import fp8
         threads = [
             threading.Thread(target=lambda: __import__("transformers.integrations.moe")),
-            threading.Thread(target=lambda: __import__("fp8")),
+            threading.Thread(target=fp8.integrations.transformers.register),
         ]
         for thread in threads:
             thread.start()
@@ -162,7 +176,7 @@ def test_registration_without_transformers():
         print(fp8.summary(model).splitlines()[-1][:20])
         fp8.revert(model)
         try:
-            import transformers.integrations.moe
+            fp8.integrations.transformers.register()
         except ModuleNotFoundError as error:
             print(error)
     """
@@ -170,7 +184,7 @@ def test_registration_without_transformers():
 
 
 def test_registration_where_transformers_is_too_old(tmp_path):
-    """A transformers without the registry: nothing is registered, and nothing fails."""
+    """A transformers without the registry: only the explicit call fails."""
     package = tmp_path / "transformers" / "integrations"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
@@ -178,11 +192,18 @@ def test_registration_where_transformers_is_too_old(tmp_path):
     (package / "moe.py").write_text("VALUE = 3\n")
     program = f"""
         sys.path.insert(0, {str(tmp_path)!r})
-        import fp8
         import transformers.integrations.moe as moe
-        print(moe.VALUE, fp8.transformers_hook.register())
+        import fp8
+        fp8.convert(fp8.Linear(16, 16), filter=lambda *_: True)
+        try:
+            fp8.integrations.transformers.register()
+        except ImportError as error:
+            print(moe.VALUE, error)
     """
-    assert run(program) == "3 False"
+    assert run(program) == (
+        "3 fp8.integrations.transformers.register: transformers.integrations.moe has no "
+        "ExpertsInterface; transformers 5 or later is needed"
+    )
 
 
 def test_registration_tries_again_after_a_failed_import(tmp_path):
@@ -196,14 +217,14 @@ def test_registration_tries_again_after_a_failed_import(tmp_path):
         sys.dont_write_bytecode = True
         import fp8
         try:
-            import transformers.integrations.moe
+            fp8.integrations.transformers.register()
         except ImportError as error:
             print(error)
         with open({str(package / "moe.py")!r}, "w") as file:
             file.write("class ExpertsInterface:\\n    register = staticmethod(print)\\n")
         import importlib
         importlib.invalidate_caches()
-        import transformers.integrations.moe
+        fp8.integrations.transformers.register()
     """
     lines = run(program).splitlines()
     assert lines[0] == "not yet"

@@ -10,7 +10,9 @@ from tiny_models import FAMILIES, experts_of, make, summary_row, transformers
 from torch import nn
 
 import fp8
-from fp8 import expert_rules, experts, rules
+from fp8.conversion import _expert_rules as expert_rules
+from fp8.conversion import _rules as rules
+from fp8.integrations.transformers import _experts as experts
 
 
 def large(family: str, **sizes) -> nn.Module:

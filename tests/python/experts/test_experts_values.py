@@ -25,7 +25,7 @@ from tiny_models import FAMILIES, eager, experts_of, make, only_experts, relativ
 import fp8
 
 FORWARD, GRADIENT, LEAST = 0.105, 0.12, 0.019
-RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast")
+RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise:power_of_two")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -74,7 +74,7 @@ def test_experts_near_eager(family, recipe):
 
 
 def test_experts_composed_near_eager(family, monkeypatch):
-    monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
+    monkeypatch.setattr(fp8.integrations.transformers._experts, "gate_of", lambda module: None)
     check(family, "rowwise", "cpu", torch.float32)
 
 
@@ -92,7 +92,7 @@ def test_experts_near_eager_on_a_gpu(family, recipe, dtype):
 
 @pytest.mark.gpu
 def test_experts_composed_near_eager_on_a_gpu(family, monkeypatch):
-    monkeypatch.setattr(fp8.experts, "gate_of", lambda module: None)
+    monkeypatch.setattr(fp8.integrations.transformers._experts, "gate_of", lambda module: None)
     check(family, "rowwise", "cuda", torch.bfloat16)
 
 
@@ -112,7 +112,7 @@ def test_experts_fused_are_those_composed(family, device, monkeypatch):
     hidden, dy = (torch.randn(160, 64).to(device, torch.bfloat16) for _ in range(2))
     y, grads = run(module, module, hidden, index, weights, dy)
     with monkeypatch.context() as patched:
-        patched.setattr(fp8.experts, "gate_of", lambda module: None)
+        patched.setattr(fp8.integrations.transformers._experts, "gate_of", lambda module: None)
         composed_y, composed = run(module, module, hidden, index, weights, dy)
     exact_y, exact = run_exact(module, hidden, index, weights, dy)
     assert relative(y, composed_y) < 0.03

@@ -15,8 +15,8 @@ from converted_experts import call, converted, original
 from tiny_models import relative, transformers
 from torch import nn
 
-from fp8 import experts
-from fp8._probe import State
+from fp8.integrations.transformers import _experts as experts
+from fp8.integrations.transformers._probe import State
 
 
 def exact(module):

@@ -7,7 +7,7 @@ import torch
 from converted_experts import call, converted
 from torch import nn
 
-from fp8 import experts
+from fp8.integrations.transformers import _experts as experts
 
 
 class Calls(nn.Module):

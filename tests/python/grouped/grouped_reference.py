@@ -3,6 +3,7 @@ bound of each product (../bounds.py); and a whole mixture of experts in fp64."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,8 +11,12 @@ import bounds
 import torch
 from torch import Tensor
 
+import fp8
+from fp8.recipe import OPTIONS, check_recipe
+
 OPS = torch.ops.fp8
-RECIPES = ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise_fast_gw_hp")
+RECIPES = fp8.GROUPED_RECIPES
+WITH_OPTIONS = RECIPES + tuple(f"{recipe}:{option}" for recipe in RECIPES for option in OPTIONS)
 
 ROUTINGS = {
     "random": (37, 5, 64, 21, 90),
@@ -67,10 +72,6 @@ def run(p: Problem, recipe: str, with_bias: bool = True) -> Result:
     return Result(y.detach(), dx, dw, db[0] if db else None)
 
 
-def _rows(t: Tensor) -> tuple[Tensor, Tensor]:
-    return OPS.quantize_rowwise(t)
-
-
 def product_dtype(p: Problem) -> torch.dtype:
     """What products are rounded to: a GPU's kernel writes bfloat16, whatever the dtype."""
     return torch.bfloat16 if p.x.is_cuda else p.x.dtype
@@ -78,30 +79,30 @@ def product_dtype(p: Problem) -> torch.dtype:
 
 def check_values(p: Problem, actual: Result, recipe: str, with_bias: bool = True) -> None:
     """Every output against the fp64 loop over groups of the same dequantized operands."""
-    fast = recipe.startswith("rowwise_fast")
-    device = p.x.device.type
+    spec = check_recipe(recipe)
+    rows_of = partial(OPS.quantize_rowwise, power_of_two=spec.power_of_two)
     ways = {
-        "fprop": bounds.accumulation_of(device, True),
-        "backward": bounds.accumulation_of(device, fast),
+        name: bounds.accumulation_of(p.x.device.type, name in spec.fast_accum)
+        for name in ("fprop", "dgrad", "wgrad")
     }
     for g, rows in enumerate(slices(p.offsets)):
         x, dy, weight = p.x[rows], p.dy[rows], p.weight[g]
         if x.shape[0] > 0:
-            a, b = _rows(x), _rows(weight)
+            a, b = rows_of(x), rows_of(weight)
             exact = bounds.product(a[0], b[0], a[1], b[1])
             bias = p.bias[g] if with_bias else None
             _assert_product(actual.y[rows], exact, ways["fprop"], p, f"y of group {g}", bias)
-            a, b = _rows(dy), _rows(weight.t().contiguous())
+            a, b = rows_of(dy), rows_of(weight.t().contiguous())
             exact = bounds.product(a[0], b[0], a[1], b[1])
-            _assert_product(actual.dx[rows], exact, ways["backward"], p, f"dx of group {g}")
+            _assert_product(actual.dx[rows], exact, ways["dgrad"], p, f"dx of group {g}")
         if x.shape[0] == 0:
             assert not actual.dw[g].any(), f"dw of empty group {g}"
-        elif recipe.endswith("gw_hp"):
+        elif spec.wgrad == "high precision":
             _assert_high_precision(actual.dw[g], dy, x, p, f"dw of group {g}")
         else:
-            a, b = _rows(dy.t().contiguous()), _rows(x.t().contiguous())
+            a, b = rows_of(dy.t().contiguous()), rows_of(x.t().contiguous())
             exact = bounds.product(a[0], b[0], a[1], b[1])
-            _assert_product(actual.dw[g], exact, ways["backward"], p, f"dw of group {g}")
+            _assert_product(actual.dw[g], exact, ways["wgrad"], p, f"dw of group {g}")
         if with_bias:
             total = dy.double().sum(0)
             magnitude = dy.double().abs().sum(0)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import grouped_reference as reference
 import pytest
 import torch
-from grouped_reference import RECIPES, ROUTINGS
+from grouped_reference import RECIPES, ROUTINGS, WITH_OPTIONS
 from reference import FLOAT_DTYPES, assert_same_bits
+from samples import POWER_OF_TWO, ROWWISE
 
 import fp8
 
 OPS = torch.ops.fp8
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WITH_OPTIONS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_grouped_linear_against_a_loop(device, routing, recipe, poisoned_memory):
     p = reference.problem(ROUTINGS[routing], 96, 80, device=device)
@@ -30,7 +33,7 @@ def test_grouped_linear_dtypes(device, dtype, with_bias, recipe):
     assert actual.y.dtype == actual.dx.dtype == actual.dw.dtype == dtype
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "rowwise:power_of_two"])
 @pytest.mark.parametrize(("k", "n"), [(16, 16), (33, 65), (7, 3), (272, 144), (64, 20)])
 def test_grouped_linear_extents(device, k, n, recipe, poisoned_memory):
     """Also those that are no multiples of 16."""
@@ -128,7 +131,7 @@ def test_grouped_linear_non_finite_values_stay_in_their_row(device):
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_grouped_linear_gradients_that_nobody_asks_for(device, frozen):
     p = reference.problem(ROUTINGS["random"], 64, 48, device=device)
-    expected = reference.run(p, "rowwise")
+    expected = reference.run(p, fp8.recipe.DEFAULT_GROUPED_RECIPE)
     x, weight = (
         t.detach().requires_grad_(name != frozen) for name, t in (("x", p.x), ("weight", p.weight))
     )
@@ -182,13 +185,50 @@ def valid():
         ),
         ({"bias": torch.randn(16)}, ValueError, r"bias of shape \[E, N\] = \[2, 16\]"),
         ({"bias": torch.randn(2, 16).half()}, TypeError, "bias in x's dtype"),
-        ({"recipe": "tensorwise"}, ValueError, "recipe out of 'rowwise', .* got 'tensorwise'"),
         ({"x": torch.randn(6, 32, device="meta")}, ValueError, "weight on the device of x"),
     ],
 )
 def test_grouped_linear_errors(change, error, match):
     with pytest.raises(error, match=match):
         fp8.ops.grouped_linear(**(valid() | change))
+
+
+@pytest.mark.parametrize("option", ["", ":power_of_two"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_grouped_linear_quantizes_as_quantize_rowwise(device, routing, option):
+    """The columns of x within each group, which the backward reads: codes and scales."""
+    p = reference.problem(ROUTINGS[routing], 96, 80, device=device)
+    number = ROWWISE | (POWER_OF_TWO if option else 0)
+    _, x_t, scale, ends = OPS._grouped_forward(p.x, p.weight, p.offsets, None, number, True)
+    begin = 0
+    for g, rows in enumerate(reference.slices(p.offsets)):
+        count = rows.stop - rows.start
+        columns = p.x[rows].t().contiguous()
+        if count > 0:
+            expected = OPS.quantize_rowwise(columns, power_of_two=bool(option))
+            assert_same_bits(x_t[:96, begin : begin + count], expected[0], f"codes of group {g}")
+            assert_same_bits(scale[g, :96], expected[1].squeeze(1), f"scales of group {g}")
+        begin = int(ends[g])
+    assert not option or (scale.frexp().mantissa == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["tensorwise", "blockwise", "delayed", "tensorwise:power_of_two", "x", "rowwise:", ""]
+)
+def test_grouped_linear_error_recipe(recipe):
+    """It says what grouped products take, and which recipes those are."""
+    known = ", ".join(repr(name) for name in RECIPES)
+    text = (
+        "fp8::grouped_linear: expected a recipe whose scales are one per row, which the grouped "
+        f"products take: {known}, with options out of ':power_of_two', got {recipe!r}"
+    )
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        fp8.ops.grouped_linear(**(valid() | {"recipe": recipe}))
+
+
+def test_private_operators_refuse_the_number_of_another_recipe():
+    with pytest.raises(ValueError, match=r"grouped products take, got 0 \('tensorwise'\)"):
+        OPS._grouped_forward(*(t for t in valid().values() if isinstance(t, torch.Tensor)), 0, True)
 
 
 def test_grouped_linear_takes_1023_groups():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import grouped_reference as reference
 import pytest
 import torch
-from grouped_reference import RECIPES
+from grouped_reference import RECIPES, WITH_OPTIONS
 from reference import FLOAT_DTYPES, assert_same_bits, sqnr
+from samples import POWER_OF_TWO, ROWWISE
 
 import fp8
+from fp8.integrations.transformers._experts import mixture
 
 OPS = torch.ops.fp8
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu")
@@ -77,7 +79,7 @@ def check(tensors, activation="silu", interleaved=False, recipe="rowwise", floor
     return y, grads
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WITH_OPTIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 def test_moe_experts_against_fp64(device, activation, interleaved, recipe, poisoned_memory):
@@ -157,7 +159,7 @@ def test_moe_experts_sentinels_contribute_nothing(device, sentinel, recipe, pois
 def test_moe_experts_sorting_is_stable(device, tokens):
     tensors = problem(tokens, experts=257, hidden=16, features=16, top_k=3, device=device)
     tensors[1][::5, 1] = 257
-    _, _, offsets, place, source = OPS._moe_forward(*tensors, 0, False, 1.702, 7.0, 0)
+    _, _, offsets, place, source = OPS._moe_forward(*tensors, 0, False, 1.702, 7.0, ROWWISE)
     index = tensors[1].reshape(-1)
     wanted, order = index.sort(stable=True)
     assert_same_bits(source, order.int())
@@ -169,13 +171,14 @@ def test_moe_experts_sorting_is_stable(device, tokens):
 def test_moe_experts_first_product_is_grouped_linears(device):
     """Each token quantized once and written to its experts: the same bits as gathered first."""
     tensors = problem(device=device)
-    _, gate_up_out, offsets, _, source = OPS._moe_forward(*tensors, 0, False, 1.702, 7.0, 0)
+    _, gate_up_out, offsets, _, source = OPS._moe_forward(*tensors, 0, False, 1.702, 7.0, ROWWISE)
     rows = tensors[0][source.long() // 2]
     assert_same_bits(gate_up_out, OPS.grouped_linear(rows, tensors[3], offsets))
 
 
+@pytest.mark.parametrize("option", ["", ":power_of_two"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_moe_experts_equals_its_composition(device, activation):
+def test_moe_experts_equals_its_composition(device, activation, option):
     """The second half from the same first product. h is rounded to bf16 and then to e4m3: an exp
     that differs in its last place may move a value to the next bf16 number (2^-8), and that, one
     time in sixteen at most, to the next code (2^-3): (2^-4 · 2^-3)² on average is 0.8% of y; the
@@ -183,13 +186,40 @@ def test_moe_experts_equals_its_composition(device, activation):
     tensors = problem(device=device, bias=True)
     x, index, weights, _, down, gate_up_bias, down_bias = tensors
     number = ACTIVATIONS.index(activation)
-    y, g, offsets, place, source = OPS._moe_forward(*tensors, number, False, 1.702, 7.0, 0)
+    recipe = ROWWISE | (POWER_OF_TWO if option else 0)
+    y, g, offsets, place, source = OPS._moe_forward(*tensors, number, False, 1.702, 7.0, recipe)
     expert = index.reshape(-1)[source.long()]
     h = reference.gate(g.float() + gate_up_bias[expert].float(), activation, False).bfloat16()
-    out = OPS.grouped_linear(h, down, offsets).float() + down_bias[expert].float()
+    out = OPS.grouped_linear(h, down, offsets, recipe=f"rowwise{option}").float()
+    out += down_bias[expert].float()
     weighted = (out * weights.reshape(-1)[source.long(), None])[place.long()]
     expected = weighted.view(x.shape[0], 2, -1).sum(1)
     assert sqnr(y, expected.double()) >= 42  # 0.8%
+
+
+@pytest.mark.parametrize(
+    "recipe", ["rowwise", "rowwise:power_of_two", "rowwise_gw_hp:power_of_two"]
+)
+def test_moe_experts_gradients_equal_those_of_their_composition(device, recipe):
+    """Of two grouped_linear and PyTorch's operators, with weights that are powers of two, so that
+    it does not matter where they are multiplied: the same codes, but for those that an exp moves
+    (above). Scales of the other kind give other codes nearly everywhere."""
+    tensors = problem(device=device)
+    tensors[2] = torch.full_like(tensors[2], 0.5)
+    _, dy, grads = run(tensors, recipe=recipe)
+    x, index, weights, gate_up, down = (
+        t.requires_grad_() if t.is_floating_point() else t for t in tensors[:5]
+    )
+    y = mixture(
+        x, index, weights, gate_up, down, None, None,
+        lambda g: reference.gate(g.float(), "silu", False), recipe,
+    )  # fmt: skip
+    composed = torch.autograd.grad(y, [x, gate_up, down], dy.to(y.dtype))
+    name, _, option = recipe.partition(":")
+    _, _, others = run(tensors, recipe=name if option else f"{name}:power_of_two")
+    for what, expected in zip(("x", "gate_up", "down"), composed, strict=True):
+        assert sqnr(grads[what], expected.double()) >= 42, what
+        assert sqnr(others[what], expected.double()) < 36, what
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -288,7 +318,7 @@ def test_moe_experts_non_finite_values_stay_with_their_token(device):
             r"gate_up_bias of shape \[6, 96\]",
         ),
         ("activation", "relu", ValueError, "activation out of 'silu', .* got 'relu'"),
-        ("recipe", "tensorwise", ValueError, "recipe out of"),
+        ("recipe", "tensorwise", ValueError, r"moe_experts: .* one per row, .* got 'tensorwise'"),
     ],
 )
 def test_moe_experts_errors(name, value, error, match):

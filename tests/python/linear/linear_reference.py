@@ -6,17 +6,21 @@ bit for bit, except where a plain sum is involved (bias gradient, wgrad in high 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from reference import E4M3, E5M2, as_matrix, assert_same_bits
+from reference import E4M3, as_matrix, assert_same_bits
 from torch import Tensor
 
+import fp8
+from fp8.recipe import OPTIONS, check_recipe
+
 OPS = torch.ops.fp8
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise", "delayed")
+RECIPES = tuple(fp8.RECIPES)  # what each stands for is written out in module/test_recipe.py
 # `delayed` scales its first 16 calls dynamically: test_linear_delayed.py has those after them.
-ONE_SCALE = ("tensorwise", "delayed")
-WITH_OPTIONS = RECIPES + tuple(f"{recipe}:power_of_two" for recipe in RECIPES)
+ONE_SCALE = tuple(n for n, recipe in fp8.RECIPES.items() if recipe.granularity == "tensorwise")
+WITH_OPTIONS = RECIPES + tuple(f"{recipe}:{option}" for recipe in RECIPES for option in OPTIONS)
 
 
 class Result(NamedTuple):
@@ -34,10 +38,11 @@ def _operands(
     power_of_two: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """data, data_t and the scale of each."""
-    if recipe in ONE_SCALE:
+    granularity = check_recipe(recipe).granularity
+    if granularity == "tensorwise":
         data, data_t, scale = OPS.quantize_tensorwise_transpose(x, dtype, power_of_two=power_of_two)
         return data, data_t, scale, scale
-    if recipe == "blockwise":
+    if granularity == "blockwise":
         blocks = "128x128" if weight else "1x128"
         quantize = getattr(OPS, f"quantize_blockwise_{blocks}_transpose")
         return tuple(quantize(x, dtype, power_of_two=power_of_two))
@@ -45,23 +50,32 @@ def _operands(
 
 
 def grad_dtype(recipe: str) -> torch.dtype:
-    return E5M2 if recipe in ONE_SCALE else E4M3
+    return check_recipe(recipe).grad_output_dtype
+
+
+def high_precision_wgrad(recipe: str) -> bool:
+    return check_recipe(recipe).wgrad == "high precision"
+
+
+def accumulates_fast(recipe: str, product: str) -> bool:
+    """Of fprop, dgrad, wgrad: on a GPU. The CPU adds in fp32 whatever the recipe says."""
+    return product in check_recipe(recipe).fast_accum
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, recipe: str) -> Result:
-    """Forward and backward with the output gradient dy. dw of rowwise_gw_hp and db in fp64."""
-    recipe, _, option = recipe.partition(":")
-    power_of_two = option == "power_of_two"
+    """Forward and backward with the output gradient dy. dw in high precision and db in fp64."""
+    power_of_two = check_recipe(recipe).power_of_two
+    fast = partial(accumulates_fast, recipe)
     x2, dy2 = as_matrix(x), as_matrix(dy)
     qx, qx_t, sx, sx_t = _operands(x2, recipe, power_of_two=power_of_two)
     qw, qw_t, sw, sw_t = _operands(weight, recipe, weight=True, power_of_two=power_of_two)
     qdy, qdy_t, sdy, sdy_t = _operands(dy2, recipe, grad_dtype(recipe), power_of_two=power_of_two)
-    y = OPS.scaled_mm(qx, qw, sx, sw, bias, x.dtype, True)
-    dx = OPS.scaled_mm(qdy, qw_t, sdy, sw_t, None, x.dtype, False)
-    if recipe == "rowwise_gw_hp":
+    y = OPS.scaled_mm(qx, qw, sx, sw, bias, x.dtype, fast("fprop"))
+    dx = OPS.scaled_mm(qdy, qw_t, sdy, sw_t, None, x.dtype, fast("dgrad"))
+    if high_precision_wgrad(recipe):
         dw = dy2.double().t() @ x2.double()
     else:
-        dw = OPS.scaled_mm(qdy_t, qx_t, sdy_t, sx_t, None, weight.dtype, False)
+        dw = OPS.scaled_mm(qdy_t, qx_t, sdy_t, sx_t, None, weight.dtype, fast("wgrad"))
     db = dy2.double().sum(0)
     return Result(y.reshape(*x.shape[:-1], -1), dx.reshape(x.shape), dw, db)
 
@@ -84,7 +98,7 @@ def assert_matches(actual: Result, expected: Result, x: Tensor, dy: Tensor, reci
         assert_same_bits(actual.y, expected.y, "y")
     assert_same_bits(actual.dx, expected.dx, "dx")
     dy2 = as_matrix(dy).double()
-    if recipe.startswith("rowwise_gw_hp"):
+    if high_precision_wgrad(recipe):
         magnitude = dy2.abs().t() @ as_matrix(x).double().abs()
         assert_sum(actual.dw, expected.dw, magnitude, dy2.shape[0], "dw")
     else:

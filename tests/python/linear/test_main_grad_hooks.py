@@ -8,7 +8,7 @@ from reference import assert_same_bits
 from test_main_grad import small
 
 import fp8
-from fp8.main_grad import _stand_in
+from fp8.nn._main_grad import _stand_in
 
 OP = r"fp8::fused_linear: expected main_grad "
 

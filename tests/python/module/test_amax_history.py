@@ -60,7 +60,7 @@ def test_history_of_converted_models():
 
 def test_a_conversion_that_fails_leaves_no_history(monkeypatch):
     model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 32))
-    fit, calls = fp8._histories.fit, []
+    fit, calls = fp8.nn._histories.fit, []
 
     def fails_twice(layer):
         calls.append(layer)
@@ -68,7 +68,7 @@ def test_a_conversion_that_fails_leaves_no_history(monkeypatch):
         if len(calls) == 2:
             raise RuntimeError
 
-    monkeypatch.setattr(fp8._histories, "fit", fails_twice)
+    monkeypatch.setattr(fp8.nn._histories, "fit", fails_twice)
     with pytest.raises(RuntimeError):
         fp8.convert(model, "delayed", filter=lambda module, name: True)
     assert names(model) == []

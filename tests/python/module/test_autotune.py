@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fp8
-from fp8.autotune import AutotuneReport, Tuned, _cases_of_model, _cases_of_shapes, _run
+from fp8.tools._autotune import AutotuneReport, Tuned, _cases_of_model, _cases_of_shapes, _run
 
 PROBLEM = (
     "matmul m=8 n=16 k=32 lda=32 ldb=32 ldo=16 a=float8_e4m3fn b=float8_e5m2 out=bfloat16 "
@@ -126,7 +126,7 @@ def test_autotune_mode_ends_when_a_layer_fails(monkeypatch):
     def fail(case):
         raise RuntimeError("no memory")
 
-    module = sys.modules["fp8.autotune"]  # fp8.autotune itself is the function
+    module = sys.modules["fp8.tools._autotune"]  # fp8.autotune itself is the function
     monkeypatch.setattr(module, "_run", fail)
     monkeypatch.setattr(module, "_progress", lambda cases: [None])
     with pytest.raises(RuntimeError, match="no memory"):

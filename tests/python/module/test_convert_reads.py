@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fp8
-from fp8 import rules
+from fp8.conversion import _rules as rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:fp8.convert converted nothing")
 

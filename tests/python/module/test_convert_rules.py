@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fp8
-from fp8 import rules
+from fp8.conversion import _rules as rules
 
 # The tests here convert on purpose where nothing may be converted.
 pytestmark = pytest.mark.filterwarnings("ignore:fp8.convert converted nothing")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fp8
-from fp8 import _loader
+from fp8._native import loader as _loader
 
 PACKAGE = Path(fp8.__file__).parent
 
@@ -148,11 +148,8 @@ def run(code, *path):
 
 
 def test_import_of_an_unbuilt_package_says_how_to_build(tmp_path):
-    unbuilt = tmp_path / "fp8"
-    unbuilt.mkdir()
-    for source in PACKAGE.glob("*.py"):
-        if source.name != "_build.py":
-            shutil.copy(source, unbuilt)
+    built = shutil.ignore_patterns("_build.py", "*.so", "lib", "include", "share", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "fp8", ignore=built)
     result = run("import fp8", tmp_path)
     assert result.returncode != 0
     assert "ImportError: fp8 cannot load its native library" in result.stderr

@@ -1,23 +1,62 @@
-"""fp8.RECIPES: the description of what the operator does, and the same names."""
+"""fp8.RECIPES: what each recipe stands for, written out; and one table, one grammar and one default
+for everything that takes a recipe."""
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fp8
-from fp8.recipe import OPTIONS, check_recipe
-from fp8.rules import worthwhile
+from fp8.conversion import worthwhile
+from fp8.conversion._rules import MIN_WORK
+from fp8.integrations.transformers import _experts as experts
+from fp8.recipe import DEFAULT_GROUPED_RECIPE, OPTIONS, check_grouped_recipe, check_recipe
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FPROP, DGRAD, EVERY = ("fprop",), ("fprop", "dgrad"), ("fprop", "dgrad", "wgrad")
+DENSE, BOTH = ("dense",), ("dense", "grouped")
+
+# granularity, scaling, dtype of dy, wgrad, fast_accum, linears
+EXPECTED = {
+    "tensorwise": ("tensorwise", "dynamic", E5M2, "fp8", FPROP, DENSE),
+    "rowwise": ("rowwise", "dynamic", E4M3, "fp8", FPROP, BOTH),
+    "rowwise_gw_hp": ("rowwise", "dynamic", E4M3, "high precision", FPROP, BOTH),
+    "blockwise": ("blockwise", "dynamic", E4M3, "fp8", (), DENSE),
+    "delayed": ("tensorwise", "delayed", E5M2, "fp8", FPROP, DENSE),
+    "rowwise_fast": ("rowwise", "dynamic", E4M3, "fp8", EVERY, BOTH),
+    "rowwise_fast_gw_hp": ("rowwise", "dynamic", E4M3, "high precision", DGRAD, BOTH),
+}
+FIELDS = ("granularity", "scaling", "grad_output_dtype", "wgrad", "fast_accum", "linears")
 
 
-def test_recipes_are_the_known_five():
-    assert list(fp8.RECIPES) == ["tensorwise", "rowwise", "rowwise_gw_hp", "blockwise", "delayed"]
+def test_recipes_are_what_is_written_here():
+    found = {
+        name: tuple(getattr(recipe, field) for field in FIELDS)
+        for name, recipe in fp8.RECIPES.items()
+    }
+    assert list(found.items()) == list(EXPECTED.items())
+    assert {recipe.input_dtype for recipe in fp8.RECIPES.values()} == {E4M3}
+    assert {recipe.weight_dtype for recipe in fp8.RECIPES.values()} == {E4M3}
     assert all(name == recipe.name for name, recipe in fp8.RECIPES.items())
+
+
+def test_the_librarys_table_is_all_fields_of_a_recipe():
+    rows, options, _ = torch.ops.fp8._recipes()
+    fields = {field.name for field in dataclasses.fields(fp8.Recipe)}
+    assert tuple(options) == OPTIONS
+    assert all(row.keys() | set(OPTIONS) == fields for row in rows)
+
+
+def test_grouped_recipes_are_those_of_the_table():
+    expected = [name for name, row in EXPECTED.items() if "grouped" in row[-1]]
+    assert tuple(expected) == fp8.GROUPED_RECIPES
 
 
 def test_recipes_cannot_be_changed():
@@ -25,17 +64,6 @@ def test_recipes_cannot_be_changed():
         fp8.RECIPES["mine"] = fp8.RECIPES["rowwise"]
     with pytest.raises(dataclasses.FrozenInstanceError, match="granularity"):
         fp8.RECIPES["rowwise"].granularity = "tensorwise"
-
-
-def test_recipes_describe_the_training_formats():
-    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
-    assert fp8.RECIPES["tensorwise"].grad_output_dtype == e5m2
-    assert fp8.RECIPES["rowwise"].grad_output_dtype == e4m3
-    assert {recipe.input_dtype for recipe in fp8.RECIPES.values()} == {e4m3}
-    assert {recipe.weight_dtype for recipe in fp8.RECIPES.values()} == {e4m3}
-    assert [r.wgrad for r in fp8.RECIPES.values()] == ["fp8", "fp8", "high precision", "fp8", "fp8"]
-    assert [r.fast_accum for r in fp8.RECIPES.values()] == [("fprop",)] * 3 + [(), ("fprop",)]
-    assert [r.scaling for r in fp8.RECIPES.values()] == ["dynamic"] * 4 + ["delayed"]
 
 
 def raised(call):
@@ -47,9 +75,24 @@ def raised(call):
     return None
 
 
+def meta(*shape, dtype=None):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
 def by_operator(recipe):
-    x = torch.empty(2, 16, device="meta")
-    return torch.ops.fp8.fused_linear(x, torch.empty(8, 16, device="meta"), None, recipe)
+    return torch.ops.fp8.fused_linear(meta(2, 16), meta(8, 16), None, recipe)
+
+
+def by_grouped_operator(recipe):
+    offsets = meta(3, dtype=torch.int32)
+    return torch.ops.fp8.grouped_linear(meta(2, 16), meta(3, 8, 16), offsets, None, recipe)
+
+
+def by_experts_operator(recipe):
+    index, weights = meta(2, 1, dtype=torch.int64), meta(2, 1)
+    return torch.ops.fp8.moe_experts(
+        meta(2, 16), index, weights, meta(3, 32, 16), meta(3, 16, 16), recipe=recipe
+    )
 
 
 @pytest.mark.parametrize("name", list(fp8.RECIPES))
@@ -70,25 +113,78 @@ def test_operator_and_python_list_the_same_recipes_and_options():
 
 
 def test_operator_and_python_have_the_same_grammar():
-    """Every sequence of up to three words and colons, some of them recipes."""
+    """Every sequence of up to three words and colons, some of them recipes; of dense linears, of
+    grouped ones and of experts."""
     words = ("", ":", "rowwise", "tensorwise", *OPTIONS, *(f":{option}" for option in OPTIONS))
     words += (" ", "::", "rowwise_gw_hp:", "Rowwise", "pow2")
     texts = {"".join(parts) for parts in itertools.product(words, repeat=3)}
-    accepted = set()
+    accepted = {"dense": set(), "grouped": set()}
     for text in sorted(texts):
-        refusals = [raised(lambda t=text: by_operator(t)), raised(lambda t=text: check_recipe(t))]
-        without_prefix = [message and message.split(": ", 1)[1] for message in refusals]
-        assert without_prefix[0] == without_prefix[1], text
-        if refusals[0] is None:
-            accepted.add(text)
+        for kind, *ways in (
+            ("dense", by_operator, check_recipe),
+            ("grouped", by_grouped_operator, by_experts_operator, check_grouped_recipe),
+        ):
+            refusals = [raised(lambda way=way, t=text: way(t)) for way in ways]
+            without_prefix = {message and message.split(": ", 1)[1] for message in refusals}
+            assert len(without_prefix) == 1, text
+            if refusals[0] is None:
+                accepted[kind].add(text)
     names = ("rowwise", "tensorwise", "rowwise_gw_hp")
     expected = {f"{name}:{option}" for name in names for option in OPTIONS}
-    assert accepted == expected | {"rowwise", "tensorwise"}
+    expected |= {"rowwise", "tensorwise"}
+    assert accepted["dense"] == expected
+    assert accepted["grouped"] == {text for text in expected if not text.startswith("tensorwise")}
+
+
+@pytest.mark.parametrize("option", ["", *(f":{option}" for option in OPTIONS)])
+@pytest.mark.parametrize("name", list(fp8.RECIPES))
+def test_grouped_linears_take_what_the_table_says(name, option):
+    recipe = name + option
+    takes = "grouped" in fp8.RECIPES[name].linears
+    for way in (by_grouped_operator, by_experts_operator, check_grouped_recipe):
+        assert (raised(lambda way=way: way(recipe)) is None) == takes
+    if takes:
+        assert check_grouped_recipe(recipe) == check_grouped_recipe(check_recipe(recipe))
+        return
+    for given in (recipe, check_recipe(recipe)):
+        with pytest.raises(ValueError, match=f"one per row, which .* got '{recipe}'"):
+            check_grouped_recipe(given)
+
+
+def default_of(op, argument="recipe"):
+    return next(a.default_value for a in op.default._schema.arguments if a.name == argument)
+
+
+def test_every_entry_point_has_the_same_default():
+    """Of grouped linears and experts, measured: the README's table of experts."""
+    assert DEFAULT_GROUPED_RECIPE == "rowwise_gw_hp"
+    ops = torch.ops.fp8
+    found = {
+        "grouped_linear": default_of(ops.grouped_linear),
+        "moe_experts": default_of(ops.moe_experts),
+        "fp8.ops.grouped_linear": inspect.signature(fp8.ops.grouped_linear).parameters["recipe"],
+        "fp8.ops.moe_experts": inspect.signature(fp8.ops.moe_experts).parameters["recipe"],
+        "fp8.GroupedLinear": inspect.signature(fp8.GroupedLinear).parameters["recipe"],
+        "a GroupedLinear": fp8.GroupedLinear(2, 16, 16).recipe,
+        "fp8.GroupedLinear.recipe": fp8.GroupedLinear.recipe,
+        "experts by transformers' switch": experts.recipe_of(nn.Module()),
+    }
+    defaults = {name: getattr(value, "default", value) for name, value in found.items()}
+    assert defaults == dict.fromkeys(found, DEFAULT_GROUPED_RECIPE)
+    header = Path(__file__).parents[3] / "csrc/include/fp8/ops.h"
+    if header.exists():  # run from a clone
+        text = header.read_text()
+        assert f'kDefaultGroupedRecipe = "{DEFAULT_GROUPED_RECIPE}"' in text
+        assert text.count("std::string_view recipe = kDefaultGroupedRecipe)") == 2
+
+
+def test_every_recipe_has_a_smallest_shape():
+    assert list(MIN_WORK) == list(fp8.RECIPES)
 
 
 @pytest.mark.parametrize("name", ["", "Tensorwise", "row wise", None, 3])
 def test_check_recipe_refuses_other_values(name):
-    known = f"'delayed', with options out of ':power_of_two', got {name!r}"
+    known = f"'rowwise_fast_gw_hp', with options out of ':power_of_two', got {name!r}"
     with pytest.raises(ValueError, match=re.escape(known)):
         check_recipe(name)
     with pytest.raises(ValueError, match=re.escape(f"':power_of_two', got {name!r}")):

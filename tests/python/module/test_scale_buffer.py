@@ -237,10 +237,10 @@ def test_scale_of_an_offloaded_layer_lives_where_it_runs():
     """Not where the input was seen, which the hook moves afterwards."""
     layer, _ = layer_and_input()
     layer.to("meta")
-    assert fp8._offload.scale_device(layer, torch.device("cpu")).type == "cpu"
+    assert fp8.nn._offload.scale_device(layer, torch.device("cpu")).type == "cpu"
     layer._hf_hook = type("Sequence", (), {"hooks": [object(), Offload.__new__(Offload)]})()
     layer._hf_hook.hooks[1].execution_device = "cuda:1"
-    assert fp8._offload.scale_device(layer, torch.device("cpu")) == torch.device("cuda:1")
+    assert fp8.nn._offload.scale_device(layer, torch.device("cpu")) == torch.device("cuda:1")
 
 
 def test_calibrate_inputs_on_meta():

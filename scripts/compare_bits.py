@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Are the operators of two builds bit-equal? For a change that should change nothing.
+
+    scripts/compare_bits.py OLD NEW [--device cuda]
+
+OLD and NEW are folders that hold libfp8_torch.so (python/fp8/lib of a build). Each is loaded in a
+process of its own and runs every public operator over tests/python/samples.py, forward and, where
+there is one, backward; outputs and gradients are compared byte by byte. A sample that only one of
+the two takes is listed, and is no difference. Exit status 1 where bytes differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def digest(tensor) -> str:
+    """dtype, shape and bytes."""
+    import torch
+
+    flat = tensor.detach().cpu().flatten().clone()
+    found = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return f"{tensor.dtype} {list(tensor.shape)} {found}"
+
+
+def results(op, sample) -> list[str]:
+    """Digests of the outputs, then of the gradients of every input that has one."""
+    import torch
+
+    def wants(value: object) -> bool:
+        return isinstance(value, torch.Tensor) and value.dtype in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        )
+
+    outputs = op(*sample.args, **sample.kwargs)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    found = [digest(output) for output in outputs]
+    inputs = [
+        value.detach().clone().requires_grad_() if wants(value) else value for value in sample.args
+    ]
+    try:
+        y = op(*inputs, **sample.kwargs)
+        if not isinstance(y, torch.Tensor) or not y.requires_grad:
+            return found
+        torch.manual_seed(1)
+        y.backward(torch.randn(y.shape, device=y.device).to(y.dtype))
+    except (NotImplementedError, RuntimeError) as error:
+        if "differentiable" in str(error) or "derivative" in str(error) or "leaf" in str(error):
+            return found
+        raise
+    return found + [
+        digest(value.grad)
+        for value in inputs
+        if isinstance(value, torch.Tensor) and value.grad is not None
+    ]
+
+
+def run(folder: Path, device: str) -> dict[str, list[str]]:
+    """In this process: {operator and sample: digests, or one text that says why not}."""
+    sys.path.insert(0, str(ROOT / "tests" / "python"))
+    import torch
+
+    torch.ops.load_library(str(folder / "libfp8_torch.so"))
+    import samples
+
+    found: dict[str, list[str]] = {}
+    for name in samples.public_namespace():
+        torch.manual_seed(0)
+        for sample in samples.samples(name, device):
+            try:
+                found[f"{name}, {sample.name}"] = results(getattr(torch.ops.fp8, name), sample)
+            except Exception as error:  # another schema, as a rule: said below
+                found[f"{name}, {sample.name}"] = [f"{type(error).__name__}: {error}".split("\n")[0]]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run(options.new.resolve(), options.device)))
+        return 0
+    found = []
+    for folder in (options.old, options.new):
+        command = [sys.executable, __file__, str(folder), str(folder), "--one"]
+        done = subprocess.run(
+            [*command, "--device", options.device], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            print(done.stderr, file=sys.stderr)
+            return 2
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    old, new = found
+    refused = {key for key in old | new if any("Error" in line for line in old.get(key, []))}
+    refused |= {key for key in new if any("Error" in line for line in new[key])}
+    both = (old.keys() & new.keys()) - refused
+    different = sorted(key for key in both if old[key] != new[key])
+    for key in different:
+        print(f"differs: {key}\n  old {old[key]}\n  new {new[key]}")
+    for key in sorted((old.keys() | new.keys()) - both):
+        print(f"not in both: {key}: {[line for line in old.get(key, []) + new.get(key, []) if 'Error' in line]}")
+    tensors = sum(len(old[key]) for key in both)
+    print(
+        f"compare_bits on {options.device}: {len(both)} calls, {tensors} tensors, "
+        f"{len(different)} differ, {len(old.keys() | new.keys()) - len(both)} not in both"
+    )
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
