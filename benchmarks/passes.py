@@ -1,5 +1,5 @@
-"""Passes that no operator makes alone: the kernels between the grouped products of moe_experts, each
-by its name in a profile of whole steps. Their inputs were written by the kernels before them, so
+"""Passes that no operator makes alone: the kernels between the grouped products of moe_experts, by
+their names in a profile of whole steps. Their inputs were written by the kernels before them, so
 what fits into L2 may still be there."""
 
 from __future__ import annotations
