@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ._calls import CALLED, _mark_traced
 from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe, check_grouped_recipe
+from ._calls import CALLED, _mark_traced
 
 _grouped_linear = torch.ops.fp8.grouped_linear.default
 
