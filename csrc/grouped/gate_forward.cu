@@ -22,7 +22,10 @@ struct GroupRows {
   __device__ __forceinline__ bool has(int64_t /*row*/, bool exists) const { return exists; }
   __device__ __forceinline__ int64_t cols() const { return features; }
   __device__ __forceinline__ void put_scale(int64_t row, float value) const { scale[row] = value; }
-  __device__ __forceinline__ uint8_t* row(int64_t index) const { return data + index * features; }
+  __device__ __forceinline__ int early(int64_t /*row*/) const { return 0; }
+  __device__ __forceinline__ uint8_t* row(int64_t index, int /*early*/) const {
+    return data + index * features;
+  }
   __device__ __forceinline__ void put(uint8_t* row, int64_t col, uint2 codes) const {
     *reinterpret_cast<uint2*>(row + col) = codes;
   }

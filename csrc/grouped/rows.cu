@@ -31,14 +31,19 @@ struct ScatteredRows {
     int64_t index;
     uint8_t* first;  // its first copy
   };
-  __device__ __forceinline__ uint8_t* at(int64_t row, int64_t copy) const {
-    return static_cast<uint8_t*>(args.data) + destination(row, copy) * args.cols;
+  __device__ __forceinline__ uint8_t* codes_of(int64_t destination) const {
+    return static_cast<uint8_t*>(args.data) + destination * args.cols;
   }
-  __device__ __forceinline__ Row row(int64_t index) const { return {index, at(index, 0)}; }
+  __device__ __forceinline__ int64_t early(int64_t index) const {
+    return index < args.rows ? destination(index, 0) : 0;
+  }
+  __device__ __forceinline__ Row row(int64_t index, int64_t early) const {
+    return {index, codes_of(early)};
+  }
   __device__ __forceinline__ void put(const Row& row, int64_t col, uint2 codes) const {
     *reinterpret_cast<uint2*>(row.first + col) = codes;
     for (int64_t copy = 1; copy < args.copies; ++copy) {
-      *reinterpret_cast<uint2*>(at(row.index, copy) + col) = codes;
+      *reinterpret_cast<uint2*>(codes_of(destination(row.index, copy)) + col) = codes;
     }
   }
 };
@@ -78,20 +83,20 @@ unsigned threads_of_row(int64_t cols) {
   return static_cast<unsigned>(std::min<int64_t>(kThreads, round_up(ceil_div(cols, 8), 32)));
 }
 
-constexpr int kBatch = 4;
-
-template <typename T>
+// kBias: of the experts' rows.
+template <typename T, bool kBias>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArgs a) {
+  constexpr int kBatch = kBias ? 4 : 8;
   const int64_t token = blockIdx.x;
   const int64_t rows = grouped_rows(a.offsets, a.groups, a.tokens * a.top_k);
   for (int64_t col = threadIdx.x * 8; col < a.cols; col += blockDim.x * 8) {
     float sum[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum[j] = 0.0F;
-    // Four choices are on their way at a time; they are added in order.
+    // A batch of choices is on its way at a time; they are added in order.
     for (int64_t choice = 0; choice < a.top_k; choice += kBatch) {
       Vec8<T> v[kBatch];
-      Vec8<T> bias[kBatch];
+      Vec8<T> bias[kBias ? kBatch : 1];
       float weight[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -102,16 +107,19 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArgs a) 
         weight[i] = !counts ? 0.0F : a.weights != nullptr ? __ldg(a.weights + slot) : 1.0F;
         v[i] = load8(static_cast<const T*>(a.x) + (counts ? row * a.cols + col : 0), counts ? 8 : 0,
                      true);
-        const bool biased = counts && a.bias != nullptr;
-        bias[i] = load8(
-            static_cast<const T*>(a.bias) + (biased ? __ldg(a.experts + slot) * a.cols + col : 0),
-            biased ? 8 : 0, true);
+        if constexpr (kBias) {
+          bias[i] = load8(
+              static_cast<const T*>(a.bias) + (counts ? __ldg(a.experts + slot) * a.cols + col : 0),
+              counts ? 8 : 0, true);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          sum[j] = __fadd_rn(sum[j], __fmul_rn(weight[i], __fadd_rn(v[i].get(j), bias[i].get(j))));
+          const float value = kBias ? __fadd_rn(v[i].get(j), bias[kBias ? i : 0].get(j))
+                                    : __fadd_rn(v[i].get(j), 0.0F);
+          sum[j] = __fadd_rn(sum[j], __fmul_rn(weight[i], value));
         }
       }
     }
@@ -192,8 +200,8 @@ void scatter_rows(const ScatterRowsArgs& args, Stream stream) {
         .vectorized = on_16_bytes(args.x) && args.ld * dtype_bytes(args.x_dtype) % 16 == 0};
     if (args.data != nullptr) {
       dispatch_format(args.dtype, [&](auto format) {
-        launch_rows<typename decltype(format)::type, 1, kScatterVectors>(
-            params, args.rows, args.overlaps_previous, stream);
+        launch_rows<typename decltype(format)::type, 1, kScatterVectors>(params, args.rows, false,
+                                                                         stream);
       });
     }
     if (args.plain != nullptr) {
@@ -208,8 +216,9 @@ void combine(const CombineArgs& args, Stream stream) {
               on_16_bytes(args.out) && on_16_bytes(args.bias),
           "combine expects tokens, and columns in eights on 16 bytes");
   dispatch_input(args.dtype, [&](auto input) {
-    launch(combine_kernel<typename decltype(input)::type>, static_cast<unsigned>(args.tokens),
-           threads_of_row(args.cols), stream, args);
+    using T = typename decltype(input)::type;
+    const auto kernel = args.bias != nullptr ? combine_kernel<T, true> : combine_kernel<T, false>;
+    launch(kernel, static_cast<unsigned>(args.tokens), threads_of_row(args.cols), stream, args);
   });
 }
 

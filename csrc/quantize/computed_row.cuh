@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kMinBlocks) computed_row_kerne
   const auto sink = p.sink();
   if (!sink.has(at.row, cols > 0)) return;
   if (at.thread == 0) sink.put_scale(at.row, group.scale);
-  const auto out = sink.row(at.row);
+  const auto out = sink.row(at.row, sink.early(at.row));
   const auto end = static_cast<int>(sink.cols());
 #pragma unroll 2
   for (int i = 0, col = first; col < end; ++i, col += stride) {

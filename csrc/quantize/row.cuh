@@ -11,7 +11,10 @@
 //                               whether it has one
 //   cols()                      columns that are written: from the source's on, zeros
 //   put_scale(index, scale)     from one thread of the row
-//   Row row(index)              where a row's codes go
+//   early(index)                what it needs to know for that, read beside the source; whatever
+//   the
+//                               launch that is overlapped writes must not be among it
+//   Row row(index, early)       where a row's codes go
 //   put(row, col, codes)        eight of them, from `col`
 #pragma once
 
@@ -74,6 +77,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<ElementOf<Params>>)
   const int64_t cols = source.cols_of(at.row);
   const int64_t stride = static_cast<int64_t>(p.plan.threads_per_row) * 8;
 
+  const auto sink = p.sink();
+  const auto early = sink.early(at.row);
   Vec8<T> v[kVectors];
   const auto load = [&](int iteration) {
     const int64_t col0 = iteration * kVectors * stride + at.thread * 8;
@@ -94,10 +99,9 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<ElementOf<Params>>)
   const GroupScale group = scale_from_amax(bits, Format::kMax, p.power_of_two);
 
   wait_for_previous();
-  const auto sink = p.sink();
   if (!sink.has(at.row, cols > 0)) return;
   if (at.thread == 0) sink.put_scale(at.row, group.scale);
-  const auto out = sink.row(at.row);
+  const auto out = sink.row(at.row, early);
   for (int iteration = 0; iteration < p.plan.iterations; ++iteration) {
     if (p.plan.iterations > 1) load(iteration);
     const int64_t col0 = iteration * kVectors * stride + at.thread * 8;

@@ -15,7 +15,8 @@ struct PaddedRows {
   }
   __device__ __forceinline__ int64_t cols() const { return data.ld; }
   __device__ __forceinline__ void put_scale(int64_t row, float value) const { scale[row] = value; }
-  __device__ __forceinline__ uint8_t* row(int64_t index) const {
+  __device__ __forceinline__ int early(int64_t /*row*/) const { return 0; }
+  __device__ __forceinline__ uint8_t* row(int64_t index, int /*early*/) const {
     return static_cast<uint8_t*>(data.data) + index * data.ld;
   }
   __device__ __forceinline__ void put(uint8_t* row, int64_t col, uint2 codes) const {
