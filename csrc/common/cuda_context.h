@@ -1,4 +1,5 @@
-// The one place where the torch layer meets the CUDA runtime: device guard and current stream.
+// The one place where the torch layer meets the CUDA runtime: device guard and current stream, and
+// the choice between a pass of the core and the CPU's.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -38,3 +39,21 @@ inline uint64_t capture_id(cudaStream_t stream) {
 #endif
 
 }  // namespace fp8
+
+// Runs core::NAME on the current stream of `like`, or cpu::NAME.
+#ifdef FP8_WITH_CUDA
+#define FP8_RUN_PASS(NAME, like, ...)                                    \
+  do {                                                                   \
+    if ((like).is_cpu()) {                                               \
+      ::fp8::cpu::NAME(__VA_ARGS__);                                     \
+    } else {                                                             \
+      ::fp8::core::NAME(__VA_ARGS__, ::fp8::cuda::current_stream(like)); \
+    }                                                                    \
+  } while (false)
+#else
+#define FP8_RUN_PASS(NAME, like, ...)                 \
+  do {                                                \
+    if (!(like).is_cpu()) ::fp8::throw_no_cuda(like); \
+    ::fp8::cpu::NAME(__VA_ARGS__);                    \
+  } while (false)
+#endif

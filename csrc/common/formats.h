@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <bit>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <variant>
 
 #include "fp8/core.h"
 
@@ -45,21 +47,35 @@ constexpr bool is_blockwise(core::Granularity granularity) {
 
 // The scale is that of earlier calls, as a rule, so that x is read once.
 constexpr bool is_delayed(const core::QuantizeArgs& args) {
-  return args.amax_history != nullptr && args.amax_call >= core::kAmaxWindow &&
-         args.column_sum == nullptr;
+  return std::holds_alternative<core::Delayed>(args.scaling) && args.column_sum == nullptr;
+}
+
+constexpr bool takes_own_amax(const core::QuantizeArgs& args) {
+  return std::holds_alternative<core::OwnAmax>(args.scaling);
 }
 
 // Whether a tensor of amax `own` may be cast with the scale of the amax `used`: see fp8/core.h.
 FP8_HOST_DEVICE constexpr bool suits(float used, float own) {
-  return own == 0.0F || (own <= used && used <= core::kAmaxSlack * own);
+  return own == 0.0F ? used <= FLT_MAX : own <= used && used <= core::kAmaxSlack * own;
 }
 
-// Places of a history: record `call` of a ring, and what it holds.
-FP8_HOST_DEVICE constexpr int history_slot(uint64_t call) {
-  return static_cast<int>(call % core::kAmaxRecords);
-}
+// Words of a history: a ring of records, of which record i lies at i % kAmaxRecords, first all of
+// the calls' own amaxes, then what was used, then fingerprints; the number of records made so far,
+// modulo 2^32 (where it is 0 again, the history begins anew); the next cast's guess, or 0.
 inline constexpr int kHistoryUsed = core::kAmaxRecords;
 inline constexpr int kHistoryFingerprint = 2 * core::kAmaxRecords;
+inline constexpr int kHistoryCount = 3 * core::kAmaxRecords;
+inline constexpr int kHistoryGuess = kHistoryCount + 1;
+static_assert(core::kAmaxHistorySize == kHistoryGuess + 1);
+
+// The newest records, in which a call looks for its x.
+inline constexpr uint32_t kAmaxSearched = core::kAmaxRecords - 1;
+
+// Of a record whose call did not look at x but for its amax; no x has it.
+inline constexpr uint32_t kNoFingerprint = 0;
+FP8_HOST_DEVICE constexpr uint32_t fingerprint_of(uint32_t sum) {
+  return sum == kNoFingerprint ? 1 : sum;
+}
 
 // Mixes the bits of a word (the finalizer of MurmurHash3): a fingerprint is a sum of these, so that
 // it does not depend on the order in which its parts are added.

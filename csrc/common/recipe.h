@@ -33,7 +33,7 @@ struct Recipe {
   bool fast_dgrad = false;
   bool fast_wgrad = false;
   bool fp8_wgrad = true;      // false: dW in x's own precision, for which x itself is saved
-  bool delayed = false;       // scales from the amaxes of earlier calls (linear/delayed.h)
+  bool delayed = false;       // scales from the amaxes of earlier calls, where there is a history
   bool power_of_two = false;  // an option of each: computed scales are powers of two
 };
 

@@ -3,6 +3,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/SymInt.h>
 
 #ifdef FP8_WITH_CUDA
@@ -54,6 +55,19 @@ inline at::Tensor empty_on([[maybe_unused]] const at::Tensor& like, at::IntArray
   return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, std::nullopt);
 }
 
+// Takes the place of a result that nobody asked for: an operator's results are tensors.
+inline at::Tensor none_like(const at::Tensor& x) {
+  return x.is_meta() ? at::empty({0}, x.options()) : empty_on(x, {0}, x.scalar_type());
+}
+
+inline at::Tensor or_none(const at::Tensor& t, const at::Tensor& like) {
+  return t.defined() ? t : none_like(like);
+}
+
+inline bool on_16_bytes(const at::Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
 // Extents of padded buffers; template so that symbolic extents pad too.
 template <typename Int>
 Int pad16(const Int& extent) {
@@ -87,6 +101,11 @@ inline at::Tensor as_matrix(const at::Tensor& x) {
       x.numel() == 0 ? c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)) : x.numel() / cols;
   const at::Tensor matrix = x.reshape({rows, cols});
   return matrix.stride(1) == 1 || cols == 1 ? matrix : matrix.contiguous();
+}
+
+// Whether a stack of matrices [groups, rows, cols] is stored as [groups, cols, rows].
+inline bool is_stored_transposed(const at::Tensor& stack) {
+  return !stack.is_contiguous() && stack.transpose(1, 2).is_contiguous();
 }
 
 // Elements between rows of a matrix from as_matrix. One row has no stride to speak of.

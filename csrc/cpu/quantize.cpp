@@ -6,15 +6,15 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <optional>
+#include <variant>
 #include <vector>
 
 #include "common/formats.h"
 #include "common/launch.h"
+#include "cpu/history.h"
 #include "cpu/kernels.h"
 #include "cpu/loops.h"
 
@@ -64,15 +64,9 @@ float tensor_amax(const Input& in) {
   return std::bit_cast<float>(bits);
 }
 
-// amax of the finite values, and a fingerprint of x.
-struct Report {
-  uint32_t amax = 0;
-  uint32_t print = 0;
-};
-
 Report finite_report(const Input& in) {
   const auto& a = in.args;
-  return at::parallel_reduce(
+  Report all = at::parallel_reduce(
       0, a.rows, grain(a.cols), Report{},
       [&](int64_t begin, int64_t end, Report found) {
         std::vector<float> row(a.cols);
@@ -87,71 +81,23 @@ Report finite_report(const Input& in) {
       [](const Report& x, const Report& y) {
         return Report{std::max(x.amax, y.amax), x.print + y.print};
       });
+  all.print = fingerprint_of(all.print);
+  return all;
 }
 
-// The words of a history. Threads may share one.
-struct History {
-  const core::QuantizeArgs& args;
-  std::atomic_ref<float> operator()(int part, uint64_t call) const {
-    return std::atomic_ref<float>(args.amax_history[part + history_slot(call)]);
-  }
-  float load(int part, uint64_t call) const {
-    return (*this)(part, call).load(std::memory_order_relaxed);
-  }
-  // What the newest record of the same amax and fingerprint used; else one of the same amax whose
-  // call took that at once.
-  std::optional<float> find(float own, uint32_t print) const {
-    bool taken_at_once = false;
-    for (int ago = 1; ago < core::kAmaxRecords; ++ago) {
-      const uint64_t call = args.amax_call - ago;  // before the first: words of 0
-      if (load(0, call) != own) continue;
-      const auto found = std::bit_cast<uint32_t>(load(kHistoryFingerprint, call));
-      if (found == print) return load(kHistoryUsed, call);
-      taken_at_once |= found == 0;
-    }
-    return taken_at_once ? std::optional(own) : std::nullopt;
-  }
-  void leave(float own, float used, uint32_t print) const {
-    (*this)(0, args.amax_call).store(own, std::memory_order_relaxed);
-    (*this)(kHistoryUsed, args.amax_call).store(used, std::memory_order_relaxed);
-    (*this)(kHistoryFingerprint, args.amax_call)
-        .store(std::bit_cast<float>(print), std::memory_order_relaxed);
-  }
-};
-
-// The amax whose scale a delayed cast would take before it has seen x: quantize/tile.cuh.
-float expected_amax(const History& history) {
-  const auto& a = history.args;
-  float largest = 0.0F;
-  for (int ago = 1; ago <= core::kAmaxWindow; ++ago) {
-    const float before = history.load(0, a.amax_call - ago);
-    if (std::isfinite(before)) largest = std::max(largest, before);
-  }
-  const float used = history.load(kHistoryUsed, a.amax_call - 1);
-  const auto print = [&](uint64_t ago) {
-    return std::bit_cast<uint32_t>(history.load(kHistoryFingerprint, a.amax_call - ago));
-  };
-  const bool same_amax = history.load(0, a.amax_call - 1) == history.load(0, a.amax_call - 2);
-  const bool repeats = a.recomputes || (same_amax && print(1) != 0 && print(1) == print(2));
-  return repeats && std::isfinite(used) ? used : largest;
+// Delayed scaling: the amax that makes the scale.
+float delayed_amax(const Input& in, uint32_t* history) {
+  if (is_delayed(in.args)) return std::bit_cast<float>(settle_amax(history, finite_report(in)));
+  const float own = tensor_amax(in);
+  record_amax(history, std::bit_cast<uint32_t>(own));
+  return own;
 }
 
-// Delayed scaling: the amax that makes the scale, by the rule in fp8/core.h. Leaves a record.
-float delayed_amax(const Input& in) {
-  const auto& a = in.args;
-  const History history{a};
-  if (!is_delayed(a)) {
-    const float own = tensor_amax(in);
-    if (!a.recomputes) history.leave(own, own, 0);
-    return own;
-  }
-  const Report report = finite_report(in);
-  const float own = std::bit_cast<float>(report.amax);
-  // A record suits by itself, unless another thread wrote over it while it was read.
-  const float found = history.find(own, report.print).value_or(expected_amax(history));
-  const float used = suits(found, own) ? found : own;
-  if (!a.recomputes) history.leave(own, used, report.print);
-  return used;
+// What makes the scale, where that is not given.
+float scale_amax(const Input& in) {
+  if (const auto* known = std::get_if<core::KnownAmax>(&in.args.scaling)) return *known->amax;
+  const auto* delayed = std::get_if<core::Delayed>(&in.args.scaling);
+  return delayed != nullptr ? delayed_amax(in, delayed->history) : tensor_amax(in);
 }
 
 // multiplier(row, widened row) gives each row's quant_multiplier.
@@ -231,13 +177,11 @@ void column_sums(const Input& in) {
 void quantize_tensorwise(const Input& in) {
   const auto& a = in.args;
   float multiplier = 0.0F;
-  if (a.static_scale != nullptr) {
-    multiplier = 1.0F / *a.static_scale;
-    if (a.scale != nullptr) *a.scale = *a.static_scale;
+  if (const auto* given = std::get_if<core::StaticScale>(&a.scaling)) {
+    multiplier = 1.0F / *given->scale;
+    if (a.scale != nullptr) *a.scale = *given->scale;
   } else {
-    const float amax = a.amax != nullptr           ? *a.amax
-                       : a.amax_history != nullptr ? delayed_amax(in)
-                                                   : tensor_amax(in);
+    const float amax = scale_amax(in);
     multiplier = quant_multiplier(amax, fp8_max(a.dtype), a.power_of_two);
     if (a.scale != nullptr) *a.scale = 1.0F / multiplier;
     if (a.amax_out != nullptr) *a.amax_out = amax;

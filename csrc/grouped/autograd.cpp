@@ -10,30 +10,18 @@
 #include <array>
 #include <utility>
 
+#include "common/operators.h"
 #include "common/ranges.h"
 #include "common/recipe.h"
+#include "common/tensors.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/operands.h"
 
 namespace fp8::autograd {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool wants_grad(const std::optional<at::Tensor>& t) {
-  return t.has_value() && t->defined() && t->requires_grad();
-}
-
-std::optional<at::Tensor> optional(const at::Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
-}
 
 class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
  public:
@@ -53,7 +41,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
                             fp8_wgrad ? x_t_scale : none, fp8_wgrad ? padded_offsets : none,
                             needs_dx ? weight : none, offsets});
     ctx->saved_data["in_features"] = weight.sym_size(2);
-    ctx->saved_data["transposed"] = grouped::is_stored_transposed(weight);
+    ctx->saved_data["transposed"] = is_stored_transposed(weight);
     ctx->saved_data["recipe"] = recipe;
     ctx->saved_data["needs_dx"] = needs_dx;
     ctx->saved_data["needs_dweight"] = needs_dweight;

@@ -18,10 +18,6 @@
 namespace fp8 {
 namespace {
 
-at::Tensor none_like(const at::Tensor& x) {
-  return x.is_meta() ? at::empty({0}, x.options()) : empty_on(x, {0}, x.scalar_type());
-}
-
 // Zeros behind the last two dimensions' (or the last one's) elements, up to multiples of 16.
 at::Tensor padded(const at::Tensor& t, int64_t dims) {
   std::vector<int64_t> pad;
@@ -65,6 +61,67 @@ at::Tensor group_sums_of(const at::Tensor& dy, const at::Tensor& offsets) {
                                  .out = out.mutable_data_ptr()};
   FP8_RUN_PASS(group_sums, dy, args);
   return out;
+}
+
+struct BackwardArgs {
+  const at::Tensor& dy;                             // [T, N]
+  const std::optional<at::Tensor>& x;               // x_t [pad16(K), L] FP8, or x [T, K]
+  const std::optional<at::Tensor>& x_t_scale;       // [E, pad16(K)] fp32
+  const std::optional<at::Tensor>& padded_offsets;  // [E] int32
+  const std::optional<at::Tensor>& weight;          // [E, N, K]
+  const at::Tensor& offsets;                        // [E] int32
+  int64_t k;
+  bool transposed;  // how dweight is stored
+  Recipe recipe;
+};
+
+// [T, K]
+at::Tensor input_gradient(const BackwardArgs& args, const at::Tensor& dy_rows) {  // [T, pad16(N)]
+  const Side qdy = grouped::quantize_rows(dy_rows, args.recipe.power_of_two);
+  const Side qw = grouped::weight_for_dgrad(padded(*args.weight, 2), args.recipe.power_of_two);
+  const at::Tensor dx = first_columns(
+      grouped::multiply_rows(qdy, qw, args.offsets, args.dy.scalar_type(), args.recipe.fast_dgrad),
+      args.k);
+  finish(dx, args.offsets, {});
+  return dx;
+}
+
+// Of padded extents, as it is stored: [E, pad16(N), pad16(K)] or, transposed, [E, pad16(K),
+// pad16(N)].
+at::Tensor stored_weight_gradient(const BackwardArgs& args,
+                                  const at::Tensor& dy_rows) {  // [T, pad16(N)]
+  const at::Tensor& x = *args.x;
+  if (!args.recipe.fp8_wgrad) {
+    const at::Tensor x_rows = rows_of(x);
+    return args.transposed ? grouped::multiply_high_precision(x_rows, dy_rows, args.offsets)
+                           : grouped::multiply_high_precision(dy_rows, x_rows, args.offsets);
+  }
+  const grouped::Tiles tiles = grouped::make_tiles(args.offsets, dy_rows.size(0));
+  const Side qdy_t = grouped::quantize_columns(dy_rows, tiles, args.recipe.power_of_two);
+  const Side qx_t = operand::given("_grouped_backward", "x_t", x, *args.x_t_scale,
+                                   core::Granularity::kRowwise, x.size(0));
+  return grouped::multiply_columns(args.transposed ? qx_t : qdy_t, args.transposed ? qdy_t : qx_t,
+                                   *args.padded_offsets, args.dy.scalar_type(),
+                                   args.recipe.fast_wgrad);
+}
+
+// [E, N, K]
+at::Tensor weight_gradient(const BackwardArgs& args, const at::Tensor& dy_rows) {  // [T, pad16(N)]
+  at::Tensor stored = stored_weight_gradient(args, dy_rows);
+  const int64_t features = args.dy.size(1);
+  const int64_t rows = args.transposed ? args.k : features;
+  const int64_t cols = args.transposed ? features : args.k;
+  if (stored.size(1) != rows || stored.size(2) != cols) {
+    stored = stored.narrow(1, 0, rows).narrow(2, 0, cols).contiguous();
+  }
+  return args.transposed ? stored.transpose(1, 2) : stored;
+}
+
+at::Tensor zero_weight_gradient(const BackwardArgs& args) {
+  const int64_t groups = args.offsets.size(0);
+  const int64_t features = args.dy.size(1);
+  return args.transposed ? at::zeros({groups, args.k, features}, args.dy.options()).transpose(1, 2)
+                         : at::zeros({groups, features, args.k}, args.dy.options());
 }
 
 }  // namespace
@@ -120,8 +177,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
   if (empty) {
     y = at::zeros({x.size(0), features}, x.options());
   } else {
-    const grouped::Operand qx = grouped::quantize_rows(rows, recipe.power_of_two);
-    const grouped::Operand qw = grouped::weight_for_fprop(padded(weight, 2), recipe.power_of_two);
+    const Side qx = grouped::quantize_rows(rows, recipe.power_of_two);
+    const Side qw = grouped::weight_for_fprop(padded(weight, 2), recipe.power_of_two);
     y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), recipe.fast_fprop),
                       features);
   }
@@ -139,8 +196,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
             at::zeros({groups}, offsets.options())};
   }
   const grouped::Tiles tiles = grouped::make_tiles(offsets, x.size(0));
-  const grouped::Operand qx_t = grouped::quantize_columns(rows, tiles, recipe.power_of_two);
-  return {y, qx_t.data, qx_t.scale, tiles.padded_offsets};
+  const Side qx_t = grouped::quantize_columns(rows, tiles, recipe.power_of_two);
+  return {y, qx_t.codes, qx_t.scales, tiles.padded_offsets};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
@@ -149,67 +206,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const std::optional<at::Tensor>& weight, const at::Tensor& given_offsets,
     c10::SymInt in_features, bool transposed, int64_t recipe_id, bool needs_dx, bool needs_dweight,
     bool needs_dbias) {
-  const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(given_dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::Tensor offsets = given_offsets.contiguous();
   const at::Tensor dy = as_matrix(given_dy);
-  const at::ScalarType dtype = dy.scalar_type();
-  const int64_t rows = dy.size(0);
-  const int64_t features = dy.size(1);
+  const at::Tensor offsets = given_offsets.contiguous();
   const int64_t groups = offsets.size(0);
-  const int64_t k = in_features.expect_int();
-  const bool empty = rows == 0 || features == 0 || k == 0 || groups == 0;
-
+  const BackwardArgs args{.dy = dy,
+                          .x = x,
+                          .x_t_scale = x_t_scale,
+                          .padded_offsets = padded_offsets,
+                          .weight = weight,
+                          .offsets = offsets,
+                          .k = in_features.expect_int(),
+                          .transposed = transposed,
+                          .recipe = grouped_recipe_at(recipe_id)};
+  const bool empty = dy.numel() == 0 || args.k == 0 || groups == 0;
+  const at::Tensor dy_rows = empty ? dy : rows_of(dy);
   at::Tensor dx;
   at::Tensor dweight;
   at::Tensor dbias;
   if (needs_dbias) {
-    dbias = dy.numel() == 0 || groups == 0 ? at::zeros({groups, features}, dy.options())
+    dbias = dy.numel() == 0 || groups == 0 ? at::zeros({groups, dy.size(1)}, dy.options())
                                            : group_sums_of(dy, offsets);
   }
-  if (empty) {
-    if (needs_dx) dx = at::zeros({rows, k}, dy.options());
-    if (needs_dweight) dweight = at::zeros({groups, features, k}, dy.options());
+  if (needs_dx) {
+    dx = empty ? at::zeros({dy.size(0), args.k}, dy.options()) : input_gradient(args, dy_rows);
   }
-  const at::Tensor dy_rows = empty ? dy : rows_of(dy);
-  if (needs_dx && !empty) {
-    const grouped::Operand qdy = grouped::quantize_rows(dy_rows, recipe.power_of_two);
-    const grouped::Operand qw = grouped::weight_for_dgrad(padded(*weight, 2), recipe.power_of_two);
-    dx = first_columns(grouped::multiply_rows(qdy, qw, offsets, dtype, recipe.fast_dgrad), k);
-    finish(dx, offsets, {});
-  }
-  if (needs_dweight && !empty) {
-    if (recipe.fp8_wgrad) {
-      const grouped::Tiles tiles = grouped::make_tiles(offsets, rows);
-      const grouped::Operand qdy_t = grouped::quantize_columns(dy_rows, tiles, recipe.power_of_two);
-      const grouped::Operand qx_t{*x, *x_t_scale};
-      dweight =
-          transposed
-              ? grouped::multiply_columns(qx_t, qdy_t, *padded_offsets, dtype, recipe.fast_wgrad)
-              : grouped::multiply_columns(qdy_t, qx_t, *padded_offsets, dtype, recipe.fast_wgrad);
-    } else {
-      const at::Tensor x_rows = rows_of(*x);
-      dweight = transposed ? grouped::multiply_high_precision(x_rows, dy_rows, offsets)
-                           : grouped::multiply_high_precision(dy_rows, x_rows, offsets);
-    }
-    const int64_t stored_rows = transposed ? k : features;
-    const int64_t stored_cols = transposed ? features : k;
-    if (dweight.size(1) != stored_rows || dweight.size(2) != stored_cols) {
-      dweight = dweight.narrow(1, 0, stored_rows).narrow(2, 0, stored_cols).contiguous();
-    }
-    if (transposed) dweight = dweight.transpose(1, 2);
-  } else if (needs_dweight && transposed) {
-    dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2);
-  }
-  const auto or_none = [&](const at::Tensor& t) { return t.defined() ? t : none_like(dy); };
-  return {or_none(dx), or_none(dweight), or_none(dbias)};
-}
-
-at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
-                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  return std::get<0>(_grouped_forward(x, weight, offsets, bias,
-                                      grouped_recipe_id("grouped_linear", recipe), false));
+  if (needs_dweight) dweight = empty ? zero_weight_gradient(args) : weight_gradient(args, dy_rows);
+  return {or_none(dx, dy), or_none(dweight, dy), or_none(dbias, dy)};
 }
 
 }  // namespace kernel
@@ -252,12 +276,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
           needs_dbias ? at::empty_symint({groups, features}, dy.options()) : none_like(dy)};
 }
 
-at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
-                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  return std::get<0>(_grouped_forward(x, weight, offsets, bias,
-                                      grouped_recipe_id("grouped_linear", recipe), false));
-}
-
 }  // namespace meta
+
+at::Tensor composite::grouped_linear(const at::Tensor& x, const at::Tensor& weight,
+                                     const at::Tensor& offsets,
+                                     const std::optional<at::Tensor>& bias,
+                                     std::string_view recipe) {
+  const auto forward = x.is_meta() ? meta::_grouped_forward : kernel::_grouped_forward;
+  return std::get<0>(forward(x, weight, offsets, bias, grouped_recipe_id("grouped_linear", recipe),
+                             /*save_x=*/false));
+}
 
 }  // namespace fp8

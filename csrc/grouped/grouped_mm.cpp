@@ -42,30 +42,30 @@ void for_groups(const at::Tensor& offsets, int64_t limit, const Visit& visit) {
   }
 }
 
-at::Tensor multiply_rows_cpu(const Operand& a, const Operand& b, const at::Tensor& offsets,
+at::Tensor multiply_rows_cpu(const Side& a, const Side& b, const at::Tensor& offsets,
                              at::ScalarType out_dtype) {
-  const at::Tensor left = decoded(a.data).mul_(a.scale.unsqueeze(1));
+  const at::Tensor left = decoded(a.codes).mul_(a.scales.unsqueeze(1));
   const at::Tensor out =
-      at::empty({a.data.size(0), b.data.size(1)}, a.scale.options().dtype(out_dtype));
+      at::empty({a.codes.size(0), b.codes.size(1)}, a.scales.options().dtype(out_dtype));
   for_groups(offsets, left.size(0), [&](int64_t g, int64_t begin, int64_t rows) {
     if (rows == 0) return;
-    const at::Tensor right = decoded(b.data[g]);
+    const at::Tensor right = decoded(b.codes[g]);
     out.narrow(0, begin, rows)
-        .copy_(at::mm(left.narrow(0, begin, rows), right.t()).mul_(b.scale[g]));
+        .copy_(at::mm(left.narrow(0, begin, rows), right.t()).mul_(b.scales[g]));
   });
   return out;
 }
 
-at::Tensor multiply_columns_cpu(const Operand& a, const Operand& b,
-                                const at::Tensor& padded_offsets, at::ScalarType out_dtype) {
-  const at::Tensor left = decoded(a.data);
-  const at::Tensor right = decoded(b.data);
-  const at::Tensor out = at::empty({padded_offsets.size(0), a.data.size(0), b.data.size(0)},
-                                   a.scale.options().dtype(out_dtype));
+at::Tensor multiply_columns_cpu(const Side& a, const Side& b, const at::Tensor& padded_offsets,
+                                at::ScalarType out_dtype) {
+  const at::Tensor left = decoded(a.codes);
+  const at::Tensor right = decoded(b.codes);
+  const at::Tensor out = at::empty({padded_offsets.size(0), a.codes.size(0), b.codes.size(0)},
+                                   a.scales.options().dtype(out_dtype));
   for_groups(padded_offsets, left.size(1), [&](int64_t g, int64_t begin, int64_t columns) {
     const at::Tensor product =
         at::mm(left.narrow(1, begin, columns), right.narrow(1, begin, columns).t());
-    out[g].copy_(product.mul_(a.scale[g].unsqueeze(1)).mul_(b.scale[g]));
+    out[g].copy_(product.mul_(a.scales[g].unsqueeze(1)).mul_(b.scales[g]));
   });
   return out;
 }
@@ -87,14 +87,14 @@ bool has_scaled_kernel(const at::Tensor& t) {
   return core::current_device(t.device().index()).capability == 90;
 }
 
-at::Tensor scaled_grouped_mm(const Operand& a, const Operand& b, const at::Tensor& offsets,
+at::Tensor scaled_grouped_mm(const Side& a, const Side& b, const at::Tensor& offsets,
                              bool fast_accum) {
-  return at::_scaled_grouped_mm(a.data, b.data.transpose(-2, -1), a.scale, b.scale, offsets,
+  return at::_scaled_grouped_mm(a.codes, b.codes.transpose(-2, -1), a.scales, b.scales, offsets,
                                 std::nullopt, std::nullopt, at::kBFloat16, fast_accum);
 }
 
-at::Tensor codes_mm(const Operand& a, const Operand& b, const at::Tensor& offsets) {
-  return at::_grouped_mm(a.data.to(at::kBFloat16), b.data.to(at::kBFloat16).transpose(-2, -1),
+at::Tensor codes_mm(const Side& a, const Side& b, const at::Tensor& offsets) {
+  return at::_grouped_mm(a.codes.to(at::kBFloat16), b.codes.to(at::kBFloat16).transpose(-2, -1),
                          offsets);
 }
 
@@ -102,42 +102,42 @@ at::Tensor codes_mm(const Operand& a, const Operand& b, const at::Tensor& offset
 
 }  // namespace
 
-at::Tensor multiply_rows(const Operand& a, const Operand& b, const at::Tensor& offsets,
+at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets,
                          at::ScalarType out_dtype, [[maybe_unused]] bool fast_accum) {
-  if (a.data.is_cpu()) return multiply_rows_cpu(a, b, offsets, out_dtype);
+  if (a.codes.is_cpu()) return multiply_rows_cpu(a, b, offsets, out_dtype);
 #ifdef FP8_WITH_CUDA
-  if (has_scaled_kernel(a.data)) {
+  if (has_scaled_kernel(a.codes)) {
     return scaled_grouped_mm(a, b, offsets, fast_accum).to(out_dtype);
   }
-  const at::Tensor rows = at::arange(a.data.size(0), offsets.options());
+  const at::Tensor rows = at::arange(a.codes.size(0), offsets.options());
   const at::Tensor group = at::searchsorted(offsets, rows, /*out_int32=*/false, /*right=*/true)
                                .clamp_max_(offsets.size(0) - 1);
   return codes_mm(a, b, offsets)
       .to(at::kFloat)
-      .mul_(a.scale.unsqueeze(1))
-      .mul_(b.scale.index_select(0, group))
+      .mul_(a.scales.unsqueeze(1))
+      .mul_(b.scales.index_select(0, group))
       .to(out_dtype);
 #else
-  throw_no_cuda(a.data);
+  throw_no_cuda(a.codes);
 #endif
 }
 
-at::Tensor multiply_columns(const Operand& a, const Operand& b, const at::Tensor& padded_offsets,
+at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
                             at::ScalarType out_dtype, [[maybe_unused]] bool fast_accum) {
-  if (a.data.is_cpu()) return multiply_columns_cpu(a, b, padded_offsets, out_dtype);
+  if (a.codes.is_cpu()) return multiply_columns_cpu(a, b, padded_offsets, out_dtype);
 #ifdef FP8_WITH_CUDA
-  if (has_scaled_kernel(a.data)) {
-    const Operand flat_a{a.data, a.scale.view(-1)};
-    const Operand flat_b{b.data, b.scale.view(-1)};
+  if (has_scaled_kernel(a.codes)) {
+    const Side flat_a{a.codes, a.scales.view(-1), a.granularity, a.rows};
+    const Side flat_b{b.codes, b.scales.view(-1), b.granularity, b.rows};
     return scaled_grouped_mm(flat_a, flat_b, padded_offsets, fast_accum).to(out_dtype);
   }
   return codes_mm(a, b, padded_offsets)
       .to(at::kFloat)
-      .mul_(a.scale.unsqueeze(2))
-      .mul_(b.scale.unsqueeze(1))
+      .mul_(a.scales.unsqueeze(2))
+      .mul_(b.scales.unsqueeze(1))
       .to(out_dtype);
 #else
-  throw_no_cuda(a.data);
+  throw_no_cuda(a.codes);
 #endif
 }
 
@@ -148,8 +148,7 @@ at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,
   // and begin on 16 bytes, which a part of a larger tensor, or a row that is repeated, need not do.
   const auto operand = [](const at::Tensor& t) {
     const at::Tensor rows = t.to(at::kBFloat16);
-    const bool dense = rows.stride(1) == 1 && rows.stride(0) == rows.size(1) &&
-                       reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
+    const bool dense = rows.stride(1) == 1 && rows.stride(0) == rows.size(1) && on_16_bytes(rows);
     return dense ? rows : rows.clone(at::MemoryFormat::Contiguous);
   };
   return at::_grouped_mm(operand(a).t(), operand(b), offsets).to(a.scalar_type());

@@ -1,16 +1,6 @@
 // Kernels of grouped_linear and moe_experts, and of the private ops that they are differentiated
-// through.
-//
-//   _grouped_forward: y and, with save_x, what wgrad needs of x: x_t [pad16(K), L] e4m3, quantized
-//     within each group, its scale [E, pad16(K)], and padded_offsets [E] int32, where the groups
-//     lie in it (L = max_padded_rows). Recipes without FP8 wgrad save x itself and get empty
-//     tensors.
-//   _grouped_backward: dx, dweight, dbias; an empty tensor where one is not asked for. dweight is
-//     stored as the weight is (`transposed`: [E, K, N] in memory).
-//   _moe_forward: y; gate_up_out [T * k, 2 I], the first product without its bias; offsets [E],
-//     place [T * k] and source [T * k], see core_grouped.h.
-//   _moe_backward: the gradients of x, top_k_weights, gate_up, down, gate_up_bias, down_bias, as
-//     far as the bits of `needs` ask for them.
+// through. kernel: CPU and CUDA. meta: shapes, dtypes and strides only. composite: made of those,
+// on any device. autograd: what records a graph. T tokens or rows, E experts, k of them to a token.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,52 +14,95 @@ namespace fp8 {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-#define FP8_DECLARE_GROUPED_OPS                                                                   \
-  at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight,                        \
-                            const at::Tensor& offsets, const std::optional<at::Tensor>& bias,     \
-                            std::string_view recipe);                                             \
-  at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,                      \
-                         const at::Tensor& top_k_weights, const at::Tensor& gate_up,              \
-                         const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,   \
-                         const std::optional<at::Tensor>& down_bias, std::string_view activation, \
-                         bool interleaved, double alpha, double limit, std::string_view recipe);
-
-#define FP8_DECLARE_GROUPED_PRIVATE_OPS                                                            \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(                     \
-      const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,                    \
-      const std::optional<at::Tensor>& bias, int64_t recipe, bool save_x);                         \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(                                \
-      const at::Tensor& dy, const std::optional<at::Tensor>& x,                                    \
-      const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& padded_offsets, \
-      const std::optional<at::Tensor>& weight, const at::Tensor& offsets, c10::SymInt in_features, \
-      bool transposed, int64_t recipe, bool needs_dx, bool needs_dweight, bool needs_dbias);       \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forward(             \
-      const at::Tensor& x, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,         \
-      const at::Tensor& gate_up, const at::Tensor& down,                                           \
-      const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,   \
-      int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe);           \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>               \
-  _moe_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& top_k_index,          \
-                const at::Tensor& top_k_weights, const at::Tensor& gate_up,                        \
-                const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,             \
-                const std::optional<at::Tensor>& down_bias, const at::Tensor& gate_up_out,         \
-                const at::Tensor& offsets, const at::Tensor& place, const at::Tensor& source,      \
-                int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe,  \
-                int64_t needs);
-
 namespace kernel {
-FP8_DECLARE_GROUPED_OPS
-FP8_DECLARE_GROUPED_PRIVATE_OPS
+
+// y [T, N] and, with save_x, what wgrad needs of x: x_t [pad16(K), L] e4m3, quantized within each
+// group, its scale [E, pad16(K)], and padded_offsets [E] int32, where the groups lie in it (L =
+// max_padded_rows). Recipes without FP8 wgrad save x itself and get empty tensors.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
+    const at::Tensor& x,         // [T, K]
+    const at::Tensor& weight,    // [E, N, K], stored that way or transposed
+    const at::Tensor& offsets,   // [E] int32, the row that ends each group
+    const OptionalTensor& bias,  // [E, N]
+    int64_t recipe, bool save_x);
+
+// dx [T, K], dweight [E, N, K], dbias [E, N]; an empty tensor where one is not asked for. dweight
+// is stored as the weight is (`transposed`: [E, K, N] in memory).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
+    const at::Tensor& dy,                  // [T, N]
+    const OptionalTensor& x,               // x_t, or x [T, K] without FP8 wgrad
+    const OptionalTensor& x_t_scale,       // [E, pad16(K)] fp32
+    const OptionalTensor& padded_offsets,  // [E] int32
+    const OptionalTensor& weight,          // [E, N, K]
+    const at::Tensor& offsets,             // [E] int32
+    c10::SymInt in_features, bool transposed, int64_t recipe, bool needs_dx, bool needs_dweight,
+    bool needs_dbias);
+
+// y [T, H]; gate_up_out [T * k, 2 I], the first product without its bias; offsets [E], place [T *
+// k] and source [T * k], see core_grouped.h.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forward(
+    const at::Tensor& x,                 // [T, H]
+    const at::Tensor& top_k_index,       // [T, k] int64
+    const at::Tensor& top_k_weights,     // [T, k]
+    const at::Tensor& gate_up,           // [E, 2 I, H], stored that way or transposed
+    const at::Tensor& down,              // [E, H, I], the same
+    const OptionalTensor& gate_up_bias,  // [E, 2 I]
+    const OptionalTensor& down_bias,     // [E, H]
+    int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe);
+
+// The gradients of x, top_k_weights, gate_up, down, gate_up_bias, down_bias, in their shapes, as
+// far as the bits of `needs` ask for them.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_backward(
+    const at::Tensor& dy,                // [T, H]
+    const at::Tensor& x,                 // to down_bias: as _moe_forward's
+    const at::Tensor& top_k_index,       //
+    const at::Tensor& top_k_weights,     //
+    const at::Tensor& gate_up,           //
+    const at::Tensor& down,              //
+    const OptionalTensor& gate_up_bias,  //
+    const OptionalTensor& down_bias,     //
+    const at::Tensor& gate_up_out,       // [T * k, 2 I]
+    const at::Tensor& offsets,           // [E] int32
+    const at::Tensor& place,             // [T * k] int32
+    const at::Tensor& source,            // [T * k] int32
+    int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe,
+    int64_t needs);
+
 }  // namespace kernel
+
 namespace meta {
-FP8_DECLARE_GROUPED_OPS
-FP8_DECLARE_GROUPED_PRIVATE_OPS
+decltype(kernel::_grouped_forward) _grouped_forward;
+decltype(kernel::_grouped_backward) _grouped_backward;
+decltype(kernel::_moe_forward) _moe_forward;
+decltype(kernel::_moe_backward) _moe_backward;
 }  // namespace meta
+
+namespace composite {
+
+// y [T, N]
+at::Tensor grouped_linear(const at::Tensor& x,         // [T, K]
+                          const at::Tensor& weight,    // [E, N, K]
+                          const at::Tensor& offsets,   // [E] int32
+                          const OptionalTensor& bias,  // [E, N]
+                          std::string_view recipe);
+
+// y [T, H]
+at::Tensor moe_experts(const at::Tensor& x,                 // [T, H]
+                       const at::Tensor& top_k_index,       // [T, k] int64
+                       const at::Tensor& top_k_weights,     // [T, k]
+                       const at::Tensor& gate_up,           // [E, 2 I, H]
+                       const at::Tensor& down,              // [E, H, I]
+                       const OptionalTensor& gate_up_bias,  // [E, 2 I]
+                       const OptionalTensor& down_bias,     // [E, H]
+                       std::string_view activation, bool interleaved, double alpha, double limit,
+                       std::string_view recipe);
+
+}  // namespace composite
+
 namespace autograd {
-FP8_DECLARE_GROUPED_OPS
-}
-#undef FP8_DECLARE_GROUPED_OPS
-#undef FP8_DECLARE_GROUPED_PRIVATE_OPS
+decltype(composite::grouped_linear) grouped_linear;
+decltype(composite::moe_experts) moe_experts;
+}  // namespace autograd
 
 // The bits of _moe_backward's `needs`.
 namespace needs {
@@ -84,13 +117,13 @@ inline constexpr int64_t kDownBias = 32;
 inline constexpr int64_t kMayConsume = 64;
 }  // namespace needs
 
-// What the two ops accept; shared by CPU, CUDA and Meta.
+// What the two ops accept, in the shapes above; shared by CPU, CUDA and Meta.
 void check_grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
-                          const std::optional<at::Tensor>& bias);
+                          const OptionalTensor& bias);
 void check_moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        const at::Tensor& top_k_weights, const at::Tensor& gate_up,
-                       const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
-                       const std::optional<at::Tensor>& down_bias);
+                       const at::Tensor& down, const OptionalTensor& gate_up_bias,
+                       const OptionalTensor& down_bias);
 
 // 'silu', 'gelu', 'gelu_tanh', 'clamped_silu' -> core::Activation's number.
 int64_t activation_index(std::string_view name);

@@ -3,15 +3,13 @@
 
 #include "common/recipe.h"
 #include "common/tensors.h"
+#include "fp8/core_grouped.h"
 #include "grouped/grouped_ops.h"
-#include "grouped/operands.h"
 
 namespace fp8 {
 namespace {
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "clamped_silu"};
-
-at::Tensor none_like(const at::Tensor& x) { return at::empty({0}, x.options()); }
 
 }  // namespace
 
@@ -107,7 +105,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     return (wanted & what) != 0 ? at::empty_symint(t.sym_sizes(), t.options()) : none_like(dy);
   };
   const auto stored_like = [&](int64_t what, const at::Tensor& t) {
-    if ((wanted & what) == 0 || !grouped::is_stored_transposed(t)) return like(what, t);
+    if ((wanted & what) == 0 || !is_stored_transposed(t)) return like(what, t);
     return at::empty_symint(t.transpose(1, 2).sym_sizes(), t.options()).transpose(1, 2);
   };
   return {like(needs::kX, x),
@@ -118,16 +116,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
           stored_like(needs::kDown, down),
           gate_up_bias ? like(needs::kGateUpBias, *gate_up_bias) : none_like(dy),
           down_bias ? like(needs::kDownBias, *down_bias) : none_like(dy)};
-}
-
-at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
-                       const at::Tensor& top_k_weights, const at::Tensor& gate_up,
-                       const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
-                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
-                       bool interleaved, double alpha, double limit, std::string_view recipe) {
-  return std::get<0>(_moe_forward(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias,
-                                  down_bias, activation_index(activation), interleaved, alpha,
-                                  limit, grouped_recipe_id("moe_experts", recipe)));
 }
 
 }  // namespace meta

@@ -3,8 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "common/tensors.h"
-#include "linear/memory.h"
-#include "quantize/quantize.h"
+#include "quantize/memory.h"
 
 namespace fp8::grouped {
 namespace {
@@ -20,63 +19,21 @@ core::ScatterRowsArgs scatter_args(const at::Tensor& x, const at::Tensor& place,
           .place = place.defined() ? place.const_data_ptr<int32_t>() : nullptr};
 }
 
-// Of stored [groups, rows, cols]: codes along cols, scales per row.
-Operand quantize_stored_rows(const at::Tensor& stored, bool power_of_two) {
-  const int64_t groups = stored.size(0);
-  const int64_t rows = stored.size(1);
-  const int64_t cols = stored.size(2);
-  const QuantizedMatrix q =
-      quantize_matrix(stored.view({groups * rows, cols}),
-                      {.granularity = core::Granularity::kRowwise, .power_of_two = power_of_two});
-  return {q.data.view({groups, rows, cols}), q.scale.view({groups, rows})};
-}
-
-// Codes along rows, scales per column, turned: [groups, cols, rows].
-Operand quantize_stored_columns(const at::Tensor& stored, bool power_of_two) {
-  const int64_t groups = stored.size(0);
-  const int64_t rows = stored.size(1);
-  const int64_t cols = stored.size(2);
-  Operand out{empty_on(stored, {groups, cols, rows}, at::kFloat8_e4m3fn),
-              empty_on(stored, {groups, cols}, at::kFloat)};
-  const at::Tensor amax = empty_on(stored, {groups, cols}, at::kInt);
-  const core::GroupColumnsArgs args{.x = stored.const_data_ptr(),
-                                    .x_dtype = to_core(stored.scalar_type()),
-                                    .cols = cols,
-                                    .ld = cols,
-                                    .groups = groups,
-                                    .group_rows = rows,
-                                    .data_t = out.data.mutable_data_ptr(),
-                                    .ld_t = rows,
-                                    .scale_t = out.scale.mutable_data_ptr<float>(),
-                                    .amax = static_cast<uint32_t*>(amax.mutable_data_ptr()),
-                                    .power_of_two = power_of_two};
-  FP8_RUN_PASS(quantize_group_columns, stored, args);
-  return out;
-}
-
-enum Form : uint8_t { kRows = 0, kColumns = 1 };
-
-Operand quantize_weight(const at::Tensor& weight, bool fprop, bool power_of_two) {
-  const bool transposed = is_stored_transposed(weight);
-  const at::Tensor stored = transposed ? weight.transpose(1, 2) : weight.contiguous();
-  const Form form = fprop == transposed ? kColumns : kRows;
-  const auto made = memory::remember_weight(weight, stored, form, power_of_two, [&] {
-    const Operand q = form == kRows ? quantize_stored_rows(stored, power_of_two)
-                                    : quantize_stored_columns(stored, power_of_two);
-    return std::pair(q.data, q.scale);
-  });
-  return {made.first, made.second};
-}
-
 }  // namespace
 
-Operand quantize_rows(const at::Tensor& x, bool power_of_two, const at::Tensor& place,
-                      int64_t copies) {
-  const int64_t rows = x.size(0) * copies;
-  Operand out{empty_on(x, {rows, x.size(1)}, at::kFloat8_e4m3fn), empty_on(x, {rows}, at::kFloat)};
+Side rowwise_side(const at::Tensor& like, int64_t rows, int64_t k) {
+  return {.codes = empty_on(like, {rows, k}, at::kFloat8_e4m3fn),
+          .scales = empty_on(like, {rows}, at::kFloat),
+          .granularity = core::Granularity::kRowwise,
+          .rows = rows};
+}
+
+Side quantize_rows(const at::Tensor& x, bool power_of_two, const at::Tensor& place,
+                   int64_t copies) {
+  const Side out = rowwise_side(x, x.size(0) * copies, x.size(1));
   core::ScatterRowsArgs args = scatter_args(x, place, copies);
-  args.data = out.data.mutable_data_ptr();
-  args.scale = out.scale.mutable_data_ptr<float>();
+  args.data = out.codes.mutable_data_ptr();
+  args.scale = out.scales.mutable_data_ptr<float>();
   args.power_of_two = power_of_two;
   FP8_RUN_PASS(scatter_rows, x, args);
   return out;
@@ -104,12 +61,14 @@ Tiles make_tiles(const at::Tensor& offsets, int64_t rows) {
   return tiles;
 }
 
-Operand quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_two,
-                         const at::Tensor& source, int64_t copies) {
+Side quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_two,
+                      const at::Tensor& source, int64_t copies) {
   const int64_t groups = tiles.padded_offsets.size(0);
   const int64_t cols = x.size(1);
-  Operand out{empty_on(x, {cols, tiles.columns}, at::kFloat8_e4m3fn),
-              empty_on(x, {groups, cols}, at::kFloat)};
+  const Side out{.codes = empty_on(x, {cols, tiles.columns}, at::kFloat8_e4m3fn),
+                 .scales = empty_on(x, {groups, cols}, at::kFloat),
+                 .granularity = core::Granularity::kRowwise,
+                 .rows = cols};
   const at::Tensor amax = empty_on(x, {groups, cols}, at::kInt);
   const core::GroupColumnsArgs args{
       .x = x.const_data_ptr(),
@@ -121,24 +80,27 @@ Operand quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_
       .tile_count = tiles.table.size(0),
       .source = source.defined() ? source.const_data_ptr<int32_t>() : nullptr,
       .copies = copies,
-      .data_t = out.data.mutable_data_ptr(),
+      .data_t = out.codes.mutable_data_ptr(),
       .ld_t = tiles.columns,
-      .scale_t = out.scale.mutable_data_ptr<float>(),
+      .scale_t = out.scales.mutable_data_ptr<float>(),
       .amax = static_cast<uint32_t*>(amax.mutable_data_ptr()),
       .power_of_two = power_of_two};
   FP8_RUN_PASS(quantize_group_columns, x, args);
   return out;
 }
 
-bool is_stored_transposed(const at::Tensor& weight) {
-  return !weight.is_contiguous() && weight.transpose(1, 2).is_contiguous();
+Side weight_for_fprop(const at::Tensor& weight, bool power_of_two) {
+  return operand::remembered_weight(
+             weight, {.granularity = core::Granularity::kRowwise, .power_of_two = power_of_two})
+      .along_cols;
 }
 
-Operand weight_for_fprop(const at::Tensor& weight, bool power_of_two) {
-  return quantize_weight(weight, true, power_of_two);
-}
-Operand weight_for_dgrad(const at::Tensor& weight, bool power_of_two) {
-  return quantize_weight(weight, false, power_of_two);
+Side weight_for_dgrad(const at::Tensor& weight, bool power_of_two) {
+  return operand::remembered_weight(weight, {.granularity = core::Granularity::kRowwise,
+                                             .along_cols = false,
+                                             .along_rows = true,
+                                             .power_of_two = power_of_two})
+      .along_rows;
 }
 
 }  // namespace fp8::grouped

@@ -1,4 +1,4 @@
-// FP8 operands of grouped matmuls, and the passes between them, on tensors: allocates what
+// FP8 sides of grouped matmuls, and the passes between them, on tensors: allocates what
 // core_grouped.h's passes write, and runs them on the tensors' device.
 #pragma once
 
@@ -7,37 +7,18 @@
 #include "common/cuda_context.h"
 #include "cpu/grouped.h"
 #include "fp8/core_grouped.h"
-
-// Runs core::NAME on the current stream of `like`, or cpu::NAME.
-#ifdef FP8_WITH_CUDA
-#define FP8_RUN_PASS(NAME, like, ...)                                    \
-  do {                                                                   \
-    if ((like).is_cpu()) {                                               \
-      ::fp8::cpu::NAME(__VA_ARGS__);                                     \
-    } else {                                                             \
-      ::fp8::core::NAME(__VA_ARGS__, ::fp8::cuda::current_stream(like)); \
-    }                                                                    \
-  } while (false)
-#else
-#define FP8_RUN_PASS(NAME, like, ...)                 \
-  do {                                                \
-    if (!(like).is_cpu()) ::fp8::throw_no_cuda(like); \
-    ::fp8::cpu::NAME(__VA_ARGS__);                    \
-  } while (false)
-#endif
+#include "quantize/operand.h"
 
 namespace fp8::grouped {
 
-// [rows, cols] or [groups, rows, cols], contracted along cols.
-struct Operand {
-  at::Tensor data;   // e4m3, contiguous, cols a multiple of 16
-  at::Tensor scale;  // [rows] or [groups, rows] fp32
-};
+// Memory for codes [rows, k] and scales [rows], nothing written.
+Side rowwise_side(const at::Tensor& like, int64_t rows, int64_t k);
 
-// Each row of x [M, K] quantized; with `place` [M * copies], written there `copies` times. Here and
-// below, power_of_two: scales are powers of two.
-Operand quantize_rows(const at::Tensor& x, bool power_of_two, const at::Tensor& place = {},
-                      int64_t copies = 1);
+// Each row of x quantized; with `place`, written there `copies` times. Here and below,
+// power_of_two: scales are powers of two.
+Side quantize_rows(const at::Tensor& x,                              // [M, K], contiguous columns
+                   bool power_of_two, const at::Tensor& place = {},  // [M * copies] int32
+                   int64_t copies = 1);
 
 // The rows of x themselves, copied to their places: [M * copies, K].
 at::Tensor copy_rows(const at::Tensor& x, const at::Tensor& place, int64_t copies);
@@ -50,19 +31,19 @@ struct Tiles {
 };
 Tiles make_tiles(const at::Tensor& offsets, int64_t rows);
 
-// x's columns quantized within each group of rows: data [K, tiles.columns], scale [groups, K]. With
-// `source`, row r of the groups is x's row source[r] / copies.
-Operand quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_two,
-                         const at::Tensor& source = {}, int64_t copies = 1);
+// x's columns quantized within each group of rows: codes [K, tiles.columns], scales [groups, K].
+// With `source`, row r of the groups is x's row source[r] / copies.
+Side quantize_columns(const at::Tensor& x,  // [rows, K], contiguous columns
+                      const Tiles& tiles, bool power_of_two,
+                      const at::Tensor& source = {},  // [rows] int32
+                      int64_t copies = 1);
 
-// An expert's weight as the product over its in-features reads it ([groups, N, K], scales per
-// out-feature), and as the one over its out-features does ([groups, K, N], scales per in-feature).
-// weight [groups, N, K], N and K multiples of 16, stored that way or transposed. Made once inside
-// fp8.cached_weights.
-Operand weight_for_fprop(const at::Tensor& weight, bool power_of_two);
-Operand weight_for_dgrad(const at::Tensor& weight, bool power_of_two);
-
-// Whether weight [groups, N, K] is stored as [groups, K, N].
-bool is_stored_transposed(const at::Tensor& weight);
+// An expert's weight as the product over its in-features reads it (codes [groups, N, K], a scale
+// for each out-feature), and as the one over its out-features does ([groups, K, N], a scale for
+// each in-feature). Made once inside fp8.cached_weights.
+Side weight_for_fprop(const at::Tensor& weight,  // [groups, N, K], see operand::make_stack
+                      bool power_of_two);
+Side weight_for_dgrad(const at::Tensor& weight,  // the same
+                      bool power_of_two);
 
 }  // namespace fp8::grouped

@@ -6,12 +6,12 @@
 #include <torch/library.h>
 
 #include "common/messages.h"
+#include "common/operators.h"
 #include "common/ranges.h"
 #include "common/recipe.h"
 #include "fp8/ops.h"
-#include "linear/delayed.h"
 #include "linear/linear.h"
-#include "linear/memory.h"
+#include "quantize/memory.h"
 
 namespace fp8::autograd {
 namespace {
@@ -19,17 +19,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool wants_grad(const std::optional<at::Tensor>& t) {
-  return t.has_value() && t->defined() && t->requires_grad();
-}
-
-std::optional<at::Tensor> optional(const at::Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
+// A graph that saved the written tensor must notice; a tensor of inference mode has no counter.
+void count_write(const std::optional<at::Tensor>& written) {
+  if (written && !written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
 }
 
 struct Needs {
@@ -49,6 +41,7 @@ struct Buffer {
 struct Extras {
   const Buffer* buffer;                          // optional
   const std::optional<at::Tensor>& input_scale;  // [] fp32
+  const std::optional<at::Tensor>& history;      // [3, kAmaxHistorySize] int32
 };
 
 class FusedLinear : public torch::autograd::Function<FusedLinear> {
@@ -62,19 +55,21 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
     std::optional<memory::EagerScope> shares_input;
-    // A recomputation shares what the forward shared. Under no_grad that was nothing, which shows
-    // where each layer scales by a history of its own.
-    const bool alone = recipe_at(recipe).delayed && delayed::in_reentrant_backward();
-    if (!x.is_leaf() && !alone) shares_input.emplace();
+    if (!x.is_leaf()) shares_input.emplace();
     auto [y, x_t, x_t_scale, weight_amax] =
-        op.call(x, weight, bias, recipe, dweight, dx, extras->input_scale);
+        op.call(x, weight, bias, recipe, dweight, dx, extras->input_scale, extras->history);
+    count_write(extras->history);
     const bool fp8_wgrad = recipe_at(recipe).fp8_wgrad;
-    const bool tensorwise = recipe_at(recipe).granularity == core::Granularity::kTensorwise;
+    const bool keeps_amax = dx && recipe_at(recipe).granularity == core::Granularity::kTensorwise;
     const at::Tensor none;
     ctx->save_for_backward({dweight ? (fp8_wgrad ? x_t : x) : none,
                             dweight && fp8_wgrad ? x_t_scale : none, dx ? weight : none,
-                            dx && tensorwise ? weight_amax : none});
+                            keeps_amax ? weight_amax : none});
     int64_t call = recipe << kRecipeShift | needs;
+    if (extras->history) {  // no saved tensor: as main_grad below
+      ctx->saved_data["history"] = *extras->history;
+      call |= kHistory;
+    }
     if (buffer != nullptr) {
       // Not a saved tensor: it is meant to change, and must not be offloaded.
       ctx->saved_data["main_grad"] = buffer->main_grad;
@@ -94,8 +89,21 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
     const variable_list saved = ctx->get_saved_variables();
     const int64_t call = ctx->saved_data["call"].toInt();
     const Needs needs = asked_for(ctx, unpack(call));
-    if ((call & kInto) != 0 && needs.dweight) return backward_into(ctx, dy, saved, call, needs);
-    const auto [gx, gweight, gbias] = gradients(ctx, dy, saved, call, needs);
+    const bool into = (call & kInto) != 0 && needs.dweight;  // only where the weight is reached
+    std::optional<at::Tensor> main_grad;
+    if (into) main_grad = ctx->saved_data["main_grad"].toTensor();
+    std::optional<at::Tensor> history;
+    if ((call & kHistory) != 0) history = ctx->saved_data["history"].toTensor();
+    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
+    auto [gx, gweight, gbias] =
+        op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+                ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift, needs.dx,
+                needs.dweight, needs.dbias, main_grad, into && (call & kOverwrite) != 0, history);
+    if (into) {
+      const auto stand_in = ctx->saved_data["stand_in"].toOptional<at::Tensor>();
+      // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
+      gweight = stand_in ? stand_in->detach() : none;
+    }
     return {needs.dx ? gx : none,
             needs.dweight ? gweight : none,
             needs.dbias ? gbias : none,
@@ -119,39 +127,8 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
 
   static constexpr int64_t kInto = 8;
   static constexpr int64_t kOverwrite = 16;
-  static constexpr int kRecipeShift = 5;
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(AutogradContext* ctx,
-                                                                  const at::Tensor& dy,
-                                                                  const variable_list& saved,
-                                                                  int64_t call,
-                                                                  const Needs& needs) {
-    static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
-    return op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                   optional(saved[3]), ctx->saved_data["in_features"].toSymInt(),
-                   call >> kRecipeShift, needs.dx, needs.dweight, needs.dbias);
-  }
-
-  // dW into the buffer: only in a backward that reaches the weight.
-  static variable_list backward_into(AutogradContext* ctx, const at::Tensor& dy,
-                                     const variable_list& saved, int64_t call, const Needs& needs) {
-    const at::Tensor none;
-    at::Tensor main_grad = ctx->saved_data["main_grad"].toTensor();
-    const auto stand_in = ctx->saved_data["stand_in"].toOptional<at::Tensor>();
-    static const auto op =
-        find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
-    const auto [gx, gbias] =
-        op.call(main_grad, dy, optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                optional(saved[3]), ctx->saved_data["in_features"].toSymInt(), call >> kRecipeShift,
-                needs.dx, needs.dbias, (call & kOverwrite) != 0);
-    // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
-    return {needs.dx ? gx : none,
-            stand_in ? stand_in->detach() : none,
-            needs.dbias ? gbias : none,
-            none,
-            none,
-            none};
-  }
+  static constexpr int64_t kHistory = 32;
+  static constexpr int kRecipeShift = 6;
 };
 
 // The gradient of a gradient: refused when it is asked for, not when a graph is merely created.
@@ -175,7 +152,7 @@ class NoDoubleBackward : public torch::autograd::Function<NoDoubleBackward> {
 at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias, std::string_view recipe,
                                  const std::optional<at::Tensor>& input_scale,
-                                 const Buffer* buffer) {
+                                 const std::optional<at::Tensor>& history, const Buffer* buffer) {
   const int64_t id = recipe_id(recipe);
   const Needs needs{x.requires_grad(), weight.requires_grad(), wants_grad(bias)};
   const auto has_tangent = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };
@@ -189,14 +166,16 @@ at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
                   "requires a gradient; a given scale has no derivative");
   if (!at::GradMode::is_enabled() || !(needs.dx || needs.dweight || needs.dbias)) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return fp8::fused_linear(x, weight, bias, recipe, input_scale);
+    at::Tensor y = fp8::fused_linear(x, weight, bias, recipe, input_scale, history);
+    count_write(history);
+    return y;
   }
   check_linear(x, weight, bias);
   if (!needs.dweight) buffer = nullptr;
   if (buffer != nullptr) {
     check_main_grad(buffer->main_grad, weight.sym_size(0), weight.sym_size(1), x);
   }
-  const Extras extras{buffer, input_scale};
+  const Extras extras{buffer, input_scale, history};
   return FusedLinear::apply(x, weight, bias, id, FusedLinear::pack(needs), &extras);
 }
 
@@ -204,31 +183,36 @@ at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
-  return differentiable_linear(x, weight, bias, recipe, input_scale, nullptr);
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
+  return differentiable_linear(x, weight, bias, recipe, input_scale, history, nullptr);
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& main_grad, bool overwrite,
                               const std::optional<at::Tensor>& stand_in,
-                              const std::optional<at::Tensor>& input_scale) {
+                              const std::optional<at::Tensor>& input_scale,
+                              const std::optional<at::Tensor>& history) {
   const Buffer buffer{main_grad, overwrite, stand_in};
-  return differentiable_linear(x, weight, bias, recipe, input_scale, &buffer);
+  return differentiable_linear(x, weight, bias, recipe, input_scale, history, &buffer);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& main_grad,
+    bool overwrite, const std::optional<at::Tensor>& history) {
   static const auto op = find<decltype(kernel::_linear_backward)>("fp8::_linear_backward");
   std::tuple<at::Tensor, at::Tensor, at::Tensor> grads;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    grads = op.call(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                    needs_dweight, needs_dbias);
+    grads = op.call(dy, x, x_t_scale, weight, weight_amax, std::move(in_features), recipe, needs_dx,
+                    needs_dweight, needs_dbias, main_grad, overwrite, history);
   }
+  count_write(main_grad);
+  count_write(history);
   if (!at::GradMode::is_enabled()) return grads;
   if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
   auto& [dx, dweight, dbias] = grads;
@@ -238,28 +222,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
   return {out[0], out[1], out[2]};
 }
 
-std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
-    at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
-    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dbias, bool overwrite) {
-  static const auto op =
-      find<decltype(kernel::_linear_backward_into)>("fp8::_linear_backward_into");
-  std::tuple<at::Tensor, at::Tensor> grads;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    grads = op.call(main_grad, dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                    needs_dbias, overwrite);
-  }
-  main_grad.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
-  if (!at::GradMode::is_enabled()) return grads;
-  if (!dy.requires_grad() && !wants_grad(weight) && !wants_grad(x)) return grads;
-  auto& [dx, dbias] = grads;
-  const at::Tensor none;
-  const at::Tensor no_dweight = at::empty({0}, dy.options());
-  const variable_list out =
-      NoDoubleBackward::apply(dy, weight.value_or(none), x.value_or(none), dx, no_dweight, dbias);
-  return {out[0], out[2]};
+}  // namespace fp8::autograd
+
+namespace fp8::in_place {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    int64_t recipe, bool save_x_t, bool save_weight_amax,
+    const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
+  static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  auto made = op.call(x, weight, bias, recipe, save_x_t, save_weight_amax, input_scale, history);
+  autograd::count_write(history);
+  return made;
 }
 
-}  // namespace fp8::autograd
+}  // namespace fp8::in_place

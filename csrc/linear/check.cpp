@@ -1,6 +1,7 @@
 // What fused_linear refuses, for every device and for fake tensors alike.
 #include "common/recipe.h"
 #include "common/tensors.h"
+#include "fp8/core.h"
 #include "linear/linear.h"
 
 namespace fp8 {
@@ -53,6 +54,21 @@ void check_input_scale(const at::Tensor& scale, const Recipe& recipe, const at::
                   "fp8::fused_linear: expected input_scale of one element, got shape ",
                   scale.sym_sizes());
   FP8_CHECK_SAME_DEVICE("fused_linear", "input_scale", scale, "x", x);
+}
+
+void check_history(const at::Tensor& history, const Recipe& recipe, const at::Tensor& x) {
+  FP8_CHECK_VALUE(recipe.delayed,
+                  "fp8::fused_linear: expected the recipe 'delayed' with a history, got '",
+                  recipe.name, "'");
+  FP8_CHECK_TYPE(history.scalar_type() == at::kInt,
+                 "fp8::fused_linear: expected history in int32, as make_history gives it, got ",
+                 history.scalar_type());
+  FP8_CHECK_VALUE(history.dim() == 2 && history.sym_size(0) == 3 &&
+                      history.sym_size(1) == core::kAmaxHistorySize && history.is_contiguous(),
+                  "fp8::fused_linear: expected history contiguous, of shape [3, ",
+                  core::kAmaxHistorySize, "], as make_history gives it, got shape ",
+                  history.sym_sizes(), ", strides ", history.sym_strides());
+  FP8_CHECK_SAME_DEVICE("fused_linear", "history", history, "x", x);
 }
 
 }  // namespace fp8

@@ -18,28 +18,25 @@
 #include "common/launch.h"
 #include "common/recipe.h"
 #include "common/tensors.h"
-#include "linear/delayed.h"
-#include "linear/memory.h"
 #include "matmul/matmul.h"
-#include "quantize/quantize.h"
+#include "quantize/memory.h"
 
 namespace fp8 {
 namespace {
 
 using core::Granularity;
 
-// Of delayed scaling; null where scales are dynamic.
-std::shared_ptr<AmaxHistory> history_of(const at::Tensor& weight, delayed::Operand operand,
-                                        const Recipe& recipe) {
-  return recipe.delayed ? delayed::history(weight, operand) : nullptr;
+Scaling given_scaling(const at::Tensor& scale) {  // one element
+  return Scaling::given(scale.dim() == 0 ? scale : scale.reshape({}));
 }
 
-at::Tensor none_like(const at::Tensor& x) {
-  return x.is_meta() ? at::empty({0}, x.options()) : empty_on(x, {0}, x.scalar_type());
-}
+// The rows of a history.
+enum class Role : uint8_t { kInput, kWeight, kGradOutput };
 
-at::Tensor or_none(const at::Tensor& t, const at::Tensor& like) {
-  return t.defined() ? t : none_like(like);
+// Dynamic without a history, which a recipe that is not delayed has not.
+Scaling delayed_scaling(const std::optional<at::Tensor>& history, Role role) {
+  if (!history) return Scaling::dynamic();
+  return Scaling::of_history(*history, static_cast<int64_t>(role));
 }
 
 template <typename Sizes>
@@ -50,8 +47,8 @@ auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
 }
 
 at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
-                           const std::optional<at::Tensor>& bias, const QuantizedMatrix& qx,
-                           const QuantizedMatrix& qw, const Recipe& recipe) {
+                           const std::optional<at::Tensor>& bias, const Side& qx, const Side& qw,
+                           bool fast_accum) {
   const int64_t features = weight.size(0);
   const std::vector<int64_t> shape = with_last(x.sizes(), features);
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
@@ -59,12 +56,9 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
     at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
   }
-  const at::Tensor y = matmul({qx.data, qx.scale, rows}, {qw.data, qw.scale, features},
-                              {.granularity = recipe.granularity,
-                               .granularity_b = recipe.weight_granularity,
-                               .out_dtype = x.scalar_type(),
-                               .fast_accum = recipe.fast_fprop,
-                               .bias = bias.value_or(at::Tensor())});
+  const at::Tensor y = matmul(
+      qx, qw,
+      {.dtype = x.scalar_type(), .fast_accum = fast_accum, .bias = bias.value_or(at::Tensor())});
   return x.dim() == 2 ? y : y.view(shape);
 }
 
@@ -116,8 +110,9 @@ struct BackwardArgs {
   bool needs_dx;
   bool needs_dweight;
   bool needs_dbias;
-  at::Tensor main_grad = {};  // [N, K], optional: takes dweight
-  bool overwrite = false;     // else main_grad is added to
+  at::Tensor main_grad;  // [N, K], optional: takes dweight
+  bool overwrite;        // else main_grad is added to
+  const std::optional<at::Tensor>& history;  // [3, kAmaxHistorySize] int32
 };
 
 struct Gradients {  // undefined where not asked for; dweight where main_grad took it
@@ -126,92 +121,107 @@ struct Gradients {  // undefined where not asked for; dweight where main_grad to
   at::Tensor dbias;
 };
 
-Gradients backward(const BackwardArgs& args) {
-  const at::Tensor& dy = args.dy;
+const at::Tensor& required(const char* name, const std::optional<at::Tensor>& t,
+                           const Recipe& recipe) {
+  FP8_CHECK_VALUE(t.has_value(), "fp8::_linear_backward: expected ", name, " with the recipe '",
+                  recipe.name, "', got None");
+  return *t;
+}
+
+// Where there is nothing to multiply.
+Gradients zero_gradients(const BackwardArgs& args, const at::Tensor& dy) {  // [M, N]
+  Gradients grads;
+  if (args.needs_dx) grads.dx = at::zeros({dy.size(0), args.k}, dy.options());
+  if (args.needs_dweight && args.main_grad.defined()) {
+    if (args.overwrite) args.main_grad.zero_();
+  } else if (args.needs_dweight) {
+    grads.dweight = at::zeros({dy.size(1), args.k}, dy.options());
+  }
+  return grads;
+}
+
+// dy as the products read it, and the bias gradient on the way: a rowwise quantization takes two
+// passes for it, of no more bytes than its one pass and a sum.
+Operand quantize_dy(const BackwardArgs& args, const at::Tensor& dy) {  // [M, N]
   const Recipe& recipe = args.recipe;
-  const int64_t k = args.k;
+  const bool sums = args.needs_dbias && dy.size(0) <= core::kMaxRowsPerAxisPass;
+  return operand::make(
+      dy, {.dtype = recipe.grad_dtype,
+           .granularity = recipe.granularity,
+           .along_cols = args.needs_dx,
+           .along_rows = args.needs_dweight && recipe.fp8_wgrad,
+           .power_of_two = recipe.power_of_two,
+           .scaling = delayed_scaling(args.history, Role::kGradOutput),
+           .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
+}
+
+// [M, K]
+at::Tensor input_gradient(const BackwardArgs& args, const Operand& dy) {
+  const Recipe& recipe = args.recipe;
+  const at::Tensor& weight = required("weight, [N, K],", args.weight, recipe);
+  const Scaling scaling =
+      recipe.granularity == Granularity::kTensorwise
+          ? Scaling::known_amax(required("weight_amax, [] float32,", args.weight_amax, recipe),
+                                args.history.has_value())
+          : Scaling::dynamic();
+  const Operand qw =
+      operand::remembered_weight(weight, {.dtype = recipe.forward_dtype,
+                                          .granularity = recipe.weight_granularity,
+                                          .along_cols = false,
+                                          .along_rows = true,
+                                          .power_of_two = recipe.power_of_two,
+                                          .scaling = scaling,
+                                          .overlaps_previous = dy.launched && is_matrix(weight)});
+  return matmul(dy.along_cols, qw.along_rows,
+                {.dtype = args.dy.scalar_type(), .fast_accum = recipe.fast_dgrad});
+}
+
+// [N, K], undefined where main_grad takes it.
+at::Tensor weight_gradient(const BackwardArgs& args,
+                           const at::Tensor& dy,  // [M, N]
+                           const Side& dy_t) {    // [N, M], with FP8 wgrad
   const at::Tensor& into = args.main_grad;
-  const c10::DeviceGuard guard(dy.device());
+  const at::Tensor& x = required("x, or x_t,", args.x, args.recipe);
+  if (!args.recipe.fp8_wgrad) {
+    if (!into.defined()) return at::mm(dy.t(), as_matrix(x));
+    wgrad_into(into, dy, as_matrix(x), args.overwrite);
+    return {};
+  }
+  const Side x_t = operand::given("_linear_backward", "x_t", x,
+                                  required("x_t_scale", args.x_t_scale, args.recipe),
+                                  args.recipe.granularity, args.k);
+  const at::Tensor dweight =
+      matmul(dy_t, x_t,
+             {.dtype = into.defined() ? into.scalar_type() : dy.scalar_type(),
+              .fast_accum = args.recipe.fast_wgrad,
+              .into = into,
+              .overwrite = args.overwrite});
+  return into.defined() ? at::Tensor() : dweight;
+}
+
+Gradients backward(const BackwardArgs& args) {
+  const c10::DeviceGuard guard(args.dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       c10::autocast_dispatch_keyset);  // for at::mm
   memory::drop_inputs();
-  const at::Tensor matrix = as_matrix(dy);
-  const int64_t rows = matrix.size(0);
-  const int64_t features = matrix.size(1);
-  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
-  const bool empty = rows == 0 || features == 0 || k == 0;
-
+  const at::Tensor dy = as_matrix(args.dy);
+  const bool empty = dy.size(0) == 0 || dy.size(1) == 0 || args.k == 0;
   Gradients grads;
-  auto& [dx, dweight, dbias] = grads;
-  if (args.needs_dx && empty) dx = at::zeros({rows, k}, dy.options());
-  if (args.needs_dweight && empty) {
-    if (!into.defined()) dweight = at::zeros({features, k}, dy.options());
-    if (into.defined() && args.overwrite) into.zero_();
-  }
-
-  QuantizedMatrix qdy;
-  const bool dy_data = args.needs_dx && !empty;
-  const bool dy_t = args.needs_dweight && !empty && recipe.fp8_wgrad;
-  if (dy_data || dy_t) {
-    // The bias gradient rides along; a rowwise quantization takes two passes for it, of no more
-    // bytes than its one pass and a sum.
-    const bool sums = args.needs_dbias && rows <= core::kMaxRowsPerAxisPass;
-    qdy = quantize_matrix(
-        matrix,
-        {.dtype = recipe.grad_dtype,
-         .granularity = recipe.granularity,
-         .data = dy_data,
-         .data_t = dy_t,
-         .power_of_two = recipe.power_of_two,
-         .history = args.weight ? history_of(*args.weight, delayed::Operand::kGradOutput, recipe)
-                                : nullptr,
-         .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
-    dbias = qdy.column_sum;
-  }
-  if (args.needs_dbias && !dbias.defined()) dbias = at::sum(matrix, 0);
-
-  MatmulOptions options{.granularity = recipe.granularity,
-                        .out_dtype = dy.scalar_type(),
-                        .fast_accum = recipe.fast_wgrad};
-  if (dy_data) {
-    QuantizeRequest request{.dtype = recipe.forward_dtype,
-                            .granularity = recipe.weight_granularity,
-                            .data = false,
-                            .data_t = true,
-                            .power_of_two = recipe.power_of_two,
-                            .delayed = recipe.delayed,
-                            .overlaps_previous = qdy.launched && is_matrix(*args.weight)};
-    if (tensorwise) {
-      FP8_CHECK_VALUE(args.weight_amax.has_value(),
-                      "fp8::_linear_backward: expected weight_amax, [] float32, with the recipe '",
-                      recipe.name, "', got None");
-      request.amax = *args.weight_amax;
+  if (empty) {
+    grads = zero_gradients(args, dy);
+  } else {
+    Operand qdy;
+    if (args.needs_dx || (args.needs_dweight && args.recipe.fp8_wgrad)) {
+      qdy = quantize_dy(args, dy);
     }
-    const QuantizedMatrix qw = memory::quantize_weight(*args.weight, request);
-    const at::Tensor& scale_t = tensorwise ? qw.scale : qw.scale_t;
-    MatmulOptions dgrad = options;
-    dgrad.granularity_b = recipe.weight_granularity;
-    dgrad.fast_accum = recipe.fast_dgrad;
-    dx = matmul({qdy.data, qdy.scale, rows}, {qw.data_t, scale_t, k}, dgrad);
+    grads.dbias = qdy.column_sum;
+    if (args.needs_dx) grads.dx = input_gradient(args, qdy);
+    if (args.needs_dweight) grads.dweight = weight_gradient(args, dy, qdy.along_rows);
   }
-  if (args.needs_dweight && !empty) {
-    if (recipe.fp8_wgrad) {
-      const at::Tensor& scale_t = tensorwise ? qdy.scale : qdy.scale_t;
-      if (into.defined()) {
-        options.out_dtype = into.scalar_type();
-        options.accumulate = into;
-        options.overwrite = args.overwrite;
-      }
-      const at::Tensor dw =
-          matmul({qdy.data_t, scale_t, features}, {*args.x, *args.x_t_scale, k}, options);
-      if (!into.defined()) dweight = dw;
-    } else if (into.defined()) {
-      wgrad_into(into, matrix, as_matrix(*args.x), args.overwrite);
-    } else {
-      dweight = at::mm(matrix.t(), as_matrix(*args.x));
-    }
+  if (args.needs_dbias && !grads.dbias.defined()) grads.dbias = at::sum(dy, 0);
+  if (grads.dx.defined() && args.dy.dim() != 2) {
+    grads.dx = grads.dx.view(with_last(args.dy.sizes(), args.k));
   }
-  if (dx.defined() && dy.dim() != 2) dx = dx.view(with_last(dy.sizes(), k));
   return grads;
 }
 
@@ -222,46 +232,41 @@ namespace kernel {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe_id, bool save_x_t, bool save_weight_amax,
-    const std::optional<at::Tensor>& input_scale) {
+    const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
   check_linear(x, weight, bias);
   const Recipe& recipe = recipe_at(recipe_id);
   if (input_scale) check_input_scale(*input_scale, recipe, x);
-  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  if (history) check_history(*history, recipe, x);
+  const bool keep_amax = save_weight_amax && recipe.granularity == Granularity::kTensorwise;
   const c10::DeviceGuard guard(x.device());
   const bool x_t = save_x_t && recipe.fp8_wgrad;
-  QuantizeRequest request{.dtype = recipe.forward_dtype,
-                          .granularity = recipe.granularity,
-                          .data_t = x_t,
-                          .power_of_two = recipe.power_of_two,
-                          .delayed = recipe.delayed};
-  if (input_scale) {
-    request.static_scale = input_scale->dim() == 0 ? *input_scale : input_scale->reshape({});
-  } else {
-    request.history = history_of(weight, delayed::Operand::kInput, recipe);
-  }
-  const bool recomputes = recipe.delayed && delayed::in_backward();
-  request.recomputes = recomputes;
-  const QuantizedMatrix qx = memory::quantize_input(x, request);
-  const QuantizedMatrix qw = memory::quantize_weight(
-      weight, {.dtype = recipe.forward_dtype,
-               .granularity = recipe.weight_granularity,
-               .power_of_two = recipe.power_of_two,
-               .delayed = recipe.delayed,
-               .history = history_of(weight, delayed::Operand::kWeight, recipe),
-               .recomputes = recomputes,
-               .keep_amax = save_weight_amax && tensorwise,
-               .overlaps_previous = qx.launched && is_matrix(weight)});
-  at::Tensor y = forward_product(x, weight, bias, qx, qw, recipe);
-  const at::Tensor& x_t_scale = tensorwise ? qx.scale : qx.scale_t;
-  return {y, x_t ? qx.data_t : none_like(x), x_t ? x_t_scale : none_like(x),
-          save_weight_amax && tensorwise ? qw.amax : none_like(x)};
+  const Operand qx = operand::remembered_input(
+      x, {.dtype = recipe.forward_dtype,
+          .granularity = recipe.granularity,
+          .along_rows = x_t,
+          .power_of_two = recipe.power_of_two,
+          .scaling =
+              input_scale ? given_scaling(*input_scale) : delayed_scaling(history, Role::kInput)});
+  const Operand qw =
+      operand::remembered_weight(weight, {.dtype = recipe.forward_dtype,
+                                          .granularity = recipe.weight_granularity,
+                                          .power_of_two = recipe.power_of_two,
+                                          .scaling = delayed_scaling(history, Role::kWeight),
+                                          .keep_amax = keep_amax,
+                                          .overlaps_previous = qx.launched && is_matrix(weight)});
+  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols, recipe.fast_fprop);
+  return {y, x_t ? qx.along_rows.codes : none_like(x), x_t ? qx.along_rows.scales : none_like(x),
+          keep_amax ? qw.amax : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x,
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& main_grad,
+    bool overwrite, const std::optional<at::Tensor>& history) {
+  if (main_grad) check_main_grad(*main_grad, dy.sym_size(-1), in_features, dy);
+  if (history) check_history(*history, recipe_at(recipe), dy);
   const auto [dx, dweight, dbias] = backward({.dy = dy,
                                               .x = x,
                                               .x_t_scale = x_t_scale,
@@ -271,44 +276,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
                                               .recipe = recipe_at(recipe),
                                               .needs_dx = needs_dx,
                                               .needs_dweight = needs_dweight,
-                                              .needs_dbias = needs_dbias});
-  return {or_none(dx, dy), or_none(dweight, dy), or_none(dbias, dy)};
-}
-
-std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
-    at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
-    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dbias, bool overwrite) {
-  check_main_grad(main_grad, dy.sym_size(-1), in_features, dy);
-  const auto [dx, dweight, dbias] = backward({.dy = dy,
-                                              .x = x,
-                                              .x_t_scale = x_t_scale,
-                                              .weight = weight,
-                                              .weight_amax = weight_amax,
-                                              .k = in_features.expect_int(),
-                                              .recipe = recipe_at(recipe),
-                                              .needs_dx = needs_dx,
-                                              .needs_dweight = true,
                                               .needs_dbias = needs_dbias,
-                                              .main_grad = main_grad,
-                                              .overwrite = overwrite});
-  return {or_none(dx, dy), or_none(dbias, dy)};
-}
-
-at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
-  return std::get<0>(
-      _linear_forward(x, weight, bias, recipe_id(recipe), false, false, input_scale));
-}
-
-at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
-                              const std::optional<at::Tensor>& bias, std::string_view recipe,
-                              const at::Tensor& /*main_grad*/, bool /*overwrite*/,
-                              const std::optional<at::Tensor>& /*stand_in*/,
-                              const std::optional<at::Tensor>& input_scale) {
-  return fused_linear(x, weight, bias, recipe, input_scale);
+                                              .main_grad = main_grad.value_or(at::Tensor()),
+                                              .overwrite = overwrite,
+                                              .history = history});
+  return {or_none(dx, dy), or_none(dweight, dy), or_none(dbias, dy)};
 }
 
 }  // namespace kernel
@@ -318,66 +290,64 @@ namespace meta {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe_id, bool save_x_t, bool save_weight_amax,
-    const std::optional<at::Tensor>& input_scale) {
+    const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
   check_linear(x, weight, bias);
   const Recipe& recipe = recipe_at(recipe_id);
   if (input_scale) check_input_scale(*input_scale, recipe, x);
-  const bool tensorwise = recipe.granularity == Granularity::kTensorwise;
+  if (history) check_history(*history, recipe, x);
+  const bool keep_amax = save_weight_amax && recipe.granularity == Granularity::kTensorwise;
   const auto fp32 = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_symint(with_last(x.sym_sizes(), weight.sym_size(0)), x.options());
   if (!save_x_t || !recipe.fp8_wgrad) {
-    return {y, none_like(x), none_like(x),
-            save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
+    return {y, none_like(x), none_like(x), keep_amax ? at::empty({}, fp32) : none_like(x)};
   }
   c10::SymInt rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
   const c10::SymInt k = pad16(x.sym_size(-1));
   const c10::SymInt m = pad16(rows);
   return {y, at::empty_symint({k, m}, x.options().dtype(recipe.forward_dtype)),
-          tensorwise ? at::empty({}, fp32)
-                     : at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32),
-          save_weight_amax && tensorwise ? at::empty({}, fp32) : none_like(x)};
+          at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32),
+          keep_amax ? at::empty({}, fp32) : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& /*x*/,
     const std::optional<at::Tensor>& /*x_t_scale*/, const std::optional<at::Tensor>& /*weight*/,
-    const std::optional<at::Tensor>& /*weight_amax*/, c10::SymInt in_features, int64_t /*recipe*/,
-    bool needs_dx, bool needs_dweight, bool needs_dbias) {
+    const std::optional<at::Tensor>& /*weight_amax*/, c10::SymInt in_features, int64_t recipe,
+    bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& main_grad,
+    bool /*overwrite*/, const std::optional<at::Tensor>& history) {
+  if (history) check_history(*history, recipe_at(recipe), dy);
   const c10::SymInt features = dy.sym_size(-1);
+  if (main_grad) check_main_grad(*main_grad, features, in_features, dy);
+  const bool returns_dweight = needs_dweight && !main_grad;
   return {needs_dx ? at::empty_symint(with_last(dy.sym_sizes(), in_features), dy.options())
                    : none_like(dy),
-          needs_dweight ? at::empty_symint({features, in_features}, dy.options()) : none_like(dy),
+          returns_dweight ? at::empty_symint({features, in_features}, dy.options()) : none_like(dy),
           needs_dbias ? at::empty_symint({features}, dy.options()) : none_like(dy)};
 }
 
+}  // namespace meta
+
+namespace composite {
+
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
-  return std::get<0>(
-      _linear_forward(x, weight, bias, recipe_id(recipe), false, false, input_scale));
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
+  const auto forward = x.is_meta() ? meta::_linear_forward : kernel::_linear_forward;
+  return std::get<0>(forward(x, weight, bias, recipe_id(recipe), /*save_x_t=*/false,
+                             /*save_weight_amax=*/false, input_scale, history));
 }
 
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& /*main_grad*/, bool /*overwrite*/,
                               const std::optional<at::Tensor>& /*stand_in*/,
-                              const std::optional<at::Tensor>& input_scale) {
-  return fused_linear(x, weight, bias, recipe, input_scale);
+                              const std::optional<at::Tensor>& input_scale,
+                              const std::optional<at::Tensor>& history) {
+  return fused_linear(x, weight, bias, recipe, input_scale, history);
 }
 
-std::tuple<at::Tensor, at::Tensor> _linear_backward_into(
-    at::Tensor& main_grad, const at::Tensor& dy, const std::optional<at::Tensor>& x,
-    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
-    bool needs_dx, bool needs_dbias, bool /*overwrite*/) {
-  check_main_grad(main_grad, dy.sym_size(-1), in_features, dy);
-  const auto [dx, dweight, dbias] =
-      _linear_backward(dy, x, x_t_scale, weight, weight_amax, in_features, recipe, needs_dx,
-                       /*needs_dweight=*/false, needs_dbias);
-  return {dx, dbias};
-}
-
-}  // namespace meta
+}  // namespace composite
 
 }  // namespace fp8

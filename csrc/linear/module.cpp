@@ -31,6 +31,7 @@ void LinearImpl::reset() {
   if (input_scale.defined()) {
     input_scale = register_buffer("input_scale", torch::empty_like(input_scale));
   }
+  history = torch::Tensor();
   reset_parameters();
 }
 
@@ -54,6 +55,7 @@ void LinearImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking)
   const torch::Tensor scale = input_scale.defined() ? input_scale.detach() : input_scale;
   torch::nn::Module::to(device, dtype, non_blocking);
   keep_float32(scale);
+  move_history(device, non_blocking);
 }
 
 void LinearImpl::to(torch::Dtype dtype, bool non_blocking) {
@@ -64,6 +66,11 @@ void LinearImpl::to(torch::Dtype dtype, bool non_blocking) {
 
 void LinearImpl::to(torch::Device device, bool non_blocking) {
   torch::nn::Module::to(device, non_blocking);
+  move_history(device, non_blocking);
+}
+
+void LinearImpl::move_history(torch::Device device, bool non_blocking) {
+  if (history.defined()) history = history.to(device, non_blocking);
 }
 
 void LinearImpl::keep_float32(const torch::Tensor& scale) {
@@ -84,10 +91,18 @@ void LinearImpl::pretty_print(std::ostream& stream) const {
          << (input_scale.defined() ? ", input_scale=static)" : ")");
 }
 
+std::optional<torch::Tensor> LinearImpl::current_history() {
+  if (!recipe_at(recipe_id(options.recipe())).delayed) return std::nullopt;
+  if (!history.defined() || history.device() != weight.device()) {
+    history = make_history(weight.device());
+  }
+  return history;
+}
+
 torch::Tensor LinearImpl::forward(const torch::Tensor& input) {
-  return fused_linear(input, weight, bias.defined() ? std::optional(bias) : std::nullopt,
-                      options.recipe(),
-                      input_scale.defined() ? std::optional(input_scale) : std::nullopt);
+  return fused_linear(
+      input, weight, bias.defined() ? std::optional(bias) : std::nullopt, options.recipe(),
+      input_scale.defined() ? std::optional(input_scale) : std::nullopt, current_history());
 }
 
 }  // namespace fp8::nn

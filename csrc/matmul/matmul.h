@@ -3,36 +3,24 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-
-#include "fp8/core.h"
+#include "quantize/operand.h"
 
 namespace fp8 {
 
-// A quantized operand in a padded storage, as quantize_matrix makes it: data [>= rows, k]
-// contiguous with k a multiple of 16 and zeros where there is no matrix.
-struct Operand {
-  const at::Tensor& data;
-  const at::Tensor& scale;  // [] tensorwise, else scale_sizes(data's sizes), in quantize.h
-  int64_t rows;
-};
-
-struct MatmulOptions {
-  core::Granularity granularity = core::Granularity::kTensorwise;
-  core::Granularity granularity_b = granularity;
-  at::ScalarType out_dtype = at::kBFloat16;
+// How a product is made, and where it goes.
+struct Output {
+  at::ScalarType dtype = at::kBFloat16;
   bool fast_accum = true;  // no effect on blocks
   at::Tensor bias = {};    // [b.rows], optional
-  at::Tensor accumulate =
-      {};                  // [a.rows, b.rows] in out_dtype, optional: the product is added to it
-  bool overwrite = false;  // the product takes the place of what `accumulate` holds (beta = 0)
+  at::Tensor into = {};    // [a.rows, b.rows] in dtype, optional: the product is added to it
+  bool overwrite = false;  // the product takes the place of what `into` holds (beta = 0)
 };
 
 // out[i, j] = sum_k a[i, k] b[j, k] * scale_a * scale_b (+ bias[j]): [a.rows, b.rows] contiguous,
-// or options.accumulate. Where b.rows * out_dtype's size is no multiple of 16 bytes, b.data (and a
-// rowwise scale of b) must have pad16(b.rows) rows. With block scales both operands must have
-// exactly pad16(rows) rows: what lies beyond rows is read, and not used. Extents must be positive.
-at::Tensor matmul(const Operand& a, const Operand& b, const MatmulOptions& options);
+// or output.into. Where b.rows * dtype's size is no multiple of 16 bytes, b.codes (and a rowwise
+// scale of b) must have pad16(b.rows) rows. With block scales both sides must have exactly
+// pad16(rows) rows: what lies beyond rows is read, and not used. Extents must be positive.
+at::Tensor matmul(const Side& a, const Side& b, const Output& output);
 
 // Adds an fp32 product to `into` (or writes it there) and rounds once, as cuBLASLt does.
 at::Tensor store_product(const at::Tensor& into, const at::Tensor& product, bool overwrite);

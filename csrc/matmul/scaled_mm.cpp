@@ -116,10 +116,6 @@ bool reaches(const at::Tensor& t, int64_t rows, int64_t ld, int64_t cols) {
          elements * static_cast<int64_t>(t.element_size());
 }
 
-bool on_16_bytes(const at::Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
 // How many rows an operand needs: as they are; padded with zeros; or padded by whatever lies there,
 // which is read and then not used.
 enum class Rows : uint8_t { kAsIs, kZeros, kAny };
@@ -164,19 +160,22 @@ at::Tensor padded_scale(const at::Tensor& scale, Granularity granularity, int64_
   return storage;
 }
 
+Side padded_side(const at::Tensor& codes, const at::Tensor& scale, Granularity granularity,
+                 Rows padding) {
+  const at::Tensor padded = padded_operand(codes, padding);
+  return {padded, padded_scale(scale, granularity, padded.size(0)), granularity, codes.size(0)};
+}
+
 at::Tensor run(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
-               const at::Tensor& scale_b, const MatmulOptions& options) {
-  const bool blockwise = is_blockwise(options.granularity);
+               const at::Tensor& scale_b, const Granularities& granularities,
+               const Output& output) {
+  const bool blockwise = is_blockwise(granularities.a);
   // Rows of out that are no multiple of 16 bytes need room for padded rows of b.
-  const bool pad_rows =
-      b.size(0) * static_cast<int64_t>(c10::elementSize(options.out_dtype)) % 16 != 0;
-  const at::Tensor data_a = padded_operand(a, blockwise ? Rows::kAny : Rows::kAsIs);
-  const at::Tensor data_b = padded_operand(b, blockwise  ? Rows::kAny
-                                              : pad_rows ? Rows::kZeros
-                                                         : Rows::kAsIs);
-  const at::Tensor flat_a = padded_scale(scale_a, options.granularity, data_a.size(0));
-  const at::Tensor flat_b = padded_scale(scale_b, options.granularity_b, data_b.size(0));
-  return matmul({data_a, flat_a, a.size(0)}, {data_b, flat_b, b.size(0)}, options);
+  const bool pad_rows = b.size(0) * static_cast<int64_t>(c10::elementSize(output.dtype)) % 16 != 0;
+  const Rows of_a = blockwise ? Rows::kAny : Rows::kAsIs;
+  const Rows of_b = blockwise ? Rows::kAny : pad_rows ? Rows::kZeros : Rows::kAsIs;
+  return matmul(padded_side(a, scale_a, granularities.a, of_a),
+                padded_side(b, scale_b, granularities.b, of_b), output);
 }
 
 }  // namespace
@@ -190,12 +189,9 @@ at::Tensor kernel::scaled_mm(const at::Tensor& a, const at::Tensor& b, const at:
     at::Tensor out = at::zeros({a.size(0), b.size(0)}, a.options().dtype(contract.out_dtype));
     return bias ? out.add_(*bias) : out;
   }
-  return run(a, b, scale_a, scale_b,
-             {.granularity = contract.granularities.a,
-              .granularity_b = contract.granularities.b,
-              .out_dtype = contract.out_dtype,
-              .fast_accum = fast_accum,
-              .bias = bias.value_or(at::Tensor())});
+  return run(
+      a, b, scale_a, scale_b, contract.granularities,
+      {.dtype = contract.out_dtype, .fast_accum = fast_accum, .bias = bias.value_or(at::Tensor())});
 }
 
 at::Tensor meta::scaled_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
@@ -213,12 +209,8 @@ at::Tensor& kernel::scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, 
   check_accumulate(out, a, b);
   if (out.numel() == 0 || a.size(1) == 0) return out;
   const c10::DeviceGuard guard(a.device());
-  run(a, b, scale_a, scale_b,
-      {.granularity = granularities.a,
-       .granularity_b = granularities.b,
-       .out_dtype = out.scalar_type(),
-       .fast_accum = fast_accum,
-       .accumulate = out});
+  run(a, b, scale_a, scale_b, granularities,
+      {.dtype = out.scalar_type(), .fast_accum = fast_accum, .into = out});
   return out;
 }
 

@@ -35,13 +35,13 @@ __device__ __forceinline__ void finish_column_sums(const CastParams& p, int64_t 
 }
 
 // Where a tile's scale comes from.
-enum class Scaling { kTensorwise, kDelayed, kRowwise };
+enum class ScaleOf { kTensorwise, kDelayed, kRowwise };
 
 // Blocks to a multiprocessor: enough loads in flight to saturate memory, few enough that no
 // register spills (fp16 needs some for its conversion).
-template <typename T, Scaling kScaling>
+template <typename T, ScaleOf kScaleOf>
 constexpr int kMinBlocks = sizeof(T) == 4                  ? 3
-                           : kScaling != Scaling::kRowwise ? 5
+                           : kScaleOf != ScaleOf::kRowwise ? 5
                            : std::is_same_v<T, __half>     ? 3
                                                            : 4;
 
@@ -87,13 +87,13 @@ __device__ __forceinline__ void report(uint2* tile_report, const uint2* warp_rep
   *tile_report = all;
 }
 
-template <typename Source, typename Format, Scaling kScaling, bool kData, bool kDataT>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<typename Source::Element, kScaling>)
+template <typename Source, typename Format, ScaleOf kScaleOf, bool kData, bool kDataT>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<typename Source::Element, kScaleOf>)
     cast_kernel(const From<Source, CastParams> from) {
   using T = typename Source::Element;
   const CastParams& p = from.to;
-  constexpr bool kRowwise = kScaling == Scaling::kRowwise;
-  constexpr bool kDelayed = kScaling == Scaling::kDelayed;
+  constexpr bool kRowwise = kScaleOf == ScaleOf::kRowwise;
+  constexpr bool kDelayed = kScaleOf == ScaleOf::kDelayed;
   let_next_start();
   __shared__ alignas(16) uint32_t turned[kDataT ? kTurnedWords : 1];
   __shared__ alignas(16) uint32_t scratch[kThreads];
@@ -129,10 +129,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<typename Source::Element,
   [[maybe_unused]] float tensor = 0.0F;
   [[maybe_unused]] auto* warp_report = reinterpret_cast<uint2*>(scratch);
   if constexpr (kDelayed) {
-    const uint32_t expected = expected_amax(p);
-    if (blockIdx.x == 0 && threadIdx.x == 0) *p.expected = expected;
-    tensor = multiplier_of(p, expected, Format::kMax);
+    const uint32_t guess = guessed_amax(p.history);
+    tensor = scale_from_amax(guess, Format::kMax, p.power_of_two).quant_multiplier;
     const auto tile = static_cast<unsigned>(strip) * tiles_across + static_cast<unsigned>(tile_col);
+    // Of each tile: where another stream writes the history meanwhile, guesses differ.
+    if (threadIdx.x == 0) p.tile_guess[tile] = guess;
+    static_assert(kAmaxHistorySize <= kThreads);
+    if (blockIdx.x == 0 && threadIdx.x < kAmaxHistorySize) {
+      p.history_before[threadIdx.x] = __ldcg(p.history + threadIdx.x);
+    }
     examine(v, tile * kThreads + threadIdx.x, warp_report);
   } else if constexpr (!kRowwise) {
     tensor = tensor_multiplier(p, Format::kMax, scratch);
@@ -196,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<typename Source::Element,
   }
 }
 
-template <typename T, typename Format, Scaling kScaling>
+template <typename T, typename Format, ScaleOf kScaleOf>
 void launch_typed(const CastParams& params, cudaStream_t stream) {
   const bool data = params.data.data != nullptr;
   const bool data_t = params.data_t.data != nullptr;
@@ -207,11 +212,11 @@ void launch_typed(const CastParams& params, cudaStream_t stream) {
     launch(kernel, grid, kThreads, stream, from, {.overlaps_previous = params.overlaps_previous});
   };
   if (data && data_t) {
-    go(cast_kernel<Source, Format, kScaling, true, true>);
+    go(cast_kernel<Source, Format, kScaleOf, true, true>);
   } else if (data_t) {
-    go(cast_kernel<Source, Format, kScaling, false, true>);
+    go(cast_kernel<Source, Format, kScaleOf, false, true>);
   } else {
-    go(cast_kernel<Source, Format, kScaling, true, false>);
+    go(cast_kernel<Source, Format, kScaleOf, true, false>);
   }
 }
 
@@ -224,11 +229,11 @@ void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granulari
       using T = typename decltype(input)::type;
       using Format = typename decltype(format)::type;
       if (granularity == Granularity::kRowwise) {
-        launch_typed<T, Format, Scaling::kRowwise>(params, stream);
+        launch_typed<T, Format, ScaleOf::kRowwise>(params, stream);
       } else if (params.static_scale == nullptr && params.tensor_amax == nullptr) {
-        launch_typed<T, Format, Scaling::kDelayed>(params, stream);
+        launch_typed<T, Format, ScaleOf::kDelayed>(params, stream);
       } else {
-        launch_typed<T, Format, Scaling::kTensorwise>(params, stream);
+        launch_typed<T, Format, ScaleOf::kTensorwise>(params, stream);
       }
     });
   });

@@ -3,7 +3,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "common/tensors.h"
-#include "quantize/quantize.h"
+#include "quantize/operand.h"
 #include "quantize/quantize_ops.h"
 
 namespace fp8 {

@@ -52,10 +52,9 @@ struct CastParams {
   int tensor_parts;
   float* amax_out;
   uint32_t* history;         // [kAmaxHistorySize], or nullptr
-  int history_slot;          // of this call
-  bool recomputes;           // x may be that of an earlier call
   uint2* tile_report;        // delayed: [tiles], amax of the finite values and fingerprint
-  uint32_t* expected;        // delayed: the amax, as bits, that the cast took
+  uint32_t* tile_guess;      // delayed: [tiles], the amax, as bits, that a tile was cast with
+  uint32_t* history_before;  // delayed: [kAmaxHistorySize], a copy from the cast pass
   const uint32_t* row_amax;  // rowwise: [row_parts, rows] where data is made
   int row_parts;
   const uint32_t* col_amax;  // rowwise: [col_parts, cols] where data_t is made
@@ -67,8 +66,8 @@ struct CastParams {
 void launch_cast(const CastParams& params, Dtype x_dtype, Dtype dtype, Granularity granularity,
                  cudaStream_t stream);
 
-// What follows a delayed cast: leaves the record of the call, and casts again where its scale did
-// not suit. `blocks` share the tiles.
+// What follows a delayed cast: finds the scale, moves the history on, and casts tiles again that
+// were cast with another one. `blocks` share the tiles.
 void launch_settle_delayed(const CastParams& params, unsigned blocks, Dtype x_dtype, Dtype dtype,
                            cudaStream_t stream);
 

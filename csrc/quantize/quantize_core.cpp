@@ -1,5 +1,6 @@
 // core::quantize: which passes a request needs, where their partial results lie in the workspace.
 #include <algorithm>
+#include <variant>
 
 #include "common/device.h"
 #include "common/formats.h"
@@ -22,6 +23,11 @@ int64_t padded_rows(const ResidentPlan& plan) {
   return plan.blocks == 0 ? 0 : plan.tiles / plan.col_tiles * kTileRows;
 }
 
+// x is read for its column sums, and its amax left in a history.
+bool has_recorded_amax(const QuantizeArgs& a) {
+  return std::holds_alternative<Delayed>(a.scaling) && !is_delayed(a);
+}
+
 // How the passes of one request share the work.
 struct QuantizePlan {
   bool one_pass = false;    // the rowwise kernel
@@ -34,7 +40,8 @@ struct QuantizePlan {
   size_t row_offset = 0;
   size_t col_offset = 0;
   size_t sum_offset = 0;
-  size_t expected_offset = 0;
+  size_t guess_offset = 0;
+  size_t history_offset = 0;
   size_t words = 0;
   ResidentPlan resident;  // with blocks: one launch may do for both passes
 };
@@ -48,14 +55,15 @@ QuantizePlan plan_quantize(const QuantizeArgs& a, const DeviceInfo& device) {
     return plan;
   }
   plan.one_pass = rowwise && a.data_t.data == nullptr && a.column_sum == nullptr;
-  plan.statistics =
-      rowwise ? !plan.one_pass : a.static_scale == nullptr && a.amax == nullptr && !is_delayed(a);
-  if (a.amax_history != nullptr) {  // two words for each tile, and one; in the first calls, too
-    const CastPlan tiles = plan_cast(std::max({a.rows, a.data.rows, a.data_t.ld}),
-                                     std::max({a.cols, a.data.ld, a.data_t.rows}),
-                                     /*per_axis=*/false, device.sm_count);
-    plan.expected_offset = static_cast<size_t>(round_up(2 * tiles.col_tiles * tiles.row_tiles, 4));
-    plan.words = plan.expected_offset + 4;
+  plan.statistics = rowwise ? !plan.one_pass : takes_own_amax(a) || has_recorded_amax(a);
+  if (is_delayed(a)) {  // three words for each tile, and a history
+    const CastPlan cast = plan_cast(std::max({a.rows, a.data.rows, a.data_t.ld}),
+                                    std::max({a.cols, a.data.ld, a.data_t.rows}),
+                                    /*per_axis=*/false, device.sm_count);
+    const int64_t tiles = round_up(cast.col_tiles * cast.row_tiles, 4);
+    plan.guess_offset = static_cast<size_t>(2 * tiles);
+    plan.history_offset = static_cast<size_t>(3 * tiles);
+    plan.words = plan.history_offset + static_cast<size_t>(round_up(kAmaxHistorySize, 4));
   }
   if (!plan.statistics) return plan;
   plan.row_amax = rowwise && a.data.data != nullptr;
@@ -105,8 +113,7 @@ void check(const QuantizeArgs& a) {
           "quantize expects destinations of 16-byte aligned rows that hold the matrix");
   require(a.data.data != nullptr || a.data_t.data != nullptr, "quantize has nothing to make");
   if (a.granularity != Granularity::kTensorwise) {
-    require(a.static_scale == nullptr && a.amax == nullptr && a.amax_out == nullptr &&
-                a.amax_history == nullptr,
+    require(takes_own_amax(a) && a.amax_out == nullptr,
             "a given scale or amax, or a history of amax, is tensorwise");
     require(blockwise || (a.data_t.data == nullptr && a.column_sum == nullptr) ||
                 a.rows <= kMaxRowsPerAxisPass,
@@ -115,10 +122,8 @@ void check(const QuantizeArgs& a) {
                 (a.data_t.data == nullptr || a.scale_t != nullptr),
             "rowwise and blockwise quantize expect a scale for each destination");
   }
-  require(a.column_sum == nullptr || (a.static_scale == nullptr && a.amax == nullptr),
+  require(a.column_sum == nullptr || takes_own_amax(a) || has_recorded_amax(a),
           "column sums need a statistics pass");
-  require(a.amax_history == nullptr || (a.static_scale == nullptr && a.amax == nullptr),
-          "quantize expects a given scale, a given amax or a history of amax, got two of them");
 }
 
 struct Launch {
@@ -199,6 +204,9 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
   const int64_t rows = std::max({args.rows, args.data.rows, args.data_t.ld});
   const int64_t cols = std::max({args.cols, args.data.ld, args.data_t.rows});
   const bool can_overlap = has_hopper_launches(how.device);
+  const auto* given = std::get_if<StaticScale>(&args.scaling);
+  const auto* known = std::get_if<KnownAmax>(&args.scaling);
+  const auto* delayed = std::get_if<Delayed>(&args.scaling);
   CastParams cast{
       .x = args.x,
       .rows = args.rows,
@@ -212,16 +220,15 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
       .power_of_two = args.power_of_two,
       .scale = args.scale,
       .scale_t = args.scale_t,
-      .static_scale = args.static_scale,
+      .static_scale = given != nullptr ? given->scale : nullptr,
       .tensor_amax =
-          tensor_amax != nullptr ? tensor_amax : reinterpret_cast<const uint32_t*>(args.amax),
+          known != nullptr ? reinterpret_cast<const uint32_t*>(known->amax) : tensor_amax,
       .tensor_parts = 1,
       .amax_out = args.amax_out,
-      .history = reinterpret_cast<uint32_t*>(args.amax_history),
-      .history_slot = history_slot(args.amax_call),
-      .recomputes = args.recomputes,
+      .history = delayed != nullptr ? delayed->history : nullptr,
       .tile_report = is_delayed(args) ? static_cast<uint2*>(args.workspace) : nullptr,
-      .expected = is_delayed(args) ? words + plan.expected_offset : nullptr,
+      .tile_guess = is_delayed(args) ? words + plan.guess_offset : nullptr,
+      .history_before = is_delayed(args) ? words + plan.history_offset : nullptr,
       .row_amax = row_amax,
       .row_parts = static_cast<int>(plan.first.row_parts),
       .col_amax = col_amax,

@@ -6,7 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "common/tensors.h"
-#include "quantize/quantize.h"
+#include "quantize/operand.h"
 
 namespace fp8 {
 namespace {
@@ -63,29 +63,17 @@ at::Tensor row_scale_view(const at::Tensor& scale, const at::Tensor& x) {
   return scale.narrow(0, 0, c10::multiply_integers(sizes)).view(sizes);
 }
 
-QuantizedMatrix run(const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity,
-                    bool transpose, bool power_of_two,
-                    const std::optional<at::Tensor>& scale = std::nullopt) {
+Operand run(const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity,
+            bool transpose, bool power_of_two,
+            const std::optional<at::Tensor>& scale = std::nullopt) {
   QuantizeRequest request{.dtype = check_quantize(op, x, dtype),
                           .granularity = granularity,
-                          .data_t = transpose,
+                          .along_rows = transpose,
                           .power_of_two = power_of_two};
   check_static_scale(op, x, scale, power_of_two);
-  if (scale) request.static_scale = scale->reshape({});
+  if (scale) request.scaling = Scaling::given(scale->reshape({}));
   const c10::DeviceGuard guard(x.device());
-  return quantize_matrix(as_matrix(x), request);
-}
-
-at::Tensor block_scale_view(const at::Tensor& scale, Granularity granularity, const at::Tensor& x) {
-  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  return scale_view(scale, granularity, rows, x.size(-1));
-}
-
-// that of data_t
-at::Tensor block_scale_t_view(const at::Tensor& scale, Granularity granularity,
-                              const at::Tensor& x) {
-  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  return scale_view(scale, granularity, x.size(-1), rows);
+  return operand::make(as_matrix(x), request);
 }
 
 // --- fake tensors ---
@@ -105,7 +93,7 @@ at::Tensor meta_row_scale(const at::Tensor& x) {
   return at::empty_symint(sizes, x.options().dtype(at::kFloat));
 }
 
-// As scale_view of what quantize_matrix makes, for a matrix [rows, cols].
+// As scale_view of what operand::make makes, for a matrix [rows, cols].
 at::Tensor meta_block_scale(const at::Tensor& x, Granularity granularity, const c10::SymInt& rows,
                             const c10::SymInt& cols) {
   const auto storage = scale_sizes(granularity, pad16(rows), pad16(cols));
@@ -127,15 +115,15 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor> quantize_blocks(const char* op, const at::Tensor& x, Dtype dtype,
                                                    Granularity granularity, bool power_of_two) {
-  const auto q = run(op, x, dtype, granularity, false, power_of_two);
-  return {in_shape_of(q.data, x), block_scale_view(q.scale, granularity, x)};
+  const Operand q = run(op, x, dtype, granularity, false, power_of_two);
+  return {in_shape_of(q.along_cols.codes, x), scale_view(q.along_cols, x.size(-1))};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blocks_transpose(
     const char* op, const at::Tensor& x, Dtype dtype, Granularity granularity, bool power_of_two) {
-  const auto q = run(op, x, dtype, granularity, true, power_of_two);
-  return {in_shape_of(q.data, x), transposed_view(q.data_t, x),
-          block_scale_view(q.scale, granularity, x), block_scale_t_view(q.scale_t, granularity, x)};
+  const Operand q = run(op, x, dtype, granularity, true, power_of_two);
+  return {in_shape_of(q.along_cols.codes, x), transposed_view(q.along_rows.codes, x),
+          scale_view(q.along_cols, x.size(-1)), scale_view(q.along_rows, q.along_cols.rows)};
 }
 
 }  // namespace
@@ -143,30 +131,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blocks_trans
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, Dtype dtype,
                                                        const std::optional<at::Tensor>& scale,
                                                        bool power_of_two) {
-  const auto q =
+  const Operand q =
       run("quantize_tensorwise", x, dtype, Granularity::kTensorwise, false, power_of_two, scale);
-  return {in_shape_of(q.data, x), q.scale};
+  return {in_shape_of(q.along_cols.codes, x), q.along_cols.scales};
 }
 
 std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, Dtype dtype,
                                                     bool power_of_two) {
-  const auto q = run("quantize_rowwise", x, dtype, Granularity::kRowwise, false, power_of_two);
-  return {in_shape_of(q.data, x), row_scale_view(q.scale, x)};
+  const Operand q = run("quantize_rowwise", x, dtype, Granularity::kRowwise, false, power_of_two);
+  return {in_shape_of(q.along_cols.codes, x), row_scale_view(q.along_cols.scales, x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
     const at::Tensor& x, Dtype dtype, const std::optional<at::Tensor>& scale, bool power_of_two) {
-  const auto q = run("quantize_tensorwise_transpose", x, dtype, Granularity::kTensorwise, true,
-                     power_of_two, scale);
-  return {in_shape_of(q.data, x), transposed_view(q.data_t, x), q.scale};
+  const Operand q = run("quantize_tensorwise_transpose", x, dtype, Granularity::kTensorwise, true,
+                        power_of_two, scale);
+  return {in_shape_of(q.along_cols.codes, x), transposed_view(q.along_rows.codes, x),
+          q.along_cols.scales};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
     const at::Tensor& x, Dtype dtype, bool power_of_two) {
-  const auto q =
+  const Operand q =
       run("quantize_rowwise_transpose", x, dtype, Granularity::kRowwise, true, power_of_two);
-  return {in_shape_of(q.data, x), transposed_view(q.data_t, x), row_scale_view(q.scale, x),
-          q.scale_t.narrow(0, 0, x.size(-1)).unsqueeze(1)};
+  return {in_shape_of(q.along_cols.codes, x), transposed_view(q.along_rows.codes, x),
+          row_scale_view(q.along_cols.scales, x), scale_view(q.along_rows, q.along_cols.rows)};
 }
 
 std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x, Dtype dtype,

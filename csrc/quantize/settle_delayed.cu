@@ -1,9 +1,9 @@
-// Second launch of a delayed quantization: was the scale of earlier calls good for this x?
+// Second launch of a delayed quantization: was the guess of the cast pass right for this x?
 //
 // Every block adds up what the cast pass left of each tile, 8 bytes for 8192 elements, and comes to
-// the same answer by the rule in fp8/core.h. As a rule it is yes, and the launch is over: two to
-// three microseconds, of which the start overlaps the cast pass. Else the blocks cast x again, a
-// tile after the other.
+// the same answer by the rule in fp8/core.h (history.cuh). The first block moves the history on. As
+// a rule the guess was right, and the launch is over: two to three microseconds, of which the start
+// overlaps the cast pass. Else the blocks cast x again, a tile after the other.
 #include "quantize/dispatch.cuh"
 #include "quantize/kernels.h"
 #include "quantize/tile.cuh"
@@ -32,30 +32,17 @@ __device__ __forceinline__ uint2 whole_report(const uint2* tiles, int64_t count,
   all.y = 0;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) all.y += scratch[kWarps + i];
+  all.y = fingerprint_of(all.y);
   return all;
 }
 
-// What the newest record of the same amax and fingerprint used, as bits; else one of the same amax
-// whose call took that at once. The oldest place of the ring is left out: the first block writes
-// this call's record there, while others may still be looking.
-__device__ __forceinline__ bool find_record(const CastParams& p, const uint2& own, uint32_t* used) {
-  static_assert(kAmaxRecords % 32 == 0);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  bool taken_at_once = false;
-  for (int newer = 0; newer < kAmaxRecords; newer += 32) {
-    const int ago = newer + lane + 1;
-    const uint32_t* record = p.history + slot_before(p.history_slot, ago);
-    const bool same_amax = ago < kAmaxRecords && __ldcg(record) == own.x;
-    const uint32_t print = __ldcg(record + kHistoryFingerprint);
-    const unsigned found = __ballot_sync(0xFFFFFFFFU, same_amax && print == own.y);
-    taken_at_once |= __any_sync(0xFFFFFFFFU, same_amax && print == 0);
-    if (found != 0) {
-      *used = __shfl_sync(0xFFFFFFFFU, __ldcg(record + kHistoryUsed), __ffs(found) - 1);
-      return true;
-    }
+// Whether a tile of this block was cast with another amax than `used`. Each thread looks at some.
+__device__ __forceinline__ bool cast_otherwise(const CastParams& p, int64_t tiles, uint32_t used) {
+  bool other = false;
+  for (int64_t i = threadIdx.x; blockIdx.x + i * gridDim.x < tiles; i += kThreads) {
+    other |= __ldcg(p.tile_guess + blockIdx.x + i * gridDim.x) != used;
   }
-  if (taken_at_once) *used = own.x;
-  return taken_at_once;
+  return __syncthreads_or(other) != 0;
 }
 
 template <typename T, typename Format, bool kData, bool kDataT>
@@ -66,20 +53,21 @@ __global__ void __launch_bounds__(kThreads, 2) settle_delayed_kernel(const CastP
   wait_for_previous();
 
   const int64_t tiles = p.plan.col_tiles * p.plan.row_tiles;
-  const uint32_t expected = __ldcg(p.expected);
   const uint2 own = whole_report(p.tile_report, tiles, scratch);
-  uint32_t used = expected;
-  const bool known = find_record(p, own, &used);
-  if (!known && !suits(__uint_as_float(expected), __uint_as_float(own.x))) used = own.x;
-  if (!p.recomputes && blockIdx.x == 0 && threadIdx.x == 0) {
-    uint32_t* record = p.history + p.history_slot;
-    record[0] = own.x;
-    record[kHistoryUsed] = used;
-    record[kHistoryFingerprint] = own.y;
+  const SettledAmax settled = settled_amax(p.history_before, own);
+  const GroupScale scale = scale_from_amax(settled.used, Format::kMax, p.power_of_two);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (p.scale != nullptr) *p.scale = scale.scale;
+    if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(settled.used);
+    if (!settled.repeats) {
+      const uint32_t count = __ldcg(p.history_before + kHistoryCount);
+      leave_record(p.history, count, own.x, settled.used, own.y);
+    }
+    p.history[kHistoryGuess] = settled.repeats ? settled.used : 0;
   }
-  if (used == expected) return;
+  if (!cast_otherwise(p, tiles, settled.used)) return;
 
-  const float multiplier = multiplier_of(p, used, Format::kMax);
+  const float multiplier = scale.quant_multiplier;
   const MatrixSource<T> source = matrix_source<T>(p);
   const int group = static_cast<int>(threadIdx.x) / kColGroups;
   const int col_group = static_cast<int>(threadIdx.x) % kColGroups;

@@ -9,6 +9,7 @@
 
 #include "common/codes.cuh"
 #include "common/reduce.cuh"
+#include "quantize/history.cuh"
 #include "quantize/kernels.h"
 #include "quantize/source.cuh"
 
@@ -85,11 +86,6 @@ __device__ __forceinline__ uint32_t max_of(const uint32_t* source, int64_t step,
   return bits;
 }
 
-// The slot of a history that lies `calls` calls before a slot.
-__device__ __forceinline__ int slot_before(int slot, int calls) {
-  return slot - calls + (slot < calls ? kAmaxRecords : 0);
-}
-
 // The tensor's scale, the same in every block; block 0 writes it, and the record of the call.
 __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float format_max,
                                                    uint32_t* scratch) {
@@ -107,41 +103,10 @@ __device__ __forceinline__ float tensor_multiplier(const CastParams& p, float fo
   if (writes) {
     if (p.scale != nullptr) *p.scale = group.scale;
     if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(bits);
-    if (p.history != nullptr && !p.recomputes) {
-      p.history[p.history_slot] = bits;
-      p.history[kHistoryUsed + p.history_slot] = bits;
-      p.history[kHistoryFingerprint + p.history_slot] = 0;  // of x nothing is known here
+    if (p.history != nullptr) {
+      leave_record(p.history, __ldcg(p.history + kHistoryCount), bits, bits, kNoFingerprint);
+      p.history[kHistoryGuess] = 0;
     }
-  }
-  return group.quant_multiplier;
-}
-
-// The amax, as bits, whose scale a delayed cast takes before it has seen x: the largest of the
-// window; where the last two calls had one x, or this may have that of an earlier call, what the
-// last call used. Each warp looks it up by itself: no barrier.
-__device__ __forceinline__ uint32_t expected_amax(const CastParams& p) {
-  static_assert(kAmaxWindow < 32);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  uint32_t bits = 0;
-  if (lane < kAmaxWindow) bits = __ldcg(p.history + slot_before(p.history_slot, lane + 1));
-  const int last = slot_before(p.history_slot, 1);
-  const uint32_t used = __ldcg(p.history + kHistoryUsed + last);
-  const uint32_t print = __ldcg(p.history + kHistoryFingerprint + last);
-  const int before = slot_before(p.history_slot, 2);
-  const bool repeats =
-      p.recomputes || (print != 0 && print == __ldcg(p.history + kHistoryFingerprint + before) &&
-                       __ldcg(p.history + last) == __ldcg(p.history + before));
-  if (bits >= kExponentBits) bits = 0;  // Inf or NaN says nothing about other calls
-  const uint32_t largest = warp_max(bits);
-  return repeats && used < kExponentBits ? used : largest;
-}
-
-__device__ __forceinline__ float multiplier_of(const CastParams& p, uint32_t amax_bits,
-                                               float format_max) {
-  const GroupScale group = scale_from_amax(amax_bits, format_max, p.power_of_two);
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    if (p.scale != nullptr) *p.scale = group.scale;
-    if (p.amax_out != nullptr) *p.amax_out = __uint_as_float(amax_bits);
   }
   return group.quant_multiplier;
 }

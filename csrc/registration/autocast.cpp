@@ -1,11 +1,9 @@
 // Autocast: inside torch.autocast, linear operators take x, weights and biases in the autocast
-// dtype, as F.linear does. A given scale stays fp32.
+// dtype, as F.linear does. A given scale stays fp32, a history as it is.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <string>
-
+#include "common/operators.h"
 #include "common/recipe.h"
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
@@ -14,25 +12,17 @@
 namespace fp8::autocast {
 namespace {
 
-// A cast of the weight is another tensor in every call, of which delayed scaling can remember
-// nothing: it is dynamic then, as tensorwise is. Said here, since nothing tells the cast of a
-// frozen weight, which has no graph, from a parameter (linear/delayed.h).
-std::string recipe_of_cast(std::string_view recipe, const at::Tensor& weight,
-                           const at::Tensor& cast) {
-  if (cast.is_same(weight) || !recipe_at(recipe_id(recipe)).delayed) return std::string(recipe);
-  return std::string("tensorwise").append(recipe.substr(std::min(recipe.find(':'), recipe.size())));
-}
-
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
   const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
-  const at::Tensor cast = at::autocast::cached_cast(dtype, weight, kDevice);
-  return fp8::fused_linear(at::autocast::cached_cast(dtype, x, kDevice), cast,
-                           at::autocast::cached_cast(dtype, bias, kDevice),
-                           recipe_of_cast(recipe, weight, cast), input_scale);
+  return fp8::fused_linear(at::autocast::cached_cast(dtype, x, kDevice),
+                           at::autocast::cached_cast(dtype, weight, kDevice),
+                           at::autocast::cached_cast(dtype, bias, kDevice), recipe, input_scale,
+                           history);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
@@ -40,16 +30,15 @@ at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& main_grad, bool overwrite,
                               const std::optional<at::Tensor>& stand_in,
-                              const std::optional<at::Tensor>& input_scale) {
+                              const std::optional<at::Tensor>& input_scale,
+                              const std::optional<at::Tensor>& history) {
   const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fp8::_fused_linear_into", "")
-                             .typed<decltype(kernel::_fused_linear_into)>();
-  const at::Tensor cast = at::autocast::cached_cast(dtype, weight, kDevice);
-  return op.call(at::autocast::cached_cast(dtype, x, kDevice), cast,
-                 at::autocast::cached_cast(dtype, bias, kDevice),
-                 recipe_of_cast(recipe, weight, cast), main_grad, overwrite, stand_in, input_scale);
+  static const auto op = find<decltype(composite::_fused_linear_into)>("fp8::_fused_linear_into");
+  return op.call(at::autocast::cached_cast(dtype, x, kDevice),
+                 at::autocast::cached_cast(dtype, weight, kDevice),
+                 at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,
+                 stand_in, input_scale, history);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>

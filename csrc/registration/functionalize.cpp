@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include "common/operators.h"
 #include "fp8/ops.h"
 #include "matmul/scaled_mm.h"
 
@@ -31,9 +32,8 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
     fp8::scaled_mm_accumulate_(value, plain_a, plain_b, plain_scale_a, plain_scale_b, fast_accum);
     return out;
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fp8::_scaled_mm_accumulate", "")
-                             .typed<decltype(kernel::_scaled_mm_accumulate)>();
+  static const auto op =
+      find<decltype(kernel::_scaled_mm_accumulate)>("fp8::_scaled_mm_accumulate");
   const at::Tensor sum = op.call(value, plain_a, plain_b, plain_scale_a, plain_scale_b, fast_accum);
   impl::replace_(out, sum);
   impl::commit_update(out);

@@ -9,8 +9,8 @@
 #include "fp8/ops.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
-#include "linear/memory.h"
 #include "matmul/scaled_mm.h"
+#include "quantize/memory.h"
 #include "quantize/quantize_ops.h"
 
 TORCH_LIBRARY(fp8, m) {
@@ -60,7 +60,7 @@ TORCH_LIBRARY(fp8, m) {
       tags);
   m.def(
       "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
-      " Tensor? input_scale=None) -> Tensor",
+      " Tensor? input_scale=None, Tensor(a!)? history=None) -> Tensor",
       tags);
   const std::string grouped_recipe =
       fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
@@ -82,12 +82,14 @@ TORCH_LIBRARY(fp8, m) {
       tags);
   m.def(
       "_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
-      " bool save_weight_amax, Tensor? input_scale=None)"
+      " bool save_weight_amax, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
       tags);
   // The table of recipes, for Python.
   m.def("_recipes() -> (Dict(str, str)[] recipes, str[] options, str grouped_default)",
         &fp8::recipe_table);
+  // Of a row of a history, for Python.
+  m.def("_amax_history_size() -> int", [] { return int64_t{fp8::core::kAmaxHistorySize}; });
   // What fp8.cached_weights opens and closes: no device, no gradient.
   m.def("_cache_weights(Tensor[] weights) -> ()", &fp8::memory::cache_weights);
   m.def("_uncache_weights(Tensor[] weights) -> ()", &fp8::memory::uncache_weights);
@@ -95,17 +97,14 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
       " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
-      " bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      " bool needs_dbias, Tensor(a!)? main_grad=None, bool overwrite=False,"
+      " Tensor(b!)? history=None) -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
-  // The same with the weight gradient in a buffer of the caller.
+  // fused_linear whose backward has a main_grad.
   m.def(
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
-      " bool overwrite, Tensor? stand_in, Tensor? input_scale=None) -> Tensor",
-      tags);
-  m.def(
-      "_linear_backward_into(Tensor(a!) main_grad, Tensor dy, Tensor? x, Tensor? x_t_scale,"
-      " Tensor? weight, Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx,"
-      " bool needs_dbias, bool overwrite) -> (Tensor dx, Tensor dbias)",
+      " bool overwrite, Tensor? stand_in, Tensor? input_scale=None, Tensor(a!)? history=None)"
+      " -> Tensor",
       tags);
   // What grouped_linear and moe_experts are differentiated through.
   m.def(
@@ -137,33 +136,38 @@ TORCH_LIBRARY(fp8, m) {
 namespace {
 
 // A kernel, under an NVTX range of the operator's name.
-#define FP8_KERNEL(op) m.impl(#op, TORCH_FN((fp8::Ranged<"fp8::" #op, &fp8::kernel::op>::call)))
+#define FP8_KERNEL(family, op) \
+  m.impl(#op, TORCH_FN((fp8::Ranged<"fp8::" #op, &fp8::family::op>::call)))
+
+// Made of the operators below, for real and for fake tensors alike.
+void register_composites(torch::Library& m) {
+  FP8_KERNEL(composite, fused_linear);
+  FP8_KERNEL(composite, _fused_linear_into);
+  FP8_KERNEL(composite, grouped_linear);
+  FP8_KERNEL(composite, moe_experts);
+}
 
 // CPU and CUDA share their kernels down to the device's own quantize and matmul.
 void register_kernels(torch::Library& m) {
-  FP8_KERNEL(quantize_tensorwise);
-  FP8_KERNEL(quantize_rowwise);
-  FP8_KERNEL(quantize_tensorwise_transpose);
-  FP8_KERNEL(quantize_rowwise_transpose);
-  FP8_KERNEL(quantize_blockwise_1x128);
-  FP8_KERNEL(quantize_blockwise_128x128);
-  FP8_KERNEL(quantize_blockwise_1x128_transpose);
-  FP8_KERNEL(quantize_blockwise_128x128_transpose);
-  FP8_KERNEL(dequantize);
-  FP8_KERNEL(scaled_mm);
-  FP8_KERNEL(scaled_mm_accumulate_);
-  FP8_KERNEL(_scaled_mm_accumulate);
-  FP8_KERNEL(fused_linear);
-  FP8_KERNEL(_linear_forward);
-  FP8_KERNEL(_linear_backward);
-  FP8_KERNEL(_fused_linear_into);
-  FP8_KERNEL(_linear_backward_into);
-  FP8_KERNEL(grouped_linear);
-  FP8_KERNEL(_grouped_forward);
-  FP8_KERNEL(_grouped_backward);
-  FP8_KERNEL(moe_experts);
-  FP8_KERNEL(_moe_forward);
-  FP8_KERNEL(_moe_backward);
+  register_composites(m);
+  FP8_KERNEL(kernel, quantize_tensorwise);
+  FP8_KERNEL(kernel, quantize_rowwise);
+  FP8_KERNEL(kernel, quantize_tensorwise_transpose);
+  FP8_KERNEL(kernel, quantize_rowwise_transpose);
+  FP8_KERNEL(kernel, quantize_blockwise_1x128);
+  FP8_KERNEL(kernel, quantize_blockwise_128x128);
+  FP8_KERNEL(kernel, quantize_blockwise_1x128_transpose);
+  FP8_KERNEL(kernel, quantize_blockwise_128x128_transpose);
+  FP8_KERNEL(kernel, dequantize);
+  FP8_KERNEL(kernel, scaled_mm);
+  FP8_KERNEL(kernel, scaled_mm_accumulate_);
+  FP8_KERNEL(kernel, _scaled_mm_accumulate);
+  FP8_KERNEL(kernel, _linear_forward);
+  FP8_KERNEL(kernel, _linear_backward);
+  FP8_KERNEL(kernel, _grouped_forward);
+  FP8_KERNEL(kernel, _grouped_backward);
+  FP8_KERNEL(kernel, _moe_forward);
+  FP8_KERNEL(kernel, _moe_backward);
 }
 
 #undef FP8_KERNEL
@@ -176,6 +180,7 @@ TORCH_LIBRARY_IMPL(fp8, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(fp8, CUDA, m) { register_kernels(m); }
 
 TORCH_LIBRARY_IMPL(fp8, Meta, m) {
+  register_composites(m);
   m.impl("quantize_tensorwise", TORCH_FN(fp8::meta::quantize_tensorwise));
   m.impl("quantize_rowwise", TORCH_FN(fp8::meta::quantize_rowwise));
   m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::meta::quantize_tensorwise_transpose));
@@ -190,15 +195,10 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("scaled_mm", TORCH_FN(fp8::meta::scaled_mm));
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::meta::scaled_mm_accumulate_));
   m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
-  m.impl("fused_linear", TORCH_FN(fp8::meta::fused_linear));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
-  m.impl("_fused_linear_into", TORCH_FN(fp8::meta::_fused_linear_into));
-  m.impl("_linear_backward_into", TORCH_FN(fp8::meta::_linear_backward_into));
-  m.impl("grouped_linear", TORCH_FN(fp8::meta::grouped_linear));
   m.impl("_grouped_forward", TORCH_FN(fp8::meta::_grouped_forward));
   m.impl("_grouped_backward", TORCH_FN(fp8::meta::_grouped_backward));
-  m.impl("moe_experts", TORCH_FN(fp8::meta::moe_experts));
   m.impl("_moe_forward", TORCH_FN(fp8::meta::_moe_forward));
   m.impl("_moe_backward", TORCH_FN(fp8::meta::_moe_backward));
 }
@@ -209,7 +209,6 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
   m.impl("_fused_linear_into", TORCH_FN(fp8::autograd::_fused_linear_into));
-  m.impl("_linear_backward_into", TORCH_FN(fp8::autograd::_linear_backward_into));
   m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
   m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
   for (const char* op :
@@ -225,5 +224,6 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
 
 // Counts the in-place write, so that autograd sees a changed tensor.
 TORCH_LIBRARY_IMPL(fp8, ADInplaceOrView, m) {
+  m.impl("_linear_forward", TORCH_FN(fp8::in_place::_linear_forward));
   m.impl("scaled_mm_accumulate_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }

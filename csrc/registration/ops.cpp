@@ -2,22 +2,16 @@
 // dispatcher.
 #include "fp8/ops.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ATen.h>
 
+#include "common/operators.h"
+#include "fp8/core.h"
 #include "grouped/grouped_ops.h"
 #include "linear/linear.h"
 #include "matmul/scaled_mm.h"
 #include "quantize/quantize_ops.h"
 
 namespace fp8 {
-namespace {
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, at::ScalarType dtype,
                                                        const std::optional<at::Tensor>& scale,
@@ -99,23 +93,29 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, std::string_view recipe,
-                        const std::optional<at::Tensor>& input_scale) {
-  static const auto op = find<decltype(kernel::fused_linear)>("fp8::fused_linear");
-  return op.call(x, weight, bias, recipe, input_scale);
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
+  static const auto op = find<decltype(composite::fused_linear)>("fp8::fused_linear");
+  return op.call(x, weight, bias, recipe, input_scale, history);
 }
 
 at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, std::string_view recipe,
                              const at::Tensor& main_grad, bool overwrite,
-                             const std::optional<at::Tensor>& input_scale) {
-  static const auto op = find<decltype(kernel::_fused_linear_into)>("fp8::_fused_linear_into");
+                             const std::optional<at::Tensor>& input_scale,
+                             const std::optional<at::Tensor>& history) {
+  static const auto op = find<decltype(composite::_fused_linear_into)>("fp8::_fused_linear_into");
   return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt,
-                 input_scale);
+                 input_scale, history);
+}
+
+at::Tensor make_history(const at::TensorOptions& options) {
+  return at::zeros({3, core::kAmaxHistorySize}, options.dtype(at::kInt));
 }
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias, std::string_view recipe) {
-  static const auto op = find<decltype(kernel::grouped_linear)>("fp8::grouped_linear");
+  static const auto op = find<decltype(composite::grouped_linear)>("fp8::grouped_linear");
   return op.call(x, weight, offsets, bias, recipe);
 }
 
@@ -124,11 +124,11 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
                        const std::optional<at::Tensor>& down_bias, std::string_view activation,
                        bool interleaved, double alpha, double limit, std::string_view recipe) {
-  static const auto op = find<decltype(kernel::moe_experts)>("fp8::moe_experts");
+  static const auto op = find<decltype(composite::moe_experts)>("fp8::moe_experts");
   return op.call(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation,
                  interleaved, alpha, limit, recipe);
 }
 
-void ensure_registered() { find<decltype(kernel::fused_linear)>("fp8::fused_linear"); }
+void ensure_registered() { find<decltype(composite::fused_linear)>("fp8::fused_linear"); }
 
 }  // namespace fp8

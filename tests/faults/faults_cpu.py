@@ -26,8 +26,8 @@ CPU = [
     Fault(
         "a given scale is multiplied by",
         "csrc/cpu/quantize.cpp",
-        "multiplier = 1.0F / *a.static_scale;",
-        "multiplier = *a.static_scale;",
+        "multiplier = 1.0F / *given->scale;",
+        "multiplier = *given->scale;",
         LAYOUT,
     ),
     Fault(
@@ -66,10 +66,10 @@ CPU = [
         QUANTIZE,
     ),
     Fault(
-        "the weight of a blockwise layer has the scales of its input",
-        "csrc/linear/linear.cpp",
-        "dgrad.granularity_b = recipe.weight_granularity;",
-        "",
+        "a side forgets its granularity",
+        "csrc/quantize/operand.cpp",
+        ".granularity = request.granularity,\n                .rows = rows};",
+        ".granularity = Granularity::kTensorwise,\n                .rows = rows};",
         f"{LINEAR}/test_linear_values.py",
     ),
     Fault(
@@ -88,7 +88,7 @@ CPU = [
     ),
     Fault(
         "a written input is taken from memory",
-        "csrc/linear/memory.cpp",
+        "csrc/quantize/memory.cpp",
         ".version = x.unsafeGetTensorImpl()->version_counter().current_version(),",
         ".version = 0,",
         f"{LINEAR}/test_linear_memory.py",
@@ -116,16 +116,16 @@ CPU = [
     ),
     Fault(
         "a changed expert weight is taken from the cache",
-        "csrc/linear/memory.cpp",
-        "  if (made_of != id) {",
-        "  if (!made_of) {",
+        "csrc/quantize/memory.cpp",
+        "  if (cached->id != id) cached->operand = {};\n",
+        "",
         f"{GROUPED}/test_grouped_module.py",
     ),
     Fault(
         "the C++ module forgets its recipe",
         "csrc/linear/module.cpp",
-        "                      options.recipe(),",
-        '                      "tensorwise",',
+        ": std::nullopt, options.recipe(),",
+        ': std::nullopt, "tensorwise",',
         "ctest test_nn",
     ),
     Fault(
@@ -172,21 +172,28 @@ CPU = [
     ),
     Fault(
         "two recipes share an input that only one rounds to powers of two",
-        "csrc/linear/memory.cpp",
+        "csrc/quantize/memory.cpp",
         ".power_of_two = request.power_of_two",
         ".power_of_two = false",
         f"{LINEAR}/test_linear_memory.py",
     ),
     Fault(
         "what is remembered of an input serves a call with a given scale",
-        "csrc/linear/memory.cpp",
-        "eager_depth > 0 && !request.static_scale.defined()",
-        "eager_depth > 0",
+        "csrc/quantize/memory.cpp",
+        "request.scaling.source == Scaling::Source::kOwnAmax;",
+        "request.scaling.source != Scaling::Source::kHistory;",
         f"{LINEAR}/test_linear_static.py",
     ),
     Fault(
+        "an input with a history is remembered",
+        "csrc/quantize/memory.cpp",
+        "request.scaling.source == Scaling::Source::kOwnAmax;",
+        "request.scaling.source != Scaling::Source::kGiven;",
+        HISTORIES,
+    ),
+    Fault(
         "the window lacks the oldest of its calls",
-        "csrc/cpu/quantize.cpp",
+        "csrc/cpu/history.cpp",
         "ago <= core::kAmaxWindow; ++ago",
         "ago < core::kAmaxWindow; ++ago",
         DELAYED,
@@ -200,9 +207,9 @@ CPU = [
     ),
     Fault(
         "a delayed scale is the window's, whatever the tensor",
-        "csrc/cpu/quantize.cpp",
-        "suits(found, own) ? found : own",
-        "found",
+        "csrc/cpu/history.cpp",
+        "known.count() >= core::kAmaxWindow && bits_suit(largest, own.amax)",
+        "known.count() >= core::kAmaxWindow",
         DELAYED,
     ),
     Fault(
@@ -213,31 +220,31 @@ CPU = [
         DELAYED,
     ),
     Fault(
-        "a recomputation is taken for one more call",
-        "csrc/linear/linear.cpp",
-        "recipe.delayed && delayed::in_backward()",
-        "false && delayed::in_backward()",
+        "a window is there before it is full",
+        "csrc/cpu/history.cpp",
+        "known.count() >= core::kAmaxWindow && bits_suit",
+        "bits_suit",
+        DELAYED,
+    ),
+    Fault(
+        "a recomputation leaves one more record",
+        "csrc/cpu/history.cpp",
+        "if (!settled.repeats) {",
+        "if (true) {",
         RECOMPUTATION,
     ),
     Fault(
         "a recomputation takes the scale of any call with its amax",
-        "csrc/cpu/quantize.cpp",
-        "if (found == print) return",
-        "if (found != 0) return",
+        "csrc/cpu/history.cpp",
+        "if (print == own.print && bits_suit(used, own.amax)) return",
+        "if (bits_suit(used, own.amax)) return",
         RECOMPUTATION,
     ),
     Fault(
         "a tensor that comes again is scaled anew",
-        "csrc/cpu/quantize.cpp",
-        "history.find(own, report.print)",
-        "(a.recomputes ? history.find(own, report.print) : std::nullopt)",
-        RECOMPUTATION,
-    ),
-    Fault(
-        "a recomputation of a forward under no_grad shares inputs",
-        "csrc/linear/autograd.cpp",
-        "if (!x.is_leaf() && !alone)",
-        "if (!x.is_leaf())",
+        "csrc/cpu/history.cpp",
+        "std::min(known.count(), kAmaxSearched)",
+        "std::min(known.count(), 0U)",
         RECOMPUTATION,
     ),
     Fault(
@@ -263,7 +270,7 @@ CPU = [
     ),
     Fault(
         "a part of a parameter is remembered as an activation",
-        "csrc/linear/memory.cpp",
+        "csrc/quantize/memory.cpp",
         "return x.is_view() && x._base().is_leaf();",
         "return false && x.is_view();",
         MEMORY,
@@ -271,15 +278,34 @@ CPU = [
     Fault(
         "x and dy of a layer share a history",
         "csrc/linear/linear.cpp",
-        "history_of(*args.weight, delayed::Operand::kGradOutput, recipe)",
-        "history_of(*args.weight, delayed::Operand::kInput, recipe)",
+        "delayed_scaling(args.history, Role::kGradOutput)",
+        "delayed_scaling(args.history, Role::kInput)",
         DELAYED,
     ),
     Fault(
-        "a history is made for each cast of a weight by autocast",
+        "a torn record makes a scale that does not suit",
+        "csrc/cpu/history.cpp",
+        "print == own.print && bits_suit(used, own.amax)",
+        "print == own.print",
+        DELAYED,
+    ),
+    Fault(
+        "a backward does not count its write of a history",
+        "csrc/linear/autograd.cpp",
+        """                    needs_dweight, needs_dbias, history);
+  }
+  count_write(history);
+""",
+        """                    needs_dweight, needs_dbias, history);
+  }
+""",
+        HISTORIES,
+    ),
+    Fault(
+        "autocast loses the history",
         "csrc/registration/autocast.cpp",
-        "if (cast.is_same(weight) || ",
-        "if (true || ",
+        "recipe, input_scale,\n                           history);",
+        "recipe, input_scale,\n                           std::nullopt);",
         HISTORIES,
     ),
 ]

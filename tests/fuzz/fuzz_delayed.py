@@ -3,8 +3,8 @@
 What is promised: each operand is cast with a scale of an amax A of a window, or with the call's own
 amax a, where A is not between a and 16 a. So nothing saturates and nothing vanishes: an element's
 error is at most that of a cast with 16 times the tensor's own scale. Elements that are not finite
-become NaN, and make no scale. The first 16 calls, and dy with a bias gradient, are `tensorwise`:
-there they make the whole tensor NaN.
+become NaN, and make no scale. The first 16 calls take their own amax. So does dy with a bias
+gradient, as in `tensorwise`: there such elements make the whole tensor NaN.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ def _scaled(x: Tensor, exponent: int | str) -> Tensor:
     return x
 
 
-def _operand(t: Tensor, dtype: torch.dtype, two: bool, dynamic: bool) -> Operand:
-    if dynamic and not t.isfinite().all():
+def _operand(
+    t: Tensor, dtype: torch.dtype, two: bool, records: int, tensorwise: bool = False
+) -> Operand:
+    """records: at most, before this call."""
+    if tensorwise and not t.isfinite().all():
         t = torch.full_like(t, math.nan)
-    return error_bounds.delayed(t, 1.0 if dynamic else FACTOR, dtype, two)
+    own = tensorwise or records < STEADY
+    return error_bounds.delayed(t, 1.0 if own else FACTOR, dtype, two)
 
 
 def _turned(a: Operand) -> Operand:
@@ -55,8 +59,8 @@ def _expected(
 ) -> dict[str, Approx]:
     """calls, backwards: those before."""
     two = bool(case["option"])
-    qx, qw = (_operand(t.detach(), E4M3, two, calls < STEADY) for t in (x, layer.weight))
-    qdy = _operand(dy, E5M2, two, backwards < STEADY or layer.bias is not None)
+    qx, qw = (_operand(t.detach(), E4M3, two, calls) for t in (x, layer.weight))
+    qdy = _operand(dy, E5M2, two, backwards, tensorwise=layer.bias is not None)
     fast, split = (bounds.accumulation_of(x.device.type, fast) for fast in (True, False))
     y = rounded(product(qx, qw, fast), x.dtype)
     return {

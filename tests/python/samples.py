@@ -12,6 +12,7 @@ from reference import E4M3, E5M2
 from torch import Tensor
 
 import fp8
+from fp8.ops import make_history
 
 OPS = torch.ops.fp8
 RECIPES = tuple(fp8.RECIPES)  # in the order of their numbers, as private operators take them
@@ -31,7 +32,7 @@ SCHEMAS = {
     "dequantize": ("data scale dtype", 1),
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
-    "fused_linear": ("x weight bias recipe input_scale", 1),
+    "fused_linear": ("x weight bias recipe input_scale history", 1),
     "grouped_linear": ("x weight offsets bias recipe", 1),
     "moe_experts": (
         "x top_k_index top_k_weights gate_up down gate_up_bias down_bias activation interleaved"
@@ -50,8 +51,9 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-# fp8.cached_weights, and the table of recipes: they compute nothing, so there is nothing to trace.
-STATE_OPS = {"_cache_weights", "_forget_weights", "_uncache_weights", "_recipes"}
+# fp8.cached_weights, and what Python asks once: they compute nothing, so there is nothing to trace.
+STATE_OPS = {"_cache_weights", "_forget_weights", "_uncache_weights"}
+STATE_OPS |= {"_recipes", "_amax_history_size"}
 
 
 def namespace() -> list[str]:
@@ -182,6 +184,10 @@ def _fused_linear(device: str) -> list[Sample]:
         scale = {"input_scale": torch.tensor(0.01, device=device)}
         found.append(Sample(f"static {shape}", (x, weight.clone().requires_grad_()), scale))
         found.append(Sample(f"static {shape}, no grad", (x.detach(), weight), scale))
+        args = (x, weight.clone().requires_grad_(), None, "delayed")
+        found.append(Sample(f"history {shape}", args, {"history": make_history(device)}))
+        args = (x.detach(), weight, None, "delayed:power_of_two")
+        found.append(Sample(f"history {shape}, no grad", args, {"history": make_history(device)}))
     return found
 
 
@@ -200,6 +206,8 @@ def _linear_forward(device: str) -> list[Sample]:
         found.append(Sample(f"{RECIPES[recipe]}, power of two", args))
     args = (x, weight, None, 0, True, True, torch.tensor([0.01], device=device))
     found.append(Sample("static", args))
+    args = (x, weight, None, RECIPES.index("delayed"), True, True)
+    found.append(Sample("history", args, {"history": make_history(device)}))
     return found
 
 
@@ -217,7 +225,20 @@ def _linear_backward(device: str) -> list[Sample]:
             args = (dy, *saved, weight, amax if one_scale else None, shape[-1], recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{name} {shape} needs {needs}", (*args, *needs)))
-    return found
+                if name == "delayed":
+                    what = f"{name} {shape} needs {needs}, history"
+                    history = make_history(device)
+                    found.append(Sample(what, (*args, *needs), {"history": history}))
+    return found + [_into_buffer(turn, s) for turn, s in enumerate(found) if s.args[8]]
+
+
+def _into_buffer(turn: int, sample: Sample) -> Sample:
+    """The same with a main_grad, added to or overwritten."""
+    dy, *_, in_features, _, _, _, _ = sample.args
+    buffer = _buffer(dy.shape[-1], in_features, dy.device.type, turn)
+    kwargs = {name: value.clone() for name, value in sample.kwargs.items()}
+    args = (*sample.args, buffer, turn % 4 == 0)
+    return Sample(f"{sample.name} into, turn {turn}", args, kwargs)
 
 
 def _buffer(n: int, k: int, device: str, turn: int) -> Tensor:
@@ -236,17 +257,9 @@ def _fused_linear_into(device: str) -> list[Sample]:
         stand_in = torch.zeros_like(weight) if turn % 2 else None
         scale = sample.kwargs.get("input_scale")
         args = (x, weight, bias, recipe, main_grad, turn % 4 == 0, stand_in, scale)
-        found.append(Sample(f"{sample.name}, turn {turn}", args))
-    return found
-
-
-def _linear_backward_into(device: str) -> list[Sample]:
-    found = []
-    for turn, sample in enumerate(_linear_backward(device)):
-        *saved, needs_dx, _, needs_dbias = sample.args
-        main_grad = _buffer(saved[0].shape[-1], saved[5], device, turn)
-        args = (main_grad, *saved, needs_dx, needs_dbias, turn % 4 == 0)
-        found.append(Sample(f"{sample.name}, turn {turn}", args))
+        history = sample.kwargs.get("history")
+        kwargs = {} if history is None else {"history": history.clone()}
+        found.append(Sample(f"{sample.name}, turn {turn}", args, kwargs))
     return found
 
 
@@ -390,7 +403,6 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "_linear_forward": _linear_forward,
     "_linear_backward": _linear_backward,
     "_fused_linear_into": _fused_linear_into,
-    "_linear_backward_into": _linear_backward_into,
     "grouped_linear": _grouped_linear,
     "_grouped_forward": _grouped_forward,
     "_grouped_backward": _grouped_backward,

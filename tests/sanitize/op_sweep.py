@@ -8,12 +8,14 @@ quantization only. --grouped: grouped products and mixtures of experts only.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import fp8
+from fp8.ops import make_history
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 from samples import TABLE, samples
@@ -78,16 +80,18 @@ def main() -> None:
         y = torch.ops.fp8.fused_linear(x, weight, input_scale=scale)
         y.backward(torch.randn_like(y))
         calls += 2
-    # Delayed scales begin after 16 calls with one weight. The last calls are cast again and
-    # hold values that are not finite; all are recomputed.
+    # Delayed scales begin after 16 records. The last calls are cast again and hold values that are
+    # not finite; all are recomputed.
     for tokens, k, n in SHAPES[:2] if matmul else ():
         weight = torch.randn(n, k, device="cuda", requires_grad=True)
+        history = make_history("cuda")
         for call in range(20):
             x = torch.randn(tokens, k, device="cuda") * (1e3 if call > 17 else 1)
             if call == 19:
                 x[0, 0] = torch.inf
             args = (x.requires_grad_(), weight, None, "delayed")
-            y = checkpoint(torch.ops.fp8.fused_linear, *args, use_reentrant=call % 2 == 0)
+            run = partial(torch.ops.fp8.fused_linear, history=history)
+            y = checkpoint(run, *args, use_reentrant=call % 2 == 0)
             y.backward(torch.randn_like(y))
             calls += 3
     # Rows that start off 16 bytes, and rows longer than the registers of a block hold.

@@ -16,6 +16,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
 struct CUstream_st;  // cudaStream_t without the CUDA headers
@@ -54,31 +55,52 @@ struct Destination {
 //   data = round_to_nearest_even_saturate(float(x) * quant_multiplier),  scale = 1 /
 //   quant_multiplier
 // NaN and Inf in a scaling group make its scale NaN or Inf. With power_of_two, quant_multiplier is
-// rounded down to a power of two, so scale is one too (between 2^-127 and 2^120). With
-// static_scale, quant_multiplier is 1 / static_scale, and values out of range saturate (Inf too;
-// NaN stays NaN).
+// rounded down to a power of two, so scale is one too (between 2^-127 and 2^120). With a
+// StaticScale, quant_multiplier is 1 / scale, and values out of range saturate (Inf too; NaN stays
+// NaN).
 //
-// Delayed scaling, with amax_history. A is the largest amax of the last kAmaxWindow calls with this
-// history (or what made the scale of the last one, where that had the same x as the one before
-// it), a the amax of this call's finite values. x is cast with the scale of A, so one pass does,
-// and a second launch looks at a, which the first has found:
-//   a <= A <= kAmaxSlack * a   A was good: nothing saturates, and the smallest values lose no more
-//                              than a factor of kAmaxSlack to underflow
-//   a = 0                      all values are zeros; nothing to lose
-//   otherwise                  x is cast once more, with the scale of a
-// Inf becomes NaN, and neither enters a scale. The first kAmaxWindow calls, and those with column
-// sums, which read x twice anyway, take x's amax at once, as a call without a history does.
+// Delayed scaling. A call is a function of x and the history: it makes codes
+// and scale, and the next history. With a the amax of x's finite values and A the largest such amax
+// of the last kAmaxWindow records, what makes the scale is
+//   what made it before   if x has one of the last kAmaxRecords - 1 records. The history stays as
+//   it
+//                         is: so one tensor, as a weight in the calls of a step, has one scale and
+//                         moves no window, and a recomputation (activation checkpointing) has the
+//                         bits of what it repeats
+//   A                     else, if the history has kAmaxWindow records and a <= A <= kAmaxSlack *
+//   a:
+//                         nothing saturates, and the smallest values lose no more than a factor of
+//                         kAmaxSlack to underflow. Any A is good for zeros
+//   a                     else
+// and a record is left: a, what made the scale, and a fingerprint of x. Inf becomes NaN, and
+// neither enters a scale.
 //
-// The history is a ring of records, one for each call: a, the amax that made the scale, and a
-// fingerprint of x (0 where x's amax was taken at once). An x that has a record keeps its scale: so
-// one tensor, as a weight in the calls of a step, has one scale, and where x may be that of an
-// earlier call (`recomputes`: activation checkpointing) a recomputation has the bits of what it
-// repeats. That leaves no record; where it finds none, A is that of the newest one.
+// x is cast before a is known, with a guess: A, or where the last call repeated another, what that
+// took. A second launch looks at a, which the first has found, and casts once more where the guess
+// was not right. So a guess costs time at most.
+//
+// A call with column sums reads x twice anyway: a makes its scale, as without a history (NaN and
+// Inf too), and its record has no fingerprint. Where one such record has x's amax, a makes the
+// scale.
 inline constexpr int kAmaxWindow = 16;
 inline constexpr float kAmaxSlack = 16.0F;
-inline constexpr int kAmaxRecords =
-    64;  // this call's, and those of the 63 before that are searched
-inline constexpr int kAmaxHistorySize = 3 * kAmaxRecords;  // all a, all used, all fingerprints
+inline constexpr int kAmaxRecords = 64;
+inline constexpr int kAmaxHistorySize = 3 * kAmaxRecords + 2;  // records, their number, a guess
+
+// What makes the scale of a tensorwise quantization.
+struct OwnAmax {};
+struct StaticScale {
+  const float* scale = nullptr;  // one float
+};
+struct KnownAmax {
+  const float* amax = nullptr;  // one float, from an earlier call on the same x
+};
+// Calls that share a history and do not run one after the other, as on two streams, may lose or mix
+// each other's records. That makes a scale better or worse within the bound above, and never wrong.
+struct Delayed {
+  uint32_t* history = nullptr;  // [kAmaxHistorySize], zeros before the first call; where x lives
+};
+using Scaling = std::variant<OwnAmax, StaticScale, KnownAmax, Delayed>;
 
 struct QuantizeArgs {
   const void* x = nullptr;  // [rows, cols], contiguous columns, any alignment of whole elements
@@ -88,7 +110,7 @@ struct QuantizeArgs {
   int64_t ld = 0;  // elements from row to row, 0 repeats one row
   Dtype dtype = Dtype::kE4M3;
   Granularity granularity = Granularity::kTensorwise;
-  bool power_of_two = false;  // no effect on static_scale
+  bool power_of_two = false;  // no effect on a StaticScale
   Destination data;           // [rows, cols]
   Destination data_t;         // [cols, rows], the transposed copy
   // Laid out as Granularity says. tensorwise: `scale` is one float, `scale_t` unused. Else `scale`
@@ -96,19 +118,10 @@ struct QuantizeArgs {
   // columns of x, in 1x128 blocks 128 elements of a column; 128x128 blocks are the same ones.
   float* scale = nullptr;
   float* scale_t = nullptr;
-  // tensorwise only, each optional
-  const float* static_scale = nullptr;  // one float: given scale
-  const float* amax = nullptr;          // one float: amax known from an earlier call on the same x
-  float* amax_out = nullptr;            // one float: the amax that made the scale
-  // Delayed scaling, tensorwise only, not together with static_scale or amax. [kAmaxHistorySize]
-  // floats, zeros before the first call; amax_call is the number of calls before this one, those
-  // that recompute not counted. Calls with one history run one after the other on the device: one
-  // stream.
-  float* amax_history = nullptr;
-  uint64_t amax_call = 0;
-  bool recomputes = false;
+  Scaling scaling;            // tensorwise only
+  float* amax_out = nullptr;  // tensorwise only, one float, optional: the amax that made the scale
   // Column sums of x, accumulated in fp32 in a fixed order: the bias gradient when x is dy. [cols],
-  // optional; not together with static_scale or amax.
+  // optional; not together with a StaticScale or KnownAmax.
   void* column_sum = nullptr;
   Dtype column_sum_dtype = Dtype::kFloat32;
   void* workspace = nullptr;  // quantize_workspace_bytes(args) bytes, 16-byte aligned

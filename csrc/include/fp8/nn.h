@@ -13,6 +13,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <optional>
 #include <ostream>
 #include <string>
 
@@ -59,9 +60,14 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
   torch::Tensor weight;       // [out_features, in_features]
   torch::Tensor bias;         // [out_features]; undefined without a bias
   torch::Tensor input_scale;  // []; undefined where the input is scaled dynamically
+  // [3, ..] int32, fp8::make_history: with the recipe "delayed", made where it is needed. No
+  // buffer: an archive has none, and a clone begins anew.
+  torch::Tensor history;
 
  private:
   void keep_float32(const torch::Tensor& scale);
+  void move_history(torch::Device device, bool non_blocking);
+  std::optional<torch::Tensor> current_history();
 };
 
 // fp8::nn::Linear: a shared pointer to the module, as all of LibTorch's.

@@ -102,12 +102,12 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 // quantizes x, weight and dy with power_of_two. "fast": gradients accumulate fast, as the forward
 // does in all but "blockwise"; "gw_hp": the weight gradient is made of unquantized operands.
 //
-// "delayed" takes the scales of x, weight and dy from the largest amax of the 16 calls before with
-// this weight, and from the tensor's own where that would saturate or be more than 16 times as
-// large (core::QuantizeArgs::amax_history); Inf becomes NaN. A call within a backward repeats the
-// scales of the forward that it recomputes, if it is one. The first 16 calls, and those in which
-// the weight is an operator's result or a CUDA graph is captured, are "tensorwise"; so is dy with a
-// bias gradient, or where x needs none.
+// history (make_history, with "delayed"): of the calls with one weight. The call moves it on, and
+// so does its backward; result and next history depend on the arguments alone. x, weight and dy
+// each take the scale of the largest amax of the last 16 records, and of their own amax where that
+// would saturate or be more than 16 times as large; a tensor that comes again keeps its scale
+// (core::QuantizeArgs::amax_history). Inf becomes NaN. dy with a bias gradient takes its own amax.
+// Without a history "delayed" is "tensorwise".
 //
 // input_scale ([] fp32 on x's device, with "tensorwise" or "delayed"): static scaling of x, in one
 // pass over it and whatever its amax, as in quantize_tensorwise: values out of range saturate, Inf
@@ -116,7 +116,12 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias = std::nullopt,
                         std::string_view recipe = "tensorwise",
-                        const std::optional<at::Tensor>& input_scale = std::nullopt);
+                        const std::optional<at::Tensor>& input_scale = std::nullopt,
+                        const std::optional<at::Tensor>& history = std::nullopt);
+
+// An empty history for fused_linear: [3, core::kAmaxHistorySize] int32 on the device of `options`,
+// of x, weight and dy. Not part of what a layer computes: it may begin anew at any time.
+at::Tensor make_history(const at::TensorOptions& options = {});
 
 // fused_linear whose backward adds the weight gradient to main_grad [N, K] (bfloat16, float16 or
 // float32, any strides), in fp32 and rounded once, and gives autograd none: weight.grad() stays
@@ -125,7 +130,8 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
 at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, std::string_view recipe,
                              const at::Tensor& main_grad, bool overwrite = false,
-                             const std::optional<at::Tensor>& input_scale = std::nullopt);
+                             const std::optional<at::Tensor>& input_scale = std::nullopt,
+                             const std::optional<at::Tensor>& history = std::nullopt);
 
 // x [T, K] sorted by group, weight [E, N, K] (stored so, or as [E, K, N]), offsets [E] int32, the
 // row that ends each group, bias [E, N] -> y [T, N] with y[r] = x[r] W[g]^T + b[g] for the rows r

@@ -46,26 +46,11 @@ def _linear_backward(
     recipe: int,
     needs_dx: bool,
     needs_dweight: bool,
-    needs_dbias: bool,
-    **kwargs: Any,
-) -> int:
-    return 2 * dy.numel() * in_features * (needs_dx + needs_dweight)
-
-
-def _linear_backward_into(
-    main_grad: Shape,
-    dy: Shape,
-    x: Shape | None,
-    x_t_scale: Shape | None,
-    weight: Shape | None,
-    weight_amax: Shape | None,
-    in_features: int,
-    recipe: int,
-    needs_dx: bool,
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    return 2 * dy.numel() * in_features * (needs_dx + 1)
+    products = needs_dx + needs_dweight
+    return 2 * dy.numel() * in_features * products
 
 
 def _scaled_mm(a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
@@ -123,7 +108,6 @@ FORMULAS = {
     _ops._fused_linear_into: _linear,
     _ops._linear_forward: _linear,
     _ops._linear_backward: _linear_backward,
-    _ops._linear_backward_into: _linear_backward_into,
     _ops.scaled_mm: _scaled_mm,
     _ops.scaled_mm_accumulate_: _scaled_mm_accumulate,
     _ops._scaled_mm_accumulate: _scaled_mm_accumulate,

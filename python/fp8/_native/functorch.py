@@ -2,7 +2,7 @@
 
 A rule calls the operator once per example and stacks the results, which are those of a loop
 therefore, bit for bit: with one scale per tensor each example has its own, and a product of more
-rows may add in another order.
+rows may add in another order. So is a history that they share: the calls move it on in turn.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,13 @@ _BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 def batching_rule(op: Any) -> Callable[..., Any]:
     """The kernel of `op`, an OpOverload, for batched tensors."""
-    written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
-    returns = len(op._schema.returns)
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.is_write and a.name != "history"]
+    returns = op._schema.returns
+    in_place = len(returns) == 1 and returns[0].alias_info is not None
 
     def batched(*args: Any, **kwargs: Any) -> Any:
+        writes = [i for i in written if i < len(args) and args[i] is not None]
         interpreter: Any = pyfunctorch.retrieve_current_functorch_interpreter()
         level = interpreter.level()
         operands, spec = tree_flatten((args, kwargs))
@@ -36,19 +39,20 @@ def batching_rule(op: Any) -> Callable[..., Any]:
         with torch._C._ExcludeDispatchKeyGuard(_BATCHED):
             if all(dim is None for dim in dims):  # batched at another level
                 return _call(op, values, spec)
-            if written and dims[written[0]] is None:
-                raise RuntimeError(
-                    f"vmap: {op} writes {op._schema.arguments[written[0]].name}, which has no "
-                    "batch dimension, and reads tensors that have one: expected it batched too"
-                )
+            for i in writes:
+                if dims[i] is None:
+                    raise RuntimeError(
+                        f"vmap: {op} writes {arguments[i].name}, which has no batch dimension, "
+                        "and reads tensors that have one: expected it batched too"
+                    )
             results = _loop(op, values, dims, spec, interpreter.batch_size())
-        if written and returns == 1:
-            return args[written[0]]  # itself, as operators in place do
+        if in_place:
+            return args[writes[0]]  # itself, as operators in place do
         wrapped = tuple(
             None if result is None else _functorch._add_batch_dim(result, 0, level)
             for result in results
         )
-        return wrapped if returns > 1 else wrapped[0]
+        return wrapped if len(returns) > 1 else wrapped[0]
 
     return batched
 
@@ -64,9 +68,11 @@ def _loop(
             for value, dim in zip(values, dims, strict=True)
         ]
 
-    if size == 0:  # one call for the shapes, of zeros
+    if size == 0:  # one call for the shapes, of zeros; what it writes is not the caller's
         shapes = [
-            value if dim is None else value.new_zeros(value.movedim(dim, 0).shape[1:])
+            (value.clone() if isinstance(value, Tensor) else value)
+            if dim is None
+            else value.new_zeros(value.movedim(dim, 0).shape[1:])
             for value, dim in zip(values, dims, strict=True)
         ]
         return [

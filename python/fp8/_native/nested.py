@@ -74,6 +74,7 @@ def _fused_linear(
     recipe: str = "tensorwise",
     *,
     input_scale: Tensor | None = None,
+    history: Tensor | None = None,
 ) -> Tensor:
     if not x.is_nested or weight.is_nested or (bias is not None and bias.is_nested):
         raise NotImplementedError(
@@ -81,7 +82,8 @@ def _fused_linear(
             "got a nested weight or bias"
         )
     op = torch.ops.fp8.fused_linear.default
-    return map_rows(lambda rows: op(rows, weight, bias, recipe, input_scale=input_scale), x)
+    scaling = {"input_scale": input_scale, "history": history}
+    return map_rows(lambda rows: op(rows, weight, bias, recipe, **scaling), x)
 
 
 def _refuse(name: str) -> Callable[..., Any]:

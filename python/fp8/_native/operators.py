@@ -23,7 +23,6 @@ NAMES = (
     "_linear_forward",
     "_linear_backward",
     "_fused_linear_into",
-    "_linear_backward_into",
     "grouped_linear",
     "_grouped_forward",
     "_grouped_backward",

@@ -16,6 +16,7 @@ from torch import nn
 
 from .._native.collectives import spare_collectives
 from ..integrations.transformers import _experts, _registration
+from ..nn import _histories
 from ..nn._calls import forget_call, has_own_forward
 from ..nn._linear import Linear, check_static
 from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe, check_grouped_recipe, check_recipe
@@ -104,6 +105,7 @@ def convert(
             vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
             module.__class__ = Linear
             vars(module)["recipe"] = recipe
+            _histories.fit(module)  # type: ignore[arg-type]
         for mixture in able:
             _experts.set_fp8(mixture, experts_recipe, configs)
     if not chosen and not able:
@@ -142,6 +144,7 @@ def revert(model: ModelT) -> ModelT:
             vars(module).pop("forward", None)
             forget_call(module)
             module.input_scale = None
+            _histories.drop(module)
             module.__class__ = nn.Linear  # type: ignore[assignment]
         for mixture in mixtures:
             _experts.unset_fp8(mixture)
@@ -160,16 +163,21 @@ def _obstacle(module: Linear) -> str | None:
 def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     """If the context ends by an exception, an interrupt too, the modules are as before: class,
     attributes and buffers."""
-    before = [(m, m.__class__, dict(vars(m)), dict(m._buffers)) for m in modules]
+    before = [
+        (m, m.__class__, dict(vars(m)), dict(m._buffers), set(m._non_persistent_buffers_set))
+        for m in modules
+    ]
     try:
         yield
     except BaseException:
-        for module, kind, attributes, buffers in before:
+        for module, kind, attributes, buffers, passing in before:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(passing)
         raise
 
 

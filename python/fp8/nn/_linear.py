@@ -2,8 +2,8 @@
 
 It adds one string, `recipe`, to nn.Linear and no parameter, buffer or state_dict key, so the two
 classes can be exchanged in place: `fp8.convert` and `fp8.revert` only change a module's class. Only
-where the input has a static scale, that is a buffer, `input_scale`. Pickles refer to
-`fp8.nn.Linear`.
+where the input has a static scale, that is a buffer, `input_scale`, and where scales are delayed,
+their history is one, `amax_history`, which is in no state_dict. Pickles refer to `fp8.nn.Linear`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from .._native.collectives import spare_collectives
 from ..recipe import Recipe, check_recipe
-from . import _distributed_checkpoint, _main_grad, _offload, _operands
+from . import _distributed_checkpoint, _histories, _main_grad, _offload, _operands
 from ._calls import CALLED, _mark_traced, has_own_forward
 
 # Looked up once: `torch.ops.fp8.fused_linear.default` costs four attribute reads a call.
@@ -70,7 +70,7 @@ class Linear(nn.Linear):
     ) -> None:
         name = str(check_recipe(recipe))
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.recipe = name
+        self.recipe = name  # and with it the history
         spare_collectives()
 
     @classmethod
@@ -124,12 +124,15 @@ class Linear(nn.Linear):
         if type(input) is not Tensor or type(weight := self.weight) is not nn.Parameter:
             unusual: Tensor = _operands.linear(self, input, scale)
             return unusual
+        history = _histories.of(self) if self.recipe[:7] == "delayed" else None
         buffer = getattr(weight, "main_grad", None)
         output: Tensor
         if buffer is not None:
-            return _main_grad.linear(input, weight, self.bias, self.recipe, buffer, scale)
-        if scale is not None:
-            output = _fused_linear(input, weight, self.bias, self.recipe, input_scale=scale)
+            return _main_grad.linear(input, weight, self.bias, self.recipe, buffer, scale, history)
+        if scale is not None or history is not None:
+            output = _fused_linear(
+                input, weight, self.bias, self.recipe, input_scale=scale, history=history
+            )
         else:
             output = _fused_linear(input, weight, self.bias, self.recipe)
         return output
@@ -172,6 +175,12 @@ class Linear(nn.Linear):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+            if name == "recipe":
+                _histories.fit(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _histories.fit(self)  # a pickle from before the buffer
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As of nn.Module, `input_scale` included, which is checked as when it is set."""
@@ -185,7 +194,10 @@ class Linear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What .to, .cuda, .half, ... do; the scale goes along and stays float32."""
         scale = self.input_scale
+        history = self._buffers.get(_histories.NAME)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if history is not None and history.is_meta:  # what to_empty makes of it is no history
+            _histories.renew(self)
         moved = self.input_scale
         if scale is not None and moved is not None and moved.dtype != torch.float32:
             self._buffers["input_scale"] = scale.to(moved.device, torch.float32)

@@ -23,6 +23,7 @@ def linear(
     recipe: str,
     main_grad: object,
     input_scale: Tensor | None,
+    history: Tensor | None,
 ) -> Tensor:
     """`fused_linear` whose weight gradient goes into main_grad [out_features, in_features]."""
     if not isinstance(main_grad, Tensor):
@@ -32,21 +33,22 @@ def linear(
         )
     if x.is_nested:
         return nested.map_rows(
-            lambda rows: linear(rows, weight, bias, recipe, main_grad, input_scale), x
+            lambda rows: linear(rows, weight, bias, recipe, main_grad, input_scale, history), x
         )
     y: Tensor
+    scaling = {"input_scale": input_scale, "history": history}
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        y = _fused_linear(x, weight, bias, recipe, input_scale=input_scale)
+        y = _fused_linear(x, weight, bias, recipe, **scaling)
         return y
     overwrite = bool(getattr(weight, "overwrite_main_grad", False))
     if not hasattr(weight, "grad_added_to_main_grad"):
-        y = _fused_linear_into(x, weight, bias, recipe, main_grad, overwrite, None, input_scale)
+        y = _fused_linear_into(x, weight, bias, recipe, main_grad, overwrite, None, **scaling)
         return y
     if torch.compiler.is_compiling():  # a hook cannot be compiled: autograd gets the gradient
-        y = _fused_linear(x, weight, bias, recipe, input_scale=input_scale)
+        y = _fused_linear(x, weight, bias, recipe, **scaling)
         return y
     stand_in = _stand_in(weight.shape, weight.dtype, weight.device)
-    y = _fused_linear_into(x, weight, bias, recipe, main_grad, overwrite, stand_in, input_scale)
+    y = _fused_linear_into(x, weight, bias, recipe, main_grad, overwrite, stand_in, **scaling)
     assert y.grad_fn is not None  # the weight requires a gradient
     y.grad_fn.register_hook(partial(_after_backward, weight))
     return y

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._native import nested
-from . import _main_grad
+from . import _histories, _main_grad
 from ._watched import WatchedParameter
 
 if TYPE_CHECKING:
@@ -45,10 +45,13 @@ def linear(layer: "Linear", input: Any, scale: Tensor | None) -> Any:
 
 def _product(layer: "Linear", input: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """As in Linear.forward."""
+    history = _histories.of(layer) if layer.recipe[:7] == "delayed" else None
     buffer = getattr(weight, "main_grad", None)
     if buffer is not None:
-        return _main_grad.linear(input, weight, layer.bias, layer.recipe, buffer, scale)
-    y: Tensor = _fused_linear(input, weight, layer.bias, layer.recipe, input_scale=scale)
+        return _main_grad.linear(input, weight, layer.bias, layer.recipe, buffer, scale, history)
+    y: Tensor = _fused_linear(
+        input, weight, layer.bias, layer.recipe, input_scale=scale, history=history
+    )
     return y
 
 
@@ -66,7 +69,10 @@ def _traced(layer: "Linear", tracer: Any, input: Any, scale: Tensor | None) -> A
         name = next((name for name, module in names if module is layer), "")
         if name:
             return tracer.create_proxy("call_module", name, (input,), {})
-    return _fused_linear(input, layer.weight, layer.bias, layer.recipe, input_scale=scale)
+    history = layer._buffers.get(_histories.NAME)
+    return _fused_linear(
+        input, layer.weight, layer.bias, layer.recipe, input_scale=scale, history=history
+    )
 
 
 def _is_torchs(kind: type) -> bool:

@@ -14,7 +14,7 @@ Quantization, with amax = max |x| over a scaling group, in fp32:
 
 torch.vmap calls an operator once per example, so its results are those of a loop. Nested tensors
 are taken by `fused_linear` alone. torch.utils.flop_counter counts the products. `MATMUL_OPS` is for
-policies of selective activation checkpointing.
+policies of selective activation checkpointing, `make_history` for delayed scaling.
 
 With `power_of_two` quant_multiplier is rounded down to a power of two, and scale is one too
 (between 2^-127 and 2^120). A NaN or Inf in a group makes the group's scale NaN or Inf, so that
@@ -24,6 +24,7 @@ everything computed from the group is non-finite.
 from ._checkpointing import MATMUL_OPS as MATMUL_OPS
 from ._grouped import grouped_linear, moe_experts
 from ._linear import fused_linear
+from ._linear import make_history as make_history
 from ._matmul import scaled_mm, scaled_mm_accumulate_
 from ._quantize import (
     dequantize,

@@ -6,11 +6,7 @@
 #include <bit>
 #include <catch2/catch.hpp>
 #include <cmath>
-#include <cstring>
-#include <deque>
 #include <limits>
-#include <map>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -68,7 +64,7 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
   Buffer<uint8_t> data_t(pad16(rows) * pad16(cols));
   Buffer<float> scale(1);
   Buffer<float> used(1);
-  const Buffer<float> history(std::vector<float>(kAmaxHistorySize, 0.0F));
+  const Buffer<uint32_t> history(std::vector<uint32_t>(kAmaxHistorySize, 0U));
   QuantizeArgs args{
       .x = x.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
   args.power_of_two = power_of_two;
@@ -76,14 +72,17 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
   if (with_data_t) args.data_t = {data_t.data, pad16(cols), pad16(rows)};
   args.scale = scale.data;
   args.amax_out = used.data;
-  args.amax_history = history.data;
+  args.scaling = Delayed{history.data};
   Buffer<uint8_t> workspace(quantize_workspace_bytes(args) + 16);
   args.workspace = workspace.data;
 
-  std::deque<float> window;
-  std::set<float> at_once;  // an x of such an amax may be one of those
-  std::map<std::vector<float>, std::pair<int, float>> seen;  // x -> its last call, and what it used
-  int cast_again = 0;
+  struct Record {
+    float own;
+    float used;
+    std::vector<float> x;
+  };
+  std::vector<Record> records;
+  int from_window = 0;
   constexpr int kCalls = kAmaxRecords + 9;
   for (int call = 0; call < kCalls; ++call) {
     // Where the largest element lies changes from call to call: any block may have it.
@@ -95,56 +94,61 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
     if (infinite) host[3] = -std::numeric_limits<float>::infinity();
     check(cudaMemcpy(x.data, host.data(), host.size() * sizeof(float), cudaMemcpyHostToDevice));
 
-    args.amax_call = static_cast<uint64_t>(call);
     quantize(args, nullptr);
     check(cudaDeviceSynchronize());
 
     const float own = amax_of(host);
     float expected = own;
-    if (call >= kAmaxWindow) {
-      expected = *std::max_element(window.begin(), window.end());
-      window.pop_front();
-      const auto same = seen.find(host);
-      if (same != seen.end() && call - same->second.first < kAmaxRecords) {
-        expected = same->second.second;  // it keeps its scale
-      } else if (at_once.contains(own) || !fp8::suits(expected, own)) {
-        expected = own;
-        ++cast_again;
+    const auto newest = std::find_if(records.rbegin(), records.rend(),
+                                     [&](const Record& record) { return record.x == host; });
+    const bool repeats = newest - records.rbegin() < kAmaxRecords - 1 && newest != records.rend();
+    if (repeats) {
+      expected = newest->used;
+    } else if (records.size() >= kAmaxWindow) {
+      float largest = 0.0F;
+      for (size_t i = 1; i <= kAmaxWindow; ++i) {
+        largest = std::max(largest, records[records.size() - i].own);
+      }
+      if (fp8::suits(largest, own)) {
+        expected = largest;
+        ++from_window;
       }
     }
-    window.push_back(own);
-    if (call < kAmaxWindow) at_once.insert(own);
-    if (call >= kAmaxWindow) seen[host] = {call, expected};
+    if (!repeats) records.push_back({own, expected, host});
     INFO("call " << call);
     const float multiplier = fp8::quant_multiplier(expected, 448.0F, power_of_two);
     REQUIRE(used.host()[0] == expected);
     REQUIRE(scale.host()[0] == 1.0F / multiplier);
-    const std::vector<float> ring = history.host();
-    const int slot = call % kAmaxRecords;
-    REQUIRE(ring[slot] == own);
-    REQUIRE(ring[fp8::kHistoryUsed + slot] == expected);
-    const auto print = std::bit_cast<uint32_t>(ring[fp8::kHistoryFingerprint + slot]);
-    REQUIRE((print == 0) == (call < kAmaxWindow));
+    const std::vector<uint32_t> ring = history.host();
+    REQUIRE(ring[fp8::kHistoryCount] == records.size());
+    const float guess = std::bit_cast<float>(ring[fp8::kHistoryGuess]);
+    REQUIRE(guess == (repeats ? expected : 0.0F));
+    if (!repeats) {
+      const size_t place = (records.size() - 1) % kAmaxRecords;
+      REQUIRE(std::bit_cast<float>(ring[place]) == own);
+      REQUIRE(std::bit_cast<float>(ring[fp8::kHistoryUsed + place]) == expected);
+      REQUIRE(ring[fp8::kHistoryFingerprint + place] != fp8::kNoFingerprint);
+    }
     if (with_data) REQUIRE(count_wrong(data.host(), host, rows, cols, multiplier, false) == 0);
     if (with_data_t) REQUIRE(count_wrong(data_t.host(), host, rows, cols, multiplier, true) == 0);
 
-    // The same x again, as activation checkpointing has it: the same scale, and no record.
-    if (call < kAmaxWindow) continue;
+    // The same x again, as activation checkpointing has it: the same scale, and no record. The next
+    // call begins with that scale as a guess, where this is done, and with the window's else.
+    if (call % 3 == 0) continue;
     check(cudaMemset(data.data, 0xEE, data.count));
     check(cudaMemset(data_t.data, 0xEE, data_t.count));
-    QuantizeArgs again = args;
-    again.amax_call = static_cast<uint64_t>(call) + 1;
-    again.recomputes = true;
-    quantize(again, nullptr);
+    quantize(args, nullptr);
     check(cudaDeviceSynchronize());
     REQUIRE(used.host()[0] == expected);
-    const std::vector<float> after = history.host();  // fingerprints may be the bits of a NaN
-    REQUIRE(std::memcmp(after.data(), ring.data(), ring.size() * sizeof(float)) == 0);
+    std::vector<uint32_t> after = history.host();
+    REQUIRE(std::bit_cast<float>(after[fp8::kHistoryGuess]) == expected);
+    after[fp8::kHistoryGuess] = ring[fp8::kHistoryGuess];
+    REQUIRE(after == ring);
     if (with_data) REQUIRE(count_wrong(data.host(), host, rows, cols, multiplier, false) == 0);
     if (with_data_t) REQUIRE(count_wrong(data_t.host(), host, rows, cols, multiplier, true) == 0);
   }
-  REQUIRE(cast_again > 4);
-  REQUIRE(cast_again < kCalls - kAmaxWindow - 8);
+  REQUIRE(from_window > 8);
+  REQUIRE(from_window < kCalls - kAmaxWindow - 8);
 }
 
 namespace {
@@ -157,7 +161,8 @@ struct Calls {
   Buffer<float> x{base};
   Buffer<uint8_t> data{pad16(kRows) * kCols};
   Buffer<float> scale{1};
-  Buffer<float> history{std::vector<float>(kAmaxHistorySize, 0.0F)};
+  Buffer<float> sums{kCols};
+  Buffer<uint32_t> history{std::vector<uint32_t>(kAmaxHistorySize, 0U)};
   QuantizeArgs args{
       .x = x.data, .x_dtype = Dtype::kFloat32, .rows = kRows, .cols = kCols, .ld = kCols};
   Buffer<uint8_t> workspace{1 << 16};
@@ -165,8 +170,7 @@ struct Calls {
   Calls() {
     args.data = {data.data, pad16(kRows), kCols};
     args.scale = scale.data;
-    args.amax_history = history.data;
-    args.amax_call = kAmaxWindow;
+    args.scaling = Delayed{history.data};
     REQUIRE(quantize_workspace_bytes(args) <= workspace.count);
     args.workspace = workspace.data;
   }
@@ -177,13 +181,18 @@ struct Calls {
     return values;
   }
 
-  float scale_of(const std::vector<float>& values, uint64_t call, bool recomputes) {
+  float scale_of(const std::vector<float>& values) {
     check(cudaMemcpy(x.data, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
-    args.amax_call = call;
-    args.recomputes = recomputes;
     quantize(args, nullptr);
     check(cudaDeviceSynchronize());
     return scale.host()[0];
+  }
+
+  // Sixteen tensors of about `factor` times the base.
+  void fill_window(float factor) {
+    for (int i = 0; i < kAmaxWindow; ++i) {
+      scale_of(scaled(factor * (1.0F - 0.01F * static_cast<float>(i))));
+    }
   }
 };
 
@@ -196,52 +205,84 @@ TEST_CASE("a recomputation finds its own record among those of one amax", "[quan
   std::vector<float> second = calls.base;
   first[77] = second[second.size() - 5] = 4.0F;
   first[100] = second[100] = 1.0F;
-  uint64_t call = 0;
-  const std::vector<float> small = calls.scaled(0.5F);  // of another amax: theirs is taken at once
-  for (; call < kAmaxWindow; ++call) calls.scale_of(small, call, false);
+  calls.fill_window(0.5F);
   std::vector<float> large = calls.base;
   large[3] = 40.0F;
-  const float scale_of_first = calls.scale_of(first, call++, false);
-  calls.scale_of(large, call++, false);
-  const float scale_of_second = calls.scale_of(second, call++, false);
+  const float scale_of_first = calls.scale_of(first);
+  calls.scale_of(large);
+  const float scale_of_second = calls.scale_of(second);
   REQUIRE(scale_of_first != scale_of_second);
   for (int i = 0; i < 2; ++i) {
-    REQUIRE(calls.scale_of(first, call, true) == scale_of_first);
-    REQUIRE(calls.scale_of(second, call, true) == scale_of_second);
+    REQUIRE(calls.scale_of(first) == scale_of_first);
+    REQUIRE(calls.scale_of(second) == scale_of_second);
   }
 }
 
-// One record further back lies that of the call itself, which a block writes while others search.
-TEST_CASE("a tensor keeps its scale for 63 calls", "[quantize]") {
+TEST_CASE("a tensor keeps its scale for 63 records", "[quantize]") {
   const bool kept = GENERATE(true, false);
   Calls calls;
-  uint64_t call = 0;
-  for (; call < kAmaxWindow; ++call) calls.scale_of(calls.scaled(2.0F), call, false);
-  const uint64_t first = call;
-  const float scale = calls.scale_of(calls.base, call++, false);
-  const uint64_t again = first + kAmaxRecords - (kept ? 1 : 0);
-  while (call < again) {
-    const float factor = 1.25F + 0.001F * static_cast<float>(call);
-    calls.scale_of(calls.scaled(factor), call++, false);
+  calls.fill_window(2.0F);
+  const float scale = calls.scale_of(calls.base);
+  const int others = kAmaxRecords - 1 - (kept ? 1 : 0);
+  for (int i = 0; i < others; ++i) {
+    calls.scale_of(calls.scaled(1.25F + 0.001F * static_cast<float>(i)));
   }
-  REQUIRE((calls.scale_of(calls.base, call, false) == scale) == kept);
+  REQUIRE((calls.scale_of(calls.base) == scale) == kept);
 }
 
-TEST_CASE("a history goes with neither a given scale nor one for each row", "[quantize]") {
+// As another stream may leave them, which writes meanwhile.
+TEST_CASE("torn records and a torn guess make no wrong scale", "[quantize]") {
+  Calls calls;
+  calls.fill_window(1.5F);
+  calls.scale_of(calls.base);
+  const auto wrong =
+      std::bit_cast<uint32_t>(GENERATE(0.0F, 1e-3F, 1e6F, std::numeric_limits<float>::infinity(),
+                                       std::numeric_limits<float>::quiet_NaN()));
+  std::vector<uint32_t> words = calls.history.host();
+  const bool guess = GENERATE(true, false);
+  words[guess ? fp8::kHistoryGuess : fp8::kHistoryUsed + kAmaxWindow] = wrong;
+  check(cudaMemcpy(calls.history.data, words.data(), words.size() * sizeof(uint32_t),
+                   cudaMemcpyHostToDevice));
+  // The record's; or that of the window, which has moved on by one.
+  const float amax = amax_of(calls.scaled(1.5F * (1.0F - (guess ? 0.0F : 0.01F))));
+  const float multiplier = fp8::quant_multiplier(amax, 448.0F);
+  for (int i = 0; i < 2; ++i) {
+    REQUIRE(calls.scale_of(calls.base) == 1.0F / multiplier);
+    REQUIRE(count_wrong(calls.data.host(), calls.base, Calls::kRows, Calls::kCols, multiplier,
+                        false) == 0);
+  }
+}
+
+TEST_CASE("a call with column sums takes its own amax, and leaves a record", "[quantize]") {
+  Calls calls;
+  calls.fill_window(2.0F);
+  const float own = 1.0F / fp8::quant_multiplier(amax_of(calls.base), 448.0F);
+  QuantizeArgs plain = calls.args;
+  calls.args.column_sum = calls.sums.data;
+  REQUIRE(quantize_workspace_bytes(calls.args) <= calls.workspace.count);
+  for (unsigned i = 0; i < 2; ++i) {
+    REQUIRE(calls.scale_of(calls.base) == own);
+    const std::vector<uint32_t> words = calls.history.host();
+    REQUIRE(words[fp8::kHistoryCount] == kAmaxWindow + 1 + i);
+    REQUIRE(std::bit_cast<float>(words[kAmaxWindow + i]) == amax_of(calls.base));
+    REQUIRE(words[fp8::kHistoryFingerprint + kAmaxWindow + i] == fp8::kNoFingerprint);
+  }
+  calls.args = plain;
+  REQUIRE(calls.scale_of(calls.base) == own);  // not the window's: it may be one of those
+}
+
+TEST_CASE("what makes one scale makes none for each row", "[quantize]") {
   Buffer<float> x(256);
   Buffer<uint8_t> data(256);
   Buffer<float> scale(16);
-  const Buffer<float> history(std::vector<float>(kAmaxHistorySize, 0.0F));
+  const Buffer<uint32_t> history(std::vector<uint32_t>(kAmaxHistorySize, 0U));
   QuantizeArgs args{.x = x.data, .x_dtype = Dtype::kFloat32, .rows = 16, .cols = 16, .ld = 16};
   args.data = {data.data, 16, 16};
   args.scale = scale.data;
-  args.amax_history = history.data;
-  args.static_scale = scale.data;
-  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("got two of them"));
-  args.static_scale = nullptr;
-  args.amax = scale.data;
-  REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("got two of them"));
-  args.amax = nullptr;
   args.granularity = Granularity::kRowwise;
+  const int source = GENERATE(0, 1, 2);
+  if (source == 0) args.scaling = StaticScale{scale.data};
+  if (source == 1) args.scaling = KnownAmax{scale.data};
+  if (source == 2) args.scaling = Delayed{history.data};
   REQUIRE_THROWS_WITH(quantize(args, nullptr), Catch::Contains("a history of amax, is tensorwise"));
 }

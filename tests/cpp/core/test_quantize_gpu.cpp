@@ -103,7 +103,7 @@ TEST_CASE("column sums, and a transposed copy that overlaps them", "[quantize]")
   next.scale = weight_scale.data;
   next.scale_t = weight_scale.data;
   next.overlaps_previous = true;
-  if (!rowwise) next.amax = known.data;
+  if (!rowwise) next.scaling = KnownAmax{known.data};
   Buffer<uint8_t> next_workspace(quantize_workspace_bytes(next) + 16);
   next.workspace = next_workspace.data;
 

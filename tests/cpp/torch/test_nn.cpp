@@ -133,6 +133,42 @@ TEST_CASE("a static input scale is a float32 buffer that copies and archives kee
   REQUIRE_THROWS_WITH(layer->set_input_scale(torch::ones({2})), Catch::Contains("one float32"));
 }
 
+TEST_CASE("a history moves with the layer, and is in no archive") {
+  torch::manual_seed(0);
+  fp8::nn::Linear layer(LinearOptions(32, 16).recipe("delayed"));
+  const torch::Tensor history = fp8::make_history();
+  for (int call = 0; call < 20; ++call) {
+    const torch::Tensor x = torch::randn({4, 32}) * (1 + call % 3);
+    const torch::Tensor y = layer(x);
+    REQUIRE(torch::equal(
+        y, fp8::fused_linear(x, layer->weight, layer->bias, "delayed", std::nullopt, history)));
+    REQUIRE(torch::equal(layer->history, history));
+  }
+  layer->to(torch::kBFloat16);
+  layer->to(torch::kCPU, torch::kFloat);
+  REQUIRE(torch::equal(layer->history, history));
+
+  fp8::nn::Linear trained(LinearOptions(32, 16).recipe("delayed"));
+  trained->forward(torch::randn({4, 32}));
+  REQUIRE(trained->named_buffers().is_empty());
+  torch::nn::Linear theirs(32, 16);
+  std::stringstream archive;
+  torch::save(trained, archive);
+  torch::load(theirs, archive);
+  REQUIRE(torch::equal(theirs->weight, trained->weight));
+  std::stringstream back;
+  torch::save(theirs, back);
+  fp8::nn::Linear loaded(LinearOptions(32, 16).recipe("delayed"));
+  torch::load(loaded, back);
+  REQUIRE(torch::equal(loaded->weight, trained->weight));
+
+  const auto copy = std::dynamic_pointer_cast<fp8::nn::LinearImpl>(trained->clone());
+  copy->forward(torch::randn({4, 32}));
+  REQUIRE_FALSE(copy->history.is_same(trained->history));
+  trained->options.recipe("tensorwise");
+  REQUIRE_NOTHROW(trained->forward(torch::randn({4, 32})));
+}
+
 TEST_CASE("an unknown recipe is refused when the layer is made") {
   for (const char* recipe : {"fp4", "rowwise:", "rowwise:power_of_two:power_of_two"}) {
     REQUIRE_THROWS_AS(fp8::nn::Linear(LinearOptions(4, 4).recipe(recipe)), c10::ValueError);

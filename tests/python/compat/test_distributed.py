@@ -83,6 +83,10 @@ def train(rank: int, device: str, recipe: str, parallel: nn.Module, masters: tor
     for step in range(STEPS if recipe == "delayed" else 3):
         inputs = parts(step, device)
         outputs = []
+        if isinstance(parallel, DistributedDataParallel):  # it broadcasts buffers: the histories
+            for copied in copies[1:]:
+                for buffer, first in zip(copied.buffers(), copies[0].buffers(), strict=True):
+                    buffer.copy_(first)
         for copied, x in zip(copies, inputs, strict=True):
             with torch.no_grad():
                 for p, of_copy in zip(shared, copied.parameters(), strict=True):

@@ -66,8 +66,14 @@ def test_registration_benchmark(name):
     assert any(name in text for text in texts), f"no benchmark runs {name}"
 
 
-def test_registration_only_accumulation_modifies():
-    written = {"scaled_mm_accumulate_": ["out"], "_linear_backward_into": ["main_grad"]}
+def test_registration_only_accumulation_and_histories_modify():
+    written = {
+        "scaled_mm_accumulate_": ["out"],
+        "fused_linear": ["history"],
+        "_linear_forward": ["history"],
+        "_linear_backward": ["main_grad", "history"],
+        "_fused_linear_into": ["history"],
+    }
     for name in samples.namespace():
         modified = [a.name for a in schema(name).arguments if a.is_write]
         assert modified == written.get(name, []), name

@@ -12,7 +12,7 @@ import fp8
 
 OPS = torch.ops.fp8
 WINDOW = 16
-RECORDS = 63  # before this call, that are searched for its x
+RECORDS = 63  # the newest ones, that are searched for a call's x
 SLACK = 16.0  # the largest factor between the scale of a call and that of its own amax
 
 
@@ -24,7 +24,7 @@ def suits(used: float, own: float) -> bool:
 class Record(NamedTuple):
     own: float  # amax of the call
     used: float  # that which made its scale
-    print: int | None  # of the tensor; None where its amax was taken at once
+    print: int | None  # of the tensor; None of a call with column sums
 
 
 class History:
@@ -33,25 +33,22 @@ class History:
     def __init__(self, dtype: torch.dtype, power_of_two: bool = False) -> None:
         self.records: list[Record] = []
         self.dtype, self.power_of_two = dtype, power_of_two
-        self.cast_again = 0  # calls whose scale was not the expected one
+        self.from_window = 0  # calls whose scale was that of earlier ones
 
     def amax(self, x: np.ndarray) -> float:
         """That which makes the scale of this call."""
         own = float(np.abs(x[np.isfinite(x)]).max(initial=0))
-        before, last = self.records[-2:]
-        largest = max(record.own for record in self.records[-WINDOW:])
-        repeats = last.print is not None and last.print == before.print
-        expected = last.used if repeats else largest
-        same = [r for r in self.records[-RECORDS:] if r.own == own]
-        exact = [r.used for r in same if r.print == hash(x.tobytes())]
-        if exact:
-            used = exact[-1]
-        elif any(r.print is None for r in same):
-            used = own
-        else:
-            used = expected if suits(expected, own) else own
-        self.cast_again += used != expected
-        self.records.append(Record(own, used, hash(x.tobytes())))
+        print = hash(x.tobytes())
+        same = [record for record in self.records[-RECORDS:] if record.own == own]
+        repeated = [record.used for record in same if record.print == print]
+        if repeated:
+            return repeated[-1]  # and the history stays as it is
+        largest = max((record.own for record in self.records[-WINDOW:]), default=0.0)
+        taken_at_once = any(record.print is None for record in same)
+        delayed = len(self.records) >= WINDOW and not taken_at_once and suits(largest, own)
+        self.from_window += delayed
+        used = largest if delayed else own
+        self.records.append(Record(own, used, print))
         return used
 
     def own_amax(self, x: np.ndarray) -> float:
@@ -61,9 +58,9 @@ class History:
         return own
 
     def cast(self, x: torch.Tensor, own: bool = False) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """data, scale and the amax. own: the tensor is read for another reason, too."""
+        """data, scale and the amax. own: the tensor is read for its column sums, too."""
         values = x.detach().cpu().float().numpy()
-        if own or len(self.records) < WINDOW:
+        if own:
             used = self.own_amax(values)
         else:
             used = self.amax(values)
@@ -84,11 +81,13 @@ def transposed(data: torch.Tensor) -> torch.Tensor:
 
 
 def layer_past_the_window(device, dtype=torch.bfloat16, k=64, n=48, **kwargs):
-    """An fp8.Linear whose window is full, of amaxes about 4 for x and dy."""
+    """An fp8.Linear whose windows are full, of amaxes about 4 for x and dy, and the weight's."""
     layer = fp8.Linear(k, n, bias=False, device=device, dtype=dtype, recipe="delayed", **kwargs)
     for _ in range(WINDOW):
         x = randn(32, k, dtype=dtype, device=device).requires_grad_()
         layer(x).backward(randn(32, n, dtype=dtype, device=device))
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight.roll(1, 0))  # another tensor, of the same amax
     layer.zero_grad()
     return layer
 

@@ -102,6 +102,24 @@ def test_fused_linear_error_in_the_gradient_of_another_dtype(tensors):
         y.backward(torch.ones(16, 47, device=x.device, dtype=x.dtype))
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+def test_private_backward_refuses_codes_that_no_product_reads(device, recipe):
+    x, weight, _, dy = problem((64, 96), 80, torch.bfloat16, device)
+    index = list(RECIPES).index(recipe)
+    _, x_t, scale, _ = OPS._linear_forward(x, weight, None, index, True, False)
+    bad = (
+        (x_t.bfloat16(), scale, TypeError, "x_t in float8_e4m3fn or float8_e5m2, got bfloat16"),
+        (x_t.t(), scale, ValueError, r"x_t contiguous.* 96 rows.*, got shape \[64, 96\]"),
+        (x_t[:80], scale, ValueError, r"x_t contiguous.* 96 rows.*, got shape \[80, 64\]"),
+        (x_t[:, :40], scale, ValueError, r"x_t contiguous.* of 16 columns, got shape \[96, 40\]"),
+        (x_t, scale.double(), TypeError, "scale of x_t in float32, got float64"),
+        (x_t, scale.new_ones(3), ValueError, r"scale of x_t .* \[96, 64\], got shape \[3\]"),
+    )
+    for codes, of_codes, error, words in bad:
+        with pytest.raises(error, match="fp8::_linear_backward: expected (the )?" + words):
+            OPS._linear_backward(dy, codes, of_codes, None, None, 96, index, False, True, False)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fused_linear_non_finite_input(device, recipe, bad):

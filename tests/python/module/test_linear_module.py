@@ -57,7 +57,10 @@ def test_linear_forward_is_one_operator_call(recipe):
     _, layer, x = pair(recipe=recipe)
     with Calls() as calls:
         y = layer(x)
-    assert calls.seen == [torch.ops.fp8.fused_linear.default]
+    operators = [call for call in calls.seen if isinstance(call, torch._ops.OpOverload)]
+    assert operators == [torch.ops.fp8.fused_linear.default]
+    if recipe != "delayed":  # which asks where its history and its weight are
+        assert calls.seen == operators
     assert torch.equal(y, fp8.ops.fused_linear(x, layer.weight, layer.bias, recipe))
 
 

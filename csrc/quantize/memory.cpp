@@ -1,4 +1,4 @@
-#include "linear/memory.h"
+#include "quantize/memory.h"
 
 #include <ATen/ATen.h>
 
@@ -12,7 +12,7 @@
 #include "common/cuda_context.h"
 #include "common/tensors.h"
 
-namespace fp8::memory {
+namespace fp8 {
 namespace {
 
 // What must be equal for a quantized tensor to be that of `x` still.
@@ -42,7 +42,7 @@ std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& req
               .dtype = request.dtype,
               .granularity = request.granularity,
               .power_of_two = request.power_of_two,
-              .delayed = request.delayed};
+              .delayed = request.scaling.delayed};
 #ifdef FP8_WITH_CUDA
   if (x.is_cuda()) {
     const cudaStream_t stream = cuda::current_stream(x);
@@ -53,12 +53,23 @@ std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& req
   return id;
 }
 
+// Of a stack of weights, which may be the transposed view of what is stored. A view that was made
+// below autograd has a version counter of its own, so the one of the tensor at hand counts.
+std::optional<Identity> identify_stack(const at::Tensor& stack, const QuantizeRequest& request) {
+  if (stack.is_inference()) return std::nullopt;
+  std::optional<Identity> id =
+      identify(is_stored_transposed(stack) ? stack.transpose(1, 2) : stack, request);
+  if (id) id->version = stack.unsafeGetTensorImpl()->version_counter().current_version();
+  return id;
+}
+
 // A part of a parameter: as long-lived as that, and a fused optimizer writes it past the counter.
 bool is_view_of_leaf(const at::Tensor& x) { return x.is_view() && x._base().is_leaf(); }
 
-bool covers(const QuantizedMatrix& q, const QuantizeRequest& request) {
-  return (!request.data || q.data.defined()) && (!request.data_t || q.data_t.defined()) &&
-         (!request.keep_amax || q.amax.defined());
+bool covers(const Operand& made, const QuantizeRequest& request) {
+  return (!request.along_cols || made.along_cols.defined()) &&
+         (!request.along_rows || made.along_rows.defined()) &&
+         (!request.keep_amax || made.amax.defined());
 }
 
 thread_local int eager_depth = 0;
@@ -68,7 +79,7 @@ thread_local int eager_depth = 0;
 struct RememberedInput {
   c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
   Identity id;
-  QuantizedMatrix quantized;
+  Operand operand;
 };
 
 struct Inputs {
@@ -100,11 +111,8 @@ struct Inputs {
 struct CachedWeight {
   at::Tensor weight;  // keeps the key alive
   int contexts = 0;
-  std::optional<Identity> id;
-  QuantizedMatrix quantized;
-  // Of remember_weight: a form each, with the identity it was made of.
-  std::array<std::optional<Identity>, 2> form_id;
-  std::array<std::pair<at::Tensor, at::Tensor>, 2> forms;
+  std::optional<Identity> id;  // of what the operand was made of
+  Operand operand;
 };
 
 struct Weights {
@@ -116,99 +124,108 @@ struct Weights {
     static auto* weights = new Weights;
     return *weights;
   }
+  // null: not one of them. A stack by its memory.
+  CachedWeight* find(const at::Tensor& weight) {
+    const auto is_its_memory = [&](const auto& entry) {
+      const at::Tensor& known = entry.second.weight;
+      return known.const_data_ptr() == weight.const_data_ptr() && known.numel() == weight.numel() &&
+             known.device() == weight.device() && known.scalar_type() == weight.scalar_type();
+    };
+    const auto found = weight.dim() == 3 ? std::find_if(map.begin(), map.end(), is_its_memory)
+                                         : map.find(weight.unsafeGetTensorImpl());
+    return found == map.end() ? nullptr : &found->second;
+  }
 };
+
+std::optional<Identity> identify_weight(const at::Tensor& weight, const QuantizeRequest& request) {
+  return weight.dim() == 3 ? identify_stack(weight, request) : identify(weight, request);
+}
+
+Operand make_weight(const at::Tensor& weight, const QuantizeRequest& request) {
+  return weight.dim() == 3 ? operand::make_stack(weight, request)
+                           : operand::make(as_matrix(weight), request);
+}
+
+// The sides that are asked for and missing. Tensorwise they share a scale, so they are made
+// together, as soon as a backward may come, with the amax that it will ask for.
+void add_sides(Operand& operand, const at::Tensor& weight, const QuantizeRequest& request) {
+  QuantizeRequest missing = request;
+  if (request.granularity == core::Granularity::kTensorwise) {
+    missing.along_cols = true;
+    missing.along_rows = request.along_rows || request.keep_amax;
+    missing.keep_amax = true;
+    if (missing.scaling.source == Scaling::Source::kKnownAmax) missing.scaling = Scaling::dynamic();
+    operand = make_weight(weight, missing);
+  } else {
+    missing.along_cols = request.along_cols && !operand.along_cols.defined();
+    missing.along_rows = request.along_rows && !operand.along_rows.defined();
+    Operand made = make_weight(weight, missing);
+    if (missing.along_cols) operand.along_cols = std::move(made.along_cols);
+    if (missing.along_rows) operand.along_rows = std::move(made.along_rows);
+  }
+  operand.launched = false;
+}
 
 }  // namespace
 
-EagerScope::EagerScope() { ++eager_depth; }
-EagerScope::~EagerScope() { --eager_depth; }
+memory::EagerScope::EagerScope() { ++eager_depth; }
+memory::EagerScope::~EagerScope() { --eager_depth; }
 
-void drop_gone_inputs() {
+void memory::drop_gone_inputs() {
   Inputs::instance().drop_if([](const RememberedInput& input) { return input.tensor.expired(); });
 }
 
-void drop_inputs() {
+void memory::drop_inputs() {
   Inputs::instance().drop_if([](const RememberedInput&) { return true; });
 }
 
-QuantizedMatrix quantize_input(const at::Tensor& x, const QuantizeRequest& request) {
-  drop_gone_inputs();
+Operand operand::remembered_input(const at::Tensor& x, const QuantizeRequest& request) {
+  memory::drop_gone_inputs();
   std::optional<Identity> id;
-  if (eager_depth > 0 && !request.static_scale.defined() && !is_view_of_leaf(x)) {
+  const bool dynamic = request.scaling.source == Scaling::Source::kOwnAmax;
+  if (eager_depth > 0 && dynamic && !is_view_of_leaf(x)) {
     id = identify(x, request);
   }
-  if (!id) return quantize_matrix(as_matrix(x), request);
+  if (!id) return make(as_matrix(x), request);
   Inputs& inputs = Inputs::instance();
   const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
   {
     const std::lock_guard lock(inputs.mutex);
     for (const auto& slot : inputs.slots) {
       if (slot && slot->tensor._unsafe_get_target() == impl && slot->id == *id &&
-          covers(slot->quantized, request)) {
-        return slot->quantized;
+          covers(slot->operand, request)) {
+        return slot->operand;
       }
     }
   }
-  QuantizedMatrix quantized = quantize_matrix(as_matrix(x), request);
+  Operand made = make(as_matrix(x), request);
   const std::lock_guard lock(inputs.mutex);
   auto& slot = inputs.slots[inputs.next];
   inputs.next = (inputs.next + 1) % inputs.slots.size();
   if (!slot) inputs.filled.fetch_add(1, std::memory_order_relaxed);
-  slot = RememberedInput{decltype(RememberedInput::tensor)(x.getIntrusivePtr()), *id, quantized};
-  slot->quantized.launched = false;  // not when it is used again
-  return quantized;
+  slot = RememberedInput{decltype(RememberedInput::tensor)(x.getIntrusivePtr()), *id, made};
+  slot->operand.launched = false;  // not when it is used again
+  return made;
 }
 
-QuantizedMatrix quantize_weight(const at::Tensor& weight, const QuantizeRequest& request) {
+Operand operand::remembered_weight(const at::Tensor& weight, const QuantizeRequest& request) {
   Weights& weights = Weights::instance();
-  if (weights.count.load(std::memory_order_relaxed) == 0) {
-    return quantize_matrix(as_matrix(weight), request);
-  }
+  if (weights.count.load(std::memory_order_relaxed) == 0) return make_weight(weight, request);
   const std::lock_guard lock(weights.mutex);
-  const auto found = weights.map.find(weight.unsafeGetTensorImpl());
-  const std::optional<Identity> id = identify(weight, request);
-  if (found == weights.map.end() || !id) return quantize_matrix(as_matrix(weight), request);
-  CachedWeight& cached = found->second;
+  CachedWeight* cached = weights.find(weight);
+  std::optional<Identity> id;
+  if (cached != nullptr) id = identify_weight(weight, request);
+  if (!id) return make_weight(weight, request);
   const bool other_place =  // made on another stream, or not in this graph: not safe to read here
-      cached.id && (cached.id->stream != id->stream || cached.id->capture != id->capture);
-  if (other_place) return quantize_matrix(as_matrix(weight), request);
-  if (cached.id == id && covers(cached.quantized, request)) return cached.quantized;
-  QuantizeRequest both = request;
-  both.data = true;
-  both.data_t = request.data_t || request.keep_amax;
-  both.keep_amax = request.granularity == core::Granularity::kTensorwise;
-  both.amax = at::Tensor();
-  cached.quantized = quantize_matrix(as_matrix(weight), both);
-  cached.quantized.launched = false;
-  cached.id = id;
-  return cached.quantized;
+      cached->id && (cached->id->stream != id->stream || cached->id->capture != id->capture);
+  if (other_place) return make_weight(weight, request);
+  if (cached->id != id) cached->operand = {};
+  if (!covers(cached->operand, request)) add_sides(cached->operand, weight, request);
+  cached->id = id;
+  return cached->operand;
 }
 
-std::pair<at::Tensor, at::Tensor> remember_weight(
-    const at::Tensor& weight, const at::Tensor& stored, int form, bool power_of_two,
-    const std::function<std::pair<at::Tensor, at::Tensor>()>& make) {
-  Weights& weights = Weights::instance();
-  if (weights.count.load(std::memory_order_relaxed) == 0) return make();
-  const std::lock_guard lock(weights.mutex);
-  const auto found = std::find_if(weights.map.begin(), weights.map.end(), [&](const auto& entry) {
-    const at::Tensor& known = entry.second.weight;
-    return known.const_data_ptr() == stored.const_data_ptr() && known.numel() == stored.numel() &&
-           known.device() == stored.device() && known.scalar_type() == stored.scalar_type();
-  });
-  std::optional<Identity> id = identify(stored, {.power_of_two = power_of_two});
-  if (found == weights.map.end() || !id || weight.is_inference()) return make();
-  id->version = weight.unsafeGetTensorImpl()->version_counter().current_version();
-  CachedWeight& cached = found->second;
-  std::optional<Identity>& made_of = cached.form_id[form];
-  if (made_of && (made_of->stream != id->stream || made_of->capture != id->capture)) return make();
-  if (made_of != id) {
-    cached.forms[form] = make();
-    made_of = id;
-  }
-  return cached.forms[form];
-}
-
-void forget_weights(const std::vector<at::Tensor>& changed) {
+void memory::forget_weights(const std::vector<at::Tensor>& changed) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   const auto forget = [](CachedWeight& cached) {
@@ -222,7 +239,7 @@ void forget_weights(const std::vector<at::Tensor>& changed) {
   for (auto& entry : weights.map) forget(entry.second);
 }
 
-void cache_weights(const std::vector<at::Tensor>& added) {
+void memory::cache_weights(const std::vector<at::Tensor>& added) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   for (const at::Tensor& weight : added) {
@@ -233,7 +250,7 @@ void cache_weights(const std::vector<at::Tensor>& added) {
   weights.count.store(static_cast<int>(weights.map.size()), std::memory_order_relaxed);
 }
 
-void uncache_weights(const std::vector<at::Tensor>& removed) {
+void memory::uncache_weights(const std::vector<at::Tensor>& removed) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   for (const at::Tensor& weight : removed) {
@@ -243,4 +260,4 @@ void uncache_weights(const std::vector<at::Tensor>& removed) {
   weights.count.store(static_cast<int>(weights.map.size()), std::memory_order_relaxed);
 }
 
-}  // namespace fp8::memory
+}  // namespace fp8

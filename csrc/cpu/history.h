@@ -1,0 +1,21 @@
+// Delayed scaling on the CPU: the rule in fp8/core.h, as quantize/history.cuh has it.
+#pragma once
+
+#include <cstdint>
+
+namespace fp8::cpu {
+
+// amax of x's finite values, as bits, and a fingerprint of x.
+struct Report {
+  uint32_t amax = 0;
+  uint32_t print = 0;
+};
+
+// What makes the scale, as bits. Moves the history [core::kAmaxHistorySize] on. Threads may share
+// one.
+uint32_t settle_amax(uint32_t* history, const Report& own);
+
+// Of a call with column sums, whose scale its own amax makes.
+void record_amax(uint32_t* history, uint32_t own);
+
+}  // namespace fp8::cpu
