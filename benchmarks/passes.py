@@ -1,5 +1,5 @@
-"""Passes that no operator makes alone: the kernels between the grouped products of moe_experts, each
-by its name in a profile of whole steps. Their inputs were written by the kernels before them, so
+"""Passes that no operator makes alone: the kernels between the grouped products of moe_experts, by
+their names in a profile of whole steps. Their inputs were written by the kernels before them, so
 what fits into L2 may still be there."""
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Pass(NamedTuple):
 # With top_k = 1 a token has one row. Columns: of the gradients and inputs of both products for the
 # weight gradients, and of both weights for the input gradients.
 PASSES = (
-    Pass("rows to their experts", ("row_kernel", "ScatteredRows"), lambda m: 2 * m * HIDDEN, 3),
-    Pass("gated rows, forward", ("row_kernel", "GatedSource"), lambda m: m * FEATURES, 5),
+    Pass("rows to their experts", ("row_kernel", "ScatterParams"), lambda m: 2 * m * HIDDEN, 3),
+    Pass("gated rows, forward", ("row_kernel", "ForwardParams"), lambda m: m * FEATURES, 5),
     Pass("gated rows, backward", ("gate_backward",), lambda m: m * FEATURES, 14),
     Pass(
         "columns of groups, amax",
@@ -44,7 +44,7 @@ PASSES = (
         3,
     ),
 )
-TWIN = ("row_kernel", "MatrixSource")
+TWIN = ("row_kernel", "MatrixRows")
 
 
 def step_of(rows: int):

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks that nothing in fp8_core includes a torch header, directly or through our own headers.
+"""Checks that nothing in fp8_core includes a torch header, directly or through our own headers, and
+that includes lead from room to room downwards only (FLOORS).
 
 fp8_core is: every *.cu and *.cuh below csrc/, the public headers fp8/core*.h, and each source that
 CMake lists for the target, in `add_library(fp8_core ...)` or `target_sources(fp8_core ...)`,
@@ -15,6 +16,22 @@ from pathlib import Path
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 FORBIDDEN = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
+# csrc's rooms, the lowest floor first: a file includes its own room and those of lower floors.
+FLOORS = (
+    ("include",),
+    ("host",),
+    ("core/device",),
+    ("core/quantize", "core/matmul"),
+    ("core/grouped",),
+    ("cpu",),
+    ("torch/common",),
+    ("torch/quantize",),
+    ("torch/matmul",),
+    ("torch/linear", "torch/grouped"),
+    ("torch/registration",),
+    ("bindings",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 CORE_TARGET = re.compile(r"\b(?:add_library|target_sources)\s*\(\s*fp8_core\b([^)]*)\)")
 VARIABLE = re.compile(r"\bset\s*\(\s*(\w+)\s([^)]*)\)")
 
@@ -71,10 +88,33 @@ def offences(root: Path) -> list[str]:
     return sorted(found)
 
 
+def room_of(path: str) -> str | None:
+    """The room of a file, from its path below csrc/; None in a tree that has other ones."""
+    return next((room for room in FLOOR if path.startswith(f"{room}/")), None)
+
+
+def climbs(root: Path) -> list[str]:
+    """One line per include of ours that leads to a higher floor, or to the next room on its own."""
+    found = []
+    csrc = root.resolve() / "csrc"
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix not in (".h", ".cpp", ".cu", ".cuh"):
+            continue
+        includer = path.relative_to(csrc).as_posix()
+        own = room_of(includer)
+        for _, name in INCLUDE.findall(path.read_text()):
+            header = resolve(name, path, root.resolve())
+            other = room_of(header.relative_to(csrc).as_posix()) if header is not None else None
+            if own is None or other is None or own == other or FLOOR[other] < FLOOR[own]:
+                continue
+            found.append(f"csrc/{includer} includes {name}, but {other} is not below {own}")
+    return found
+
+
 def main() -> int:
     """Prints the offences; returns 1 if there is one."""
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
-    found = offences(root)
+    found = offences(root) + climbs(root)
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0

@@ -79,11 +79,12 @@ def run(folder: Path, device: str) -> dict[str, list[str]]:
             try:
                 found[f"{name}, {sample.name}"] = results(getattr(torch.ops.fp8, name), sample)
             except Exception as error:  # another schema, as a rule: said below
-                found[f"{name}, {sample.name}"] = [f"{type(error).__name__}: {error}".split("\n")[0]]
+                found[f"{name}, {sample.name}"] = [str(error).split("\n")[0] + " (Error)"]
     return found
 
 
 def main() -> int:
+    """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
@@ -104,14 +105,14 @@ def main() -> int:
             return 2
         found.append(json.loads(done.stdout.splitlines()[-1]))
     old, new = found
-    refused = {key for key in old | new if any("Error" in line for line in old.get(key, []))}
-    refused |= {key for key in new if any("Error" in line for line in new[key])}
+    refused = {key for run in found for key in run if any("(Error)" in line for line in run[key])}
     both = (old.keys() & new.keys()) - refused
     different = sorted(key for key in both if old[key] != new[key])
     for key in different:
         print(f"differs: {key}\n  old {old[key]}\n  new {new[key]}")
     for key in sorted((old.keys() | new.keys()) - both):
-        print(f"not in both: {key}: {[line for line in old.get(key, []) + new.get(key, []) if 'Error' in line]}")
+        said = [line for line in old.get(key, []) + new.get(key, []) if "(Error)" in line]
+        print(f"not in both: {key}: {said}")
     tensors = sum(len(old[key]) for key in both)
     print(
         f"compare_bits on {options.device}: {len(both)} calls, {tensors} tensors, "

@@ -13,15 +13,15 @@ if [ "${1:-}" = all ]; then
   exit
 fi
 
-headers=(csrc/include/fp8/core.h csrc/common/{formats,launch}.h csrc/matmul/plan_{key,cache,text}.h)
+headers=(csrc/include/fp8/core.h csrc/host/{formats,launch,plan_key,plan_cache,plan_text}.h)
 sources=()
 if [ -f "$cuda/cublasLt.h" ]; then
-  sources=(csrc/matmul/lt_{choice,matmul}.cpp csrc/quantize/quantize_core.cpp)
+  sources=(csrc/core/matmul/lt_{choice,matmul}.cpp csrc/core/quantize/quantize_core.cpp)
 else
   echo "tidy: fp8_core left out, no CUDA headers in $cuda"
 fi
 
-stamp=build/tidy/$(cat .clang-tidy "${headers[@]}" "${sources[@]}" csrc/*/*.h scripts/tidy.sh | sha256sum | cut -c1-16)
+stamp=build/tidy/$(cat .clang-tidy "${headers[@]}" "${sources[@]}" csrc/{host,core/*}/*.h scripts/tidy.sh | sha256sum | cut -c1-16)
 [ -f "$stamp" ] && exit 0
 rm -rf build/tidy && mkdir -p build/tidy
 printf '#include "%s"\n' "${headers[@]#csrc/}" | sed 's#include/fp8/#fp8/#' >build/tidy/headers.cpp

@@ -10,10 +10,10 @@
 
 #include "fp8/core.h"
 #include "fp8/version.h"
-#include "matmul/tuning.h"
-#include "quantize/whole_gpu.h"
+#include "host/tuning.h"
+#include "torch/quantize/whole_gpu.h"
 #ifdef FP8_WITH_CUDA
-#include "matmul/autotune.h"
+#include "torch/matmul/autotune.h"
 #endif
 
 namespace py = pybind11;

@@ -1,5 +1,5 @@
 // Quantization in blocks on the CPU, threaded over tiles of 128 x 128, which hold every scaling
-// group whole: the same cut as csrc/quantize/blockwise.cu.
+// group whole: the same cut as csrc/core/quantize/blockwise.cu.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -8,10 +8,10 @@
 #include <cstring>
 #include <memory>
 
-#include "common/formats.h"
-#include "common/launch.h"
 #include "cpu/kernels.h"
 #include "cpu/loops.h"
+#include "host/formats.h"
+#include "host/launch.h"
 
 namespace fp8::cpu {
 namespace {

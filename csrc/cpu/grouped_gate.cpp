@@ -3,9 +3,9 @@
 
 #include <vector>
 
-#include "common/gate.h"
 #include "cpu/grouped.h"
 #include "cpu/grouped_rows.h"
+#include "host/gate.h"
 
 namespace fp8::cpu {
 namespace {

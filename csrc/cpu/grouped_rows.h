@@ -8,8 +8,8 @@
 #include <bit>
 #include <cstdint>
 
-#include "common/formats.h"
 #include "cpu/loops.h"
+#include "host/formats.h"
 
 namespace fp8::cpu {
 

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <bit>
 
-#include "common/formats.h"
+#include "host/formats.h"
 
 namespace fp8::cpu {
 namespace {

@@ -1,4 +1,4 @@
-// Delayed scaling on the CPU: the rule in fp8/core.h, as quantize/history.cuh has it.
+// Delayed scaling on the CPU: the rule in fp8/core.h, as core/quantize/history.cuh has it.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "common/formats.h"
+#include "host/formats.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FP8_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))

@@ -12,11 +12,11 @@
 #include <variant>
 #include <vector>
 
-#include "common/formats.h"
-#include "common/launch.h"
 #include "cpu/history.h"
 #include "cpu/kernels.h"
 #include "cpu/loops.h"
+#include "host/formats.h"
+#include "host/launch.h"
 
 namespace fp8::cpu {
 namespace {

@@ -7,7 +7,7 @@ from fault import DELAYED, GROUPED, LAYOUT, QUANTIZE, RECOMPUTATION, Fault
 CUDA = [
     Fault(
         "CUDA: a delayed scale is the window's, whatever the tensor",
-        "csrc/quantize/settle_delayed.cu",
+        "csrc/core/quantize/settle_delayed.cu",
         "if (!cast_otherwise(p, tiles, settled.used)) return;",
         "return;",
         DELAYED,
@@ -15,7 +15,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the window lacks the oldest of its calls",
-        "csrc/quantize/history.cuh",
+        "csrc/core/quantize/history.cuh",
         "age(i) < kAmaxWindow && own[i]",
         "age(i) < kAmaxWindow - 1 && own[i]",
         DELAYED,
@@ -23,7 +23,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the last tiles do not count for a delayed call's amax",
-        "csrc/quantize/settle_delayed.cu",
+        "csrc/core/quantize/settle_delayed.cu",
         "batch[i] = tile < count ?",
         "batch[i] = tile < count - 1 || count == 1 ?",
         DELAYED,
@@ -31,7 +31,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the second cast hides an infinite value",
-        "csrc/quantize/settle_delayed.cu",
+        "csrc/core/quantize/settle_delayed.cu",
         "      infinite_to_nan(v[r]);\n",
         "",
         DELAYED,
@@ -39,7 +39,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: a recomputation takes the scale of any call with its amax",
-        "csrc/quantize/history.cuh",
+        "csrc/core/quantize/history.cuh",
         "same && print == own.y && suitable",
         "same && suitable",
         RECOMPUTATION,
@@ -47,7 +47,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: as a power of two, a NaN's multiplier is Inf",
-        "csrc/common/vectors.cuh",
+        "csrc/core/device/vectors.cuh",
         "if (power_of_two && bits <= kExponentBits) {",
         "if (power_of_two) {",
         "tests/python/quantize/test_quantize_power_of_two.py",
@@ -55,7 +55,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: blocks of a column forget that their scales are to be powers of two",
-        "csrc/quantize/blockwise.cu",
+        "csrc/core/quantize/blockwise.cu",
         """static_cast<int>(threadIdx.x)),
                           Format::kMax, p.power_of_two);""",
         """static_cast<int>(threadIdx.x)),
@@ -65,7 +65,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: a row's scale is its reciprocal",
-        "csrc/quantize/rowwise.cu",
+        "csrc/core/quantize/rowwise.cu",
         "p.scale[row] = group.scale;",
         "p.scale[row] = group.quant_multiplier;",
         QUANTIZE,
@@ -73,7 +73,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the last tile of a strip is skipped",
-        "csrc/quantize/cast.cu",
+        "csrc/core/quantize/cast.cu",
         "for (int64_t tile = tile_begin; tile < tile_end; ++tile) {",
         "for (int64_t tile = tile_begin; tile + 1 < tile_end; ++tile) {",
         f"{QUANTIZE} {LAYOUT}",
@@ -81,7 +81,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: in one launch, the first tile read again is not",
-        "csrc/quantize/resident.cuh",
+        "csrc/core/quantize/cooperative.cuh",
         "if (i > kLast) copy(",
         "if (i > kSlots<T>) copy(",
         "tests/python/quantize/test_quantize_one_launch.py",
@@ -89,7 +89,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: in one launch, a row's second 16 bytes are as long as its first",
-        "csrc/quantize/resident.cuh",
+        "csrc/core/quantize/cooperative.cuh",
         "16 - min(max(bytes - 16 * quad, 0), 16)",
         "16 - min(max(bytes, 0), 16)",
         "tests/python/quantize/test_quantize_one_launch.py",
@@ -97,7 +97,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: in one launch, a row's maximum leaves out what its last columns hold",
-        "csrc/quantize/resident_rowwise.cu",
+        "csrc/core/quantize/cooperative_rowwise.cu",
         "(parts - warp + kWarps - 1) / kWarps",
         "(parts - 1 - warp + kWarps - 1) / kWarps",
         "tests/python/quantize/test_quantize_one_launch.py",
@@ -105,7 +105,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the last rows do not count for the maximum",
-        "csrc/quantize/statistics.cu",
+        "csrc/core/quantize/statistics.cu",
         "for (int64_t row = row_begin + warp; row < row_end; row += kWarps) {",
         "for (int64_t row = row_begin + warp; row + kWarps < row_end; row += kWarps) {",
         QUANTIZE,
@@ -113,15 +113,15 @@ CUDA = [
     ),
     Fault(
         "CUDA: a block's rows get their neighbours' scales",
-        "csrc/quantize/blockwise.cu",
+        "csrc/core/quantize/blockwise.cu",
         "__shfl_sync(0xFFFFFFFFU, of_row, r, 16)",
         "__shfl_sync(0xFFFFFFFFU, of_row, r ^ 1, 16)",
         QUANTIZE,
         gpu=True,
     ),
     Fault(
-        "CUDA: the halves of turned words are not put in order",
-        "csrc/quantize/blockwise.cu",
+        "CUDA: the halves of transposed words are not put in order",
+        "csrc/core/quantize/blockwise.cu",
         "swizzle % 2 == 0 ? q :",
         "true ? q :",
         QUANTIZE,
@@ -129,7 +129,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the scale modes of a and b are exchanged",
-        "csrc/matmul/lt_matmul.cpp",
+        "csrc/core/matmul/lt_matmul.cpp",
         "A_SCALE_MODE, scale_mode(granularity_of_b(args))",
         "A_SCALE_MODE, scale_mode(args.granularity)",
         "tests/python/matmul/test_scaled_mm_blocks.py",
@@ -137,7 +137,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the scales of a and b are exchanged",
-        "csrc/matmul/lt_matmul.cpp",
+        "csrc/core/matmul/lt_matmul.cpp",
         "CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_b,",
         "CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.scale_a,",
         "tests/python/matmul/test_scaled_mm.py",
@@ -145,7 +145,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: dgrad accumulates as wgrad does",
-        "csrc/linear/linear.cpp",
+        "csrc/torch/linear/linear.cpp",
         ".fast_accum = recipe.fast_dgrad}",
         ".fast_accum = recipe.fast_wgrad}",
         "tests/python/linear/test_linear_accuracy.py",
@@ -153,7 +153,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: slots of earlier warps do not count",
-        "csrc/grouped/route.cu",
+        "csrc/core/grouped/route.cu",
         "row += warp_count[w][bucket];",
         "row += 0;",
         f"{GROUPED}/test_moe_experts.py",
@@ -161,7 +161,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: a tile of a group begins where the group begins",
-        "csrc/grouped/route.cu",
+        "csrc/core/grouped/route.cu",
         "entry.row = first_row[low] + done;",
         "entry.row = first_row[low];",
         f"{GROUPED}/test_grouped_cuda.py",
@@ -169,7 +169,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the product replaces what it should be added to",
-        "csrc/matmul/lt_matmul.cpp",
+        "csrc/core/matmul/lt_matmul.cpp",
         "args.accumulate ? 1.0F : 0.0F",
         "0.0F",
         "tests/python/matmul/test_scaled_mm_accumulate.py",

@@ -54,15 +54,15 @@ def check_quantize(case: Case, device: str) -> None:
         if way == "tensorwise" and case["scale"] is not None:
             scale = torch.tensor(case["scale"], device=device)
             options = {"scale": scale}
-        turned = "_transpose" if case["transpose"] else ""
-        what = f"quantize_{way}{turned}"
+        transposed = "_transpose" if case["transpose"] else ""
+        what = f"quantize_{way}{transposed}"
         made = getattr(OPS, what)(x, dtype, **options)
     power_of_two = case["power_of_two"] and scale is None
     expected = _expected(x, way, dtype, power_of_two, scale)
-    _same(made[-2 if way != "tensorwise" and turned else -1], expected.scale, f"{what} scale")
+    _same(made[-2 if way != "tensorwise" and transposed else -1], expected.scale, f"{what} scale")
     assert_same_bits(codes(made[0]), expected.codes, f"{what} data")
     _padding(made[0], what)
-    if not turned:
+    if not transposed:
         return
     matrix = reference.as_matrix(x.detach().cpu())
     other = _expected(matrix.t(), way, dtype, power_of_two, scale)

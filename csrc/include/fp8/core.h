@@ -128,7 +128,7 @@ struct QuantizeArgs {
   // x was complete before the launch that precedes this one on the stream began: that launch did
   // not write x, nor wait for what did. The first kernel may then start while it drains (sm_90 and
   // later). Nothing is written before it has ended.
-  bool overlaps_previous = false;
+  bool pdl = false;
   // Two launches may be one that begins when the whole GPU is free for it, as is faster for some
   // sizes (sm_90 and later). Not where other streams must go on meanwhile, as collectives must.
   bool whole_gpu = false;

@@ -43,8 +43,6 @@ struct ScatterRowsArgs {
   float* scale = nullptr;          // [..], with data
   void* plain = nullptr;           // [.., cols] in x's dtype, optional
   Dtype dtype = Dtype::kE4M3;      // of data
-  // x was complete before the launch that precedes this one began (core.h, QuantizeArgs)
-  bool overlaps_previous = false;
   bool power_of_two = false;
 };
 void scatter_rows(const ScatterRowsArgs& args, Stream stream);

@@ -30,7 +30,7 @@ inline constexpr std::string_view kDefaultGroupedRecipe = "rowwise_gw_hp";
 
 // x [..., K] high precision -> data (x's shape, dtype; rows padded to 16 elements in memory), scale
 // [] fp32. With `scale` ([] fp32, on x's device): static scaling, quant_multiplier = 1 / scale;
-// values out of range saturate, Inf too; the given scale is returned, and power_of_two must be
+// values out of range saturate, Inf too; the static scale is returned, and power_of_two must be
 // false.
 std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(
     const at::Tensor& x, at::ScalarType dtype = at::kFloat8_e4m3fn,

@@ -18,7 +18,7 @@ Shape = torch.Size
 _ops = torch.ops.fp8
 _COUNTER = "torch.utils.flop_counter"
 
-# Bits of `needs` in _moe_backward (csrc/grouped/grouped_ops.h): which gradients are wanted.
+# Bits of `needs` in _moe_backward (csrc/torch/grouped/grouped_ops.h): which gradients are wanted.
 _X, _WEIGHTS, _GATE_UP, _DOWN, _GATE_UP_BIAS = 1, 2, 4, 8, 16
 
 

@@ -7,8 +7,8 @@
 #include <random>
 #include <vector>
 
-#include "common/launch.h"
 #include "fp8/core.h"
+#include "host/launch.h"
 
 inline void check(cudaError_t status) { REQUIRE(status == cudaSuccess); }
 

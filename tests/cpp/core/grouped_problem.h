@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "common/formats.h"
+#include "host/formats.h"
 
 struct Problem {
   int64_t tokens;

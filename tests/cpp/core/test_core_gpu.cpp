@@ -8,10 +8,10 @@
 #include <utility>
 #include <vector>
 
-#include "common/formats.h"
-#include "common/launch.h"
 #include "device_memory.h"
 #include "fp8/core.h"
+#include "host/formats.h"
+#include "host/launch.h"
 
 using namespace fp8::core;
 

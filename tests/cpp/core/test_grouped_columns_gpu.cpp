@@ -1,18 +1,18 @@
-// Turned operands and gates around grouped matmuls; see test_grouped_gpu.cpp.
+// Transposed operands and gates around grouped matmuls; see test_grouped_gpu.cpp.
 #include <bit>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "common/formats.h"
 #include "device_memory.h"
 #include "fp8/core_grouped.h"
 #include "grouped_problem.h"
+#include "host/formats.h"
 
 using namespace fp8::core;
 
-TEST_CASE("groups' columns are quantized and turned", "[grouped]") {
+TEST_CASE("groups' columns are quantized and transposed", "[grouped]") {
   const Problem p = problems();
   const int64_t slots = p.tokens * p.top_k;
   const Routing routing(slots, p.groups);
@@ -76,7 +76,7 @@ TEST_CASE("groups' columns are quantized and turned", "[grouped]") {
   REQUIRE(wrong == 0);
 }
 
-TEST_CASE("groups of equal extent are turned", "[grouped]") {
+TEST_CASE("groups of equal extent are transposed", "[grouped]") {
   const int64_t groups = 3;
   const auto [rows, cols] =
       GENERATE(std::pair<int64_t, int64_t>{16, 16}, std::pair{144, 80}, std::pair{1040, 208});

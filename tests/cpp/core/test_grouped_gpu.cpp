@@ -7,10 +7,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/formats.h"
 #include "device_memory.h"
 #include "fp8/core_grouped.h"
 #include "grouped_problem.h"
+#include "host/formats.h"
 
 using namespace fp8::core;
 

@@ -1,7 +1,7 @@
 // What is handed to cuBLASLt at all: its rules for FP8, and the guards for the defects of 13.1.
 #include <catch2/catch.hpp>
 
-#include "matmul/lt_matmul.h"
+#include "core/matmul/lt_matmul.h"
 
 using namespace fp8::core;
 

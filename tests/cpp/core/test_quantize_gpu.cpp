@@ -9,10 +9,10 @@
 #include <utility>
 #include <vector>
 
-#include "common/formats.h"
-#include "common/launch.h"
 #include "device_memory.h"
 #include "fp8/core.h"
+#include "host/formats.h"
+#include "host/launch.h"
 
 using namespace fp8::core;
 
@@ -102,7 +102,7 @@ TEST_CASE("column sums, and a transposed copy that overlaps them", "[quantize]")
   next.data_t = {weight_t.data, pad16(cols), 96};
   next.scale = weight_scale.data;
   next.scale_t = weight_scale.data;
-  next.overlaps_previous = true;
+  next.pdl = true;
   if (!rowwise) next.scaling = KnownAmax{known.data};
   Buffer<uint8_t> next_workspace(quantize_workspace_bytes(next) + 16);
   next.workspace = next_workspace.data;
@@ -172,10 +172,10 @@ TEST_CASE("one launch that takes the whole GPU changes no bit", "[quantize]") {
   std::vector<std::vector<float>> scales;
   for (const bool whole_gpu : {false, true}) {
     Buffer<uint8_t> rows_out(pad16(rows) * pad16(cols));
-    Buffer<uint8_t> turned(pad16(rows) * pad16(cols));
+    Buffer<uint8_t> transposed(pad16(rows) * pad16(cols));
     Buffer<float> scale(pad16(rows));
     Buffer<float> scale_t(pad16(cols));
-    for (auto* buffer : {&rows_out, &turned}) {
+    for (auto* buffer : {&rows_out, &transposed}) {
       check(cudaMemset(buffer->data, 0xFF, buffer->count));
     }
     for (auto* buffer : {&scale, &scale_t}) check(cudaMemset(buffer->data, 0, 4 * buffer->count));
@@ -183,7 +183,7 @@ TEST_CASE("one launch that takes the whole GPU changes no bit", "[quantize]") {
         .x = x.data, .x_dtype = Dtype::kFloat32, .rows = rows, .cols = cols, .ld = cols};
     args.granularity = granularity;
     if (data) args.data = {rows_out.data, pad16(rows), pad16(cols)};
-    args.data_t = {turned.data, pad16(cols), pad16(rows)};
+    args.data_t = {transposed.data, pad16(cols), pad16(rows)};
     args.scale = scale.data;
     args.scale_t = scale_t.data;
     args.whole_gpu = whole_gpu;
@@ -192,7 +192,7 @@ TEST_CASE("one launch that takes the whole GPU changes no bit", "[quantize]") {
     quantize(args, nullptr);
     check(cudaDeviceSynchronize());
     copies.push_back(rows_out.host());
-    copies.push_back(turned.host());
+    copies.push_back(transposed.host());
     scales.push_back(scale.host());
     scales.push_back(scale_t.host());
   }
@@ -240,19 +240,19 @@ TEST_CASE("blocks match the host's encoder bit by bit", "[quantize]") {
   next.data = {};
   next.data_t.data = again.data;
   next.column_sum = nullptr;
-  next.overlaps_previous = true;
+  next.pdl = true;
   REQUIRE(quantize_workspace_bytes(next) == 0);
   quantize(next, nullptr);
   check(cudaDeviceSynchronize());
 
   // x (r, c), or of x^T; NaN takes part in no group but its own
-  const auto check_copy = [&](bool turned, const std::vector<uint8_t>& codes,
+  const auto check_copy = [&](bool transposed, const std::vector<uint8_t>& codes,
                               const std::vector<float>& scales) {
-    const int64_t height = turned ? cols : rows;
-    const int64_t width = turned ? rows : cols;
+    const int64_t height = transposed ? cols : rows;
+    const int64_t width = transposed ? rows : cols;
     const int64_t stride = pad16(width);
     const auto at = [&](int64_t r, int64_t c) {
-      return turned ? host_x[c * cols + r] : host_x[r * cols + c];
+      return transposed ? host_x[c * cols + r] : host_x[r * cols + c];
     };
     int64_t wrong = 0;
     for (int64_t r = 0; r < pad16(height); ++r) {

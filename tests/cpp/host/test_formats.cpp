@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/formats.h"
+#include "host/formats.h"
 
 namespace {
 

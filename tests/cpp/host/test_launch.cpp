@@ -2,7 +2,7 @@
 #include <catch2/catch.hpp>
 #include <utility>
 
-#include "common/launch.h"
+#include "host/launch.h"
 
 using namespace fp8::core;
 
@@ -68,7 +68,7 @@ TEST_CASE("the cast pass covers every tile within the grid's limits") {
 
 TEST_CASE("both passes are one launch for matrices of 8 to 128 MB") {
   const auto blocks = [](int64_t rows, int64_t cols, int64_t bytes) {
-    const ResidentPlan plan = plan_resident(rows, cols, bytes, 132);
+    const CooperativePlan plan = plan_cooperative(rows, cols, bytes, 132);
     REQUIRE((plan.blocks == 0 || plan.col_tiles * 64 >= cols));
     REQUIRE((plan.blocks == 0 || plan.tiles == plan.col_tiles * ceil_div(rows, kTileRows)));
     return plan.blocks;
@@ -84,7 +84,7 @@ TEST_CASE("both passes are one launch for matrices of 8 to 128 MB") {
 
 TEST_CASE("per row and column, one launch's tiles lie one below the other and fill the GPU") {
   const auto plan_of = [](int64_t rows, int64_t cols, int64_t bytes) {
-    const ResidentPlan plan = plan_resident_per_axis(rows, cols, bytes, 132);
+    const CooperativePlan plan = plan_cooperative_per_axis(rows, cols, bytes, 132);
     if (plan.blocks == 0) return plan;
     const unsigned strips = plan.blocks / plan.col_tiles;
     const unsigned row_tiles = plan.tiles / plan.col_tiles;

@@ -4,8 +4,8 @@
 #include <thread>
 #include <vector>
 
-#include "matmul/plan_cache.h"
-#include "matmul/plan_key.h"
+#include "host/plan_cache.h"
+#include "host/plan_key.h"
 
 using namespace fp8::core;
 

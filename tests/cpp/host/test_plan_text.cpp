@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "matmul/plan_text.h"
+#include "host/plan_text.h"
 
 using namespace fp8::core;
 

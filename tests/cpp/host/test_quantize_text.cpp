@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "quantize/plan_text.h"
+#include "host/quantize_text.h"
 
 using namespace fp8::core;
 
@@ -43,8 +43,8 @@ TEST_CASE("a line has the problem, the launches and the workspace") {
 }
 
 TEST_CASE("each way of quantizing names its launches") {
-  const ResidentPlan resident{.col_tiles = 64, .tiles = 4096, .blocks = 264};
-  REQUIRE(how(problem(), {.cooperative = &resident}) ==
+  const CooperativePlan plan{.col_tiles = 64, .tiles = 4096, .blocks = 264};
+  REQUIRE(how(problem(), {.cooperative = &plan}) ==
           "cooperative blocks=264 workspace=0 launches=1");
 
   const CastPlan cast = plan_cast(208, 96, false, 132);

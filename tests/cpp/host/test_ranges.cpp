@@ -4,7 +4,7 @@
 #include <string>
 
 #include "../nvtx_listener.h"
-#include "common/ranges.h"
+#include "host/ranges.h"
 
 using namespace fp8;
 

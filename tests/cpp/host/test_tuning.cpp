@@ -5,7 +5,7 @@
 #include <filesystem>
 #include <string>
 
-#include "matmul/tuning.h"
+#include "host/tuning.h"
 
 using namespace fp8::tuning;
 namespace fs = std::filesystem;

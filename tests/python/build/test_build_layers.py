@@ -21,15 +21,15 @@ def tree(tmp_path):
         "CMakeLists.txt": (
             "set(CORE_SOURCES csrc/matmul/plan.cpp)\n"
             "add_library(fp8_core SHARED  # the layer without torch\n"
-            "  csrc/quantize/rowwise.cu ${CORE_SOURCES})\n"
-            "add_library(fp8_torch SHARED csrc/matmul/scaled_mm.cpp)\n"
+            "  csrc/core/quantize/rowwise.cu ${CORE_SOURCES})\n"
+            "add_library(fp8_torch SHARED csrc/torch/matmul/scaled_mm.cpp)\n"
         ),
         "csrc/include/fp8/core.h": "#include <cstdint>\n",
-        "csrc/common/check.h": "#pragma once\n#include <string>\n",
-        "csrc/quantize/rowwise.cu": '#include "common/check.h"\n#include <fp8/core.h>\n',
+        "csrc/core/device/check.h": "#pragma once\n#include <string>\n",
+        "csrc/core/quantize/rowwise.cu": '#include "core/device/check.h"\n#include <fp8/core.h>\n',
         "csrc/matmul/plan.cpp": '#include "plan.h"\n',
         "csrc/matmul/plan.h": "#pragma once\n",
-        "csrc/matmul/scaled_mm.cpp": "#include <ATen/ATen.h>\n",
+        "csrc/torch/matmul/scaled_mm.cpp": "#include <ATen/ATen.h>\n",
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -51,11 +51,11 @@ def test_layers_allow_torch_outside_the_core(tree):
     ("file", "line"),
     [
         ("csrc/include/fp8/core.h", "#include <torch/library.h>"),
-        ("csrc/quantize/rowwise.cu", "#  include <ATen/cuda/CUDAContext.h>"),
-        ("csrc/quantize/extra.cuh", '#include "c10/util/Exception.h"'),
+        ("csrc/core/quantize/rowwise.cu", "#  include <ATen/cuda/CUDAContext.h>"),
+        ("csrc/core/quantize/extra.cuh", '#include "c10/util/Exception.h"'),
         ("csrc/matmul/plan.cpp", "#include <c10/core/Device.h>"),
         ("csrc/matmul/plan.h", "#include <ATen/Tensor.h>"),
-        ("csrc/common/check.h", "#include <torch/torch.h>"),
+        ("csrc/core/device/check.h", "#include <torch/torch.h>"),
     ],
 )
 def test_layers_find_a_torch_header(tree, file, line):
@@ -70,3 +70,20 @@ def test_layers_find_a_torch_header(tree, file, line):
 def test_layers_ignore_comments(tree):
     (tree / "csrc/matmul/plan.h").write_text("// #include <ATen/Tensor.h>\n")
     assert check(tree).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("csrc/host/formats.h", '#include "core/device/check.h"'),
+        ("csrc/core/device/check.h", '#include "core/quantize/rowwise.cu"'),
+    ],
+)
+def test_includes_lead_downwards(tree, file, line):
+    (tree / file).parent.mkdir(parents=True, exist_ok=True)
+    with (tree / file).open("a") as opened:
+        opened.write(line + "\n")
+    result = check(tree)
+    assert result.returncode == 1
+    assert f"{file} includes" in result.stderr
+    assert "is not below" in result.stderr

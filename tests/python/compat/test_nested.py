@@ -93,9 +93,9 @@ def test_nested_dimensions():
     parts = [torch.randn(length, 4, 16) for length in (2, 3)]
     x = torch.nested.nested_tensor(parts, layout=torch.jagged)
     assert torch.equal(layer(x).values(), layer(torch.cat(parts)))
-    turned = x.transpose(1, 2)
-    y = layer(turned)
-    assert y.shape == (2, 4, turned.shape[2], 24)
+    transposed = x.transpose(1, 2)
+    y = layer(transposed)
+    assert y.shape == (2, 4, transposed.shape[2], 24)
     assert torch.equal(y.transpose(1, 2).values(), layer(torch.cat(parts)))
     strided = torch.nested.nested_tensor([torch.randn(2, 5, 16), torch.randn(4, 1, 16)])
     assert [tuple(m.shape) for m in layer(strided).unbind()] == [(2, 5, 24), (4, 1, 24)]

@@ -1,5 +1,4 @@
-"""mixture (fp8.integrations.transformers) against a loop over experts of the same FP8 products;
-corner cases."""
+"""mixture (fp8.integrations) against a loop over experts of the same products; corner cases."""
 
 from __future__ import annotations
 

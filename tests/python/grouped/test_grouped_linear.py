@@ -57,9 +57,9 @@ def test_grouped_linear_rows_past_the_last_offset(device, recipe, with_bias, poi
 def test_grouped_linear_weights_stored_transposed(device, recipe):
     """The same numbers, and the gradient is stored as the weight is."""
     p = reference.problem(ROUTINGS["random"], 64, 48, device=device)
-    turned = p._replace(weight=p.weight.transpose(1, 2).contiguous().transpose(1, 2))
-    ours, theirs = reference.run(turned, recipe), reference.run(p, recipe)
-    assert ours.dw.stride() == turned.weight.stride()
+    transposed = p._replace(weight=p.weight.transpose(1, 2).contiguous().transpose(1, 2))
+    ours, theirs = reference.run(transposed, recipe), reference.run(p, recipe)
+    assert ours.dw.stride() == transposed.weight.stride()
     for name, a, b in zip(ours._fields, ours, theirs, strict=True):
         if device == "cuda" and name == "dw":  # operands change places in the kernel
             torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)

@@ -1,4 +1,4 @@
-"""fused_linear with input_scale: x quantized with a given scale, all else as ever."""
+"""fused_linear with input_scale: x quantized with a static scale, all else as ever."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_fused_linear_static_without_elements(device, shape):
 
 
 def test_fused_linear_static_saturates_and_keeps_nan(device):
-    """Inf saturates with a given scale, as in quantize_tensorwise; NaN stays, in its row alone."""
+    """Inf saturates with a static scale, as in quantize_tensorwise; NaN stays, in its row alone."""
     x, weight, _, _ = problem((6, 32), 16, torch.bfloat16, device)
     x[1, 3], x[4, 5] = float("inf"), float("nan")
     scale = torch.tensor(0.01, device=device)

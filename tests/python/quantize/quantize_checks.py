@@ -45,7 +45,7 @@ def check_blocks(x: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> N
     option = {"power_of_two": True} if power_of_two else {}
     for blocks, block_rows in (("1x128", 1), ("128x128", 128)):
         expected = reference.quantize_blocks(x, dtype, block_rows, power_of_two)
-        turned = reference.quantize_blocks(matrix.t(), dtype, block_rows, power_of_two)
+        transposed = reference.quantize_blocks(matrix.t(), dtype, block_rows, power_of_two)
         data, scale = getattr(OPS, f"quantize_blockwise_{blocks}")(x, dtype, **option)
         assert_same_bits(scale, expected.scale, f"{blocks} scale")
         assert_same_bits(codes(data), expected.codes, f"{blocks} data")
@@ -54,5 +54,5 @@ def check_blocks(x: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> N
         data, data_t, scale, scale_t = quantize(x, dtype, **option)
         assert_same_bits(scale, expected.scale, f"{blocks}_transpose scale")
         assert_same_bits(codes(data), expected.codes, f"{blocks}_transpose data")
-        assert_same_bits(scale_t, turned.scale, f"{blocks} scale_t")
-        assert_same_bits(codes(data_t), turned.codes, f"{blocks} data_t")
+        assert_same_bits(scale_t, transposed.scale, f"{blocks} scale_t")
+        assert_same_bits(codes(data_t), transposed.codes, f"{blocks} data_t")

@@ -70,8 +70,8 @@ def test_dequantize_block_scales_of_any_strides(device):
             expected = reference.dequantize(data, scale, torch.float32)
             for view in (scale, scale.contiguous(), scale.t().contiguous().t()):
                 assert_same_bits(OPS.dequantize(data, view, torch.float32), expected)
-            turned = data.t().contiguous().t()
-            assert_same_bits(OPS.dequantize(turned, scale, torch.float32), expected)
+            transposed = data.t().contiguous().t()
+            assert_same_bits(OPS.dequantize(transposed, scale, torch.float32), expected)
 
 
 def test_dequantize_defaults_to_bfloat16(device):

@@ -118,7 +118,7 @@ def test_quantize_power_of_two_scaling_rounds_nothing_but_to_fp8(device):
 @pytest.mark.parametrize("name", TENSORWISE_OPS)
 def test_quantize_power_of_two_error_with_a_given_scale(device, name):
     x = torch.randn(4, 16, device=device)
-    message = rf"fp8::{name}: expected power_of_two=False with a given scale.*got both"
+    message = rf"fp8::{name}: expected power_of_two=False with a static scale.*got both"
     for tensor in (x, x.to("meta")):
         scale = torch.ones((), device=tensor.device)
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,157 @@
+// Rows of a gated activation as a source of quantize kernels (core/quantize/source.cuh): h =
+// act(gate) * up, computed in fp32 eight features at a time and rounded to the input's dtype, as an
+// activation module would.
+#pragma once
+
+#include "core/grouped/device.cuh"
+#include "core/quantize/source.cuh"
+#include "host/gate.h"
+
+namespace fp8::core {
+
+// Gates and ups of eight features, or their gradients.
+template <typename T>
+struct GatePair {
+  Vec8<T> gate;
+  Vec8<T> up;
+};
+
+// Words of pairs (gate, up) become words of gates and words of ups, and back.
+template <typename T>
+__device__ __forceinline__ GatePair<T> separate(const Vec8<T>& low, const Vec8<T>& high) {
+  constexpr int kHalf = Vec8<T>::kWords / 2;
+  GatePair<T> pair;
+#pragma unroll
+  for (int i = 0; i < Vec8<T>::kWords; ++i) {
+    const Vec8<T>& from = i < kHalf ? low : high;
+    const uint32_t first = from.words[2 * (i % kHalf)];
+    const uint32_t second = from.words[2 * (i % kHalf) + 1];
+    pair.gate.words[i] = sizeof(T) == 4 ? first : __byte_perm(first, second, 0x5410);
+    pair.up.words[i] = sizeof(T) == 4 ? second : __byte_perm(first, second, 0x7632);
+  }
+  return pair;
+}
+template <typename T>
+__device__ __forceinline__ void interleave(const GatePair<T>& pair, Vec8<T>& low, Vec8<T>& high) {
+  constexpr int kHalf = Vec8<T>::kWords / 2;
+#pragma unroll
+  for (int i = 0; i < Vec8<T>::kWords; ++i) {
+    Vec8<T>& to = i < kHalf ? low : high;
+    const uint32_t gate = pair.gate.words[i];
+    const uint32_t up = pair.up.words[i];
+    to.words[2 * (i % kHalf)] = sizeof(T) == 4 ? gate : __byte_perm(gate, up, 0x5410);
+    to.words[2 * (i % kHalf) + 1] = sizeof(T) == 4 ? up : __byte_perm(gate, up, 0x7632);
+  }
+}
+
+// Eight features from a row of gates, then ups.
+template <typename T>
+__device__ __forceinline__ GatePair<T> load_halves(const GateArgs& a, const T* row,
+                                                   int64_t feature) {
+  return {load8(row + feature, 8, true), load8(row + a.features + feature, 8, true)};
+}
+
+// From a row of any layout.
+template <typename T>
+__device__ __forceinline__ GatePair<T> load_gate(const GateArgs& a, const T* row, int64_t feature) {
+  if (a.interleaved) {
+    return separate(load8(row + 2 * feature, 8, true), load8(row + 2 * feature + 8, 8, true));
+  }
+  return load_halves(a, row, feature);
+}
+
+// kPlain: without a bias, gates before ups.
+template <typename T, bool kPlain>
+struct GatedSource {
+  using Element = T;
+  static constexpr bool kIsPlain = kPlain;
+  GateArgs args;
+
+  struct Row {
+    const T* values;
+    const T* bias;  // of its group, or nullptr
+  };
+  struct Values {
+    GatePair<T> values;
+    GatePair<T> bias;
+    bool has_bias;
+    __device__ __forceinline__ float gate(int i) const {
+      const float value = values.gate.get(i);
+      return !kPlain && has_bias ? value + bias.gate.get(i) : value;
+    }
+    __device__ __forceinline__ float up(int i) const {
+      const float value = values.up.get(i);
+      return !kPlain && has_bias ? value + bias.up.get(i) : value;
+    }
+  };
+  using Raw = Values;
+
+  __device__ __forceinline__ int64_t cols_of(int64_t index) const {
+    return index < grouped_rows(args.offsets, args.groups, args.rows) ? args.features : 0;
+  }
+
+  __device__ __forceinline__ Row row(int64_t index) const {
+    const int64_t width = 2 * args.features;
+    const bool exists = cols_of(index) > 0;
+    const T* bias = kPlain ? nullptr : static_cast<const T*>(args.bias);
+    if (bias != nullptr && exists && args.offsets != nullptr) {
+      bias += group_of(args.offsets, args.groups, index) * width;
+    }
+    // A row that is not there is fetched, too: without a branch around it, fetches run ahead.
+    return {static_cast<const T*>(args.gate_up) + (exists ? index * width : 0), bias};
+  }
+
+  __device__ __forceinline__ Values values(const Row& row, int64_t feature) const {
+    Values v;
+    if constexpr (kPlain) {
+      v.values = load_halves(args, row.values, feature);
+    } else {
+      v.values = load_gate(args, row.values, feature);
+      v.has_bias = row.bias != nullptr;
+      if (v.has_bias) v.bias = load_gate(args, row.bias, feature);
+    }
+    return v;
+  }
+
+  __device__ __forceinline__ Raw fetch(const Row& row, int64_t feature) const {
+    return values(row, min(feature, args.features - 8));
+  }
+
+  __device__ __forceinline__ Vec8<T> load(const Row& row, int64_t feature, int valid) const {
+    return finish(fetch(row, feature), valid);
+  }
+
+  // All eight are there: features come in sixteens.
+  __device__ __forceinline__ Vec8<T> finish(const Raw& v, int /*valid*/) const {
+    Vec8<T> h;
+    with_activation(args.activation, [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      const auto compute = [&](bool* usual) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const auto unit = [&](int i) {
+            return gated_unit<kActivation, false>(v.gate(i), v.up(i), args.alpha, args.limit,
+                                                  usual);
+          };
+          set_pair(h, j, unit(2 * j).h, unit(2 * j + 1).h);
+        }
+      };
+      bool usual = true;
+      compute(&usual);
+      if (has_sigmoid(kActivation) && !usual) compute(nullptr);
+    });
+    return h;
+  }
+};
+
+// f(source) with the source of these arguments in elements of T.
+template <typename T, typename F>
+void with_gated_source(const GateArgs& args, const F& f) {
+  if (args.bias == nullptr && !args.interleaved) {
+    f(GatedSource<T, true>{args});
+  } else {
+    f(GatedSource<T, false>{args});
+  }
+}
+
+}  // namespace fp8::core

@@ -1,0 +1,72 @@
+// Where eight elements come from, for kernels that quantize them: a matrix in memory, rows gathered
+// from one, or (core/grouped/gated.cuh) what a kernel computes from other tensors as it reads them.
+//
+// A source has
+//   Element               what its eight elements are rounded to: float, __nv_bfloat16 or __half
+//   int64_t cols_of(index)   columns of a row, 0 where there is no such row
+//   Row row(index)        where the elements of a row lie
+//   Vec8<Element> load(row, col, valid)   eight elements from `col`, a multiple of 8, of which
+//   `valid`
+//                         are there (of_eight); the others are zeros
+// and is copied into the kernel with its other parameters. It may read only what was complete
+// before the launch that the kernel overlaps (dispatch.cuh).
+#pragma once
+
+#include "core/device/vectors.cuh"
+
+namespace fp8::core {
+
+// [rows, cols], `ld` elements from row to row.
+template <typename T>
+struct MatrixSource {
+  using Element = T;
+  const T* x;
+  int64_t rows;
+  int64_t cols;
+  int64_t ld;
+  bool vectorized;  // rows start on 16-byte boundaries
+
+  __device__ __forceinline__ int64_t cols_of(int64_t index) const {
+    return index < rows ? cols : 0;
+  }
+  __device__ __forceinline__ const T* row(int64_t index) const { return x + index * ld; }
+  __device__ __forceinline__ Vec8<T> load(const T* row, int64_t col, int valid) const {
+    return load8(row + col, valid, vectorized);
+  }
+};
+
+// A kernel's parameters: where elements come from, and what is made of them.
+template <typename Source, typename Params>
+struct From {
+  Source source;
+  Params to;
+};
+
+// What kernels.h's parameters say of x.
+template <typename T, typename Params>
+__host__ __device__ __forceinline__ MatrixSource<T> matrix_source(const Params& p) {
+  return {static_cast<const T*>(p.x), p.rows, p.cols, p.ld, p.vectorized};
+}
+
+// A matrix whose last row is shorter: one long row, folded.
+template <typename T>
+struct FoldedSource : MatrixSource<T> {
+  int64_t last_row_cols;
+
+  __device__ __forceinline__ int64_t cols_of(int64_t index) const {
+    return index == this->rows - 1 ? last_row_cols : MatrixSource<T>::cols_of(index);
+  }
+};
+
+// Row r is row source[r] / copies of a matrix; r itself where there is no `source`.
+template <typename T>
+struct GatheredSource : MatrixSource<T> {
+  const int32_t* source;
+  int64_t copies;
+
+  __device__ __forceinline__ const T* row(int64_t index) const {
+    return MatrixSource<T>::row(source == nullptr ? index : __ldg(source + index) / copies);
+  }
+};
+
+}  // namespace fp8::core

@@ -1,0 +1,205 @@
+// Gradients of grouped_linear and moe_experts. Each saves only what its backward will need.
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include <array>
+#include <utility>
+
+#include "fp8/ops.h"
+#include "host/ranges.h"
+#include "torch/common/operators.h"
+#include "torch/common/recipe.h"
+#include "torch/common/tensors.h"
+#include "torch/grouped/grouped_ops.h"
+
+namespace fp8::autograd {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
+                            int64_t recipe) {
+    const Range range("fp8::grouped_linear");
+    const bool needs_dx = x.requires_grad();
+    const bool needs_dweight = weight.requires_grad();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = find<decltype(kernel::_grouped_forward)>("fp8::_grouped_forward");
+    auto [y, x_t, x_t_scale, padded_offsets] =
+        op.call(x, weight, offsets, bias, recipe, needs_dweight);
+    const at::Tensor none;
+    const bool fp8_wgrad = needs_dweight && grouped_recipe_at(recipe).fp8_wgrad;
+    ctx->save_for_backward({needs_dweight ? (fp8_wgrad ? x_t : x) : none,
+                            fp8_wgrad ? x_t_scale : none, fp8_wgrad ? padded_offsets : none,
+                            needs_dx ? weight : none, offsets});
+    ctx->saved_data["in_features"] = weight.sym_size(2);
+    ctx->saved_data["transposed"] = is_stored_transposed(weight);
+    ctx->saved_data["recipe"] = recipe;
+    ctx->saved_data["needs_dx"] = needs_dx;
+    ctx->saved_data["needs_dweight"] = needs_dweight;
+    ctx->saved_data["needs_dbias"] = wants_grad(bias);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Range range("fp8::grouped_linear backward");
+    const at::Tensor none;
+    const at::Tensor& dy = grads[0];
+    if (!dy.defined()) return {none, none, none, none, none};
+    const variable_list saved = ctx->get_saved_variables();
+    // Of what the forward could foresee, what this backward is for: x is input 0, weight 1, offsets
+    // 2, and a bias 3.
+    const bool needs_dx = ctx->saved_data["needs_dx"].toBool() && ctx->needs_input_grad(0);
+    const bool needs_dweight =
+        ctx->saved_data["needs_dweight"].toBool() && ctx->needs_input_grad(1);
+    const bool needs_dbias = ctx->saved_data["needs_dbias"].toBool() && ctx->needs_input_grad(3);
+    static const auto op = find<decltype(kernel::_grouped_backward)>("fp8::_grouped_backward");
+    const auto [dx, dweight, dbias] = op.call(
+        dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+        saved[4], ctx->saved_data["in_features"].toSymInt(), ctx->saved_data["transposed"].toBool(),
+        ctx->saved_data["recipe"].toInt(), needs_dx, needs_dweight, needs_dbias);
+    return {needs_dx ? dx : none, needs_dweight ? dweight : none, none, needs_dbias ? dbias : none,
+            none};
+  }
+};
+
+// Whether a saved tensor, which only the context and the caller's `saved` refer to, can be
+// overwritten and its memory given back: this backward is the only one (no retain_graph), nobody
+// traces or records it, and no hook on saved tensors kept the tensor in Python.
+bool is_last_use(const at::Tensor& saved) {
+  const c10::impl::PyObjectSlot& python = *saved.unsafeGetTensorImpl()->pyobj_slot();
+  return !torch::autograd::get_current_graph_task_keep_graph() &&
+         !at::isTensorSubclassLike(saved) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         saved.use_count() <= 2 && saved.storage().use_count() == 1 &&
+         (python.load_pyobj() == nullptr || python.has_unique_reference());
+}
+
+// What moe_experts takes beside tensors.
+struct MoeOptions {
+  int64_t activation;
+  bool interleaved;
+  double alpha;
+  double limit;
+  int64_t recipe;
+};
+
+class MoeExperts : public torch::autograd::Function<MoeExperts> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x,
+                            const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
+                            const at::Tensor& gate_up, const at::Tensor& down,
+                            const std::optional<at::Tensor>& gate_up_bias,
+                            const std::optional<at::Tensor>& down_bias, const MoeOptions* options) {
+    const Range range("fp8::moe_experts");
+    const int64_t wanted = (x.requires_grad() ? needs::kX : 0) |
+                           (top_k_weights.requires_grad() ? needs::kWeights : 0) |
+                           (gate_up.requires_grad() ? needs::kGateUp : 0) |
+                           (down.requires_grad() ? needs::kDown : 0) |
+                           (wants_grad(gate_up_bias) ? needs::kGateUpBias : 0) |
+                           (wants_grad(down_bias) ? needs::kDownBias : 0);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor weights = top_k_weights.to(at::kFloat);
+    static const auto op = find<decltype(kernel::_moe_forward)>("fp8::_moe_forward");
+    auto [y, gate_up_out, offsets, place, source] = op.call(
+        x, top_k_index, weights, gate_up, down, gate_up_bias, down_bias, options->activation,
+        options->interleaved, options->alpha, options->limit, options->recipe);
+    const at::Tensor none;
+    ctx->save_for_backward({x, top_k_index, weights, gate_up, down, gate_up_bias.value_or(none),
+                            down_bias.value_or(none), gate_up_out, offsets, place, source});
+    ctx->saved_data["activation"] = options->activation;
+    ctx->saved_data["interleaved"] = options->interleaved;
+    ctx->saved_data["alpha"] = options->alpha;
+    ctx->saved_data["limit"] = options->limit;
+    ctx->saved_data["recipe"] = options->recipe;
+    ctx->saved_data["needs"] = wanted;
+    ctx->saved_data["weights_dtype"] = static_cast<int64_t>(top_k_weights.scalar_type());
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Range range("fp8::moe_experts backward");
+    const at::Tensor& dy = grads[0];
+    variable_list result(8);
+    if (!dy.defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const int64_t wanted = asked_for(ctx, ctx->saved_data["needs"].toInt(), saved[5].defined());
+    const int64_t may_consume = is_last_use(saved[7]) ? needs::kMayConsume : 0;
+    static const auto op = find<decltype(kernel::_moe_backward)>("fp8::_moe_backward");
+    const auto [dx, d_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias] =
+        op.call(dy, saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]),
+                optional(saved[6]), saved[7], saved[8], saved[9], saved[10],
+                ctx->saved_data["activation"].toInt(), ctx->saved_data["interleaved"].toBool(),
+                ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(),
+                ctx->saved_data["recipe"].toInt(), wanted | may_consume);
+    const auto weights_dtype =
+        static_cast<at::ScalarType>(ctx->saved_data["weights_dtype"].toInt());
+    if ((wanted & needs::kX) != 0) result[0] = dx;
+    if ((wanted & needs::kWeights) != 0) result[2] = d_weights.to(weights_dtype);
+    if ((wanted & needs::kGateUp) != 0) result[3] = d_gate_up;
+    if ((wanted & needs::kDown) != 0) result[4] = d_down;
+    if ((wanted & needs::kGateUpBias) != 0) result[5] = d_gate_up_bias;
+    if ((wanted & needs::kDownBias) != 0) result[6] = d_down_bias;
+    return result;
+  }
+
+ private:
+  // Of what the forward could foresee, what this backward is for. An input that is not there has no
+  // number.
+  static int64_t asked_for(const AutogradContext* ctx, int64_t foreseen, bool has_gate_up_bias) {
+    const std::array<std::pair<int64_t, size_t>, 6> inputs{
+        {{needs::kX, 0},
+         {needs::kWeights, 2},
+         {needs::kGateUp, 3},
+         {needs::kDown, 4},
+         {needs::kGateUpBias, 5},
+         {needs::kDownBias, has_gate_up_bias ? 6 : 5}}};
+    int64_t wanted = 0;
+    for (const auto& [bit, input] : inputs) {
+      if ((foreseen & bit) != 0 && ctx->needs_input_grad(input)) wanted |= bit;
+    }
+    return wanted;
+  }
+};
+
+}  // namespace
+
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  const int64_t index = grouped_recipe_id("grouped_linear", recipe);
+  if (!at::GradMode::is_enabled() ||
+      !(x.requires_grad() || weight.requires_grad() || wants_grad(bias))) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return fp8::grouped_linear(x, weight, offsets, bias, recipe);
+  }
+  check_grouped_linear(x, weight, offsets, bias);
+  return GroupedLinear::apply(x, weight, offsets, bias, index);
+}
+
+at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
+                       const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                       const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
+                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                       bool interleaved, double alpha, double limit, std::string_view recipe) {
+  const MoeOptions options{activation_index(activation), interleaved, alpha, limit,
+                           grouped_recipe_id("moe_experts", recipe)};
+  if (!at::GradMode::is_enabled() ||
+      !(x.requires_grad() || top_k_weights.requires_grad() || gate_up.requires_grad() ||
+        down.requires_grad() || wants_grad(gate_up_bias) || wants_grad(down_bias))) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return fp8::moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
+                            activation, interleaved, alpha, limit, recipe);
+  }
+  check_moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias);
+  return MoeExperts::apply(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
+                           &options);
+}
+
+}  // namespace fp8::autograd

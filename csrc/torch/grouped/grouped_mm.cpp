@@ -1,0 +1,157 @@
+// Grouped matmuls by ATen's kernels (CUTLASS, offsets on the device, no synchronization): measured
+// against a loop of cuBLASLt matmuls, which needs the offsets on the host, and bf16's. What the
+// kernel of torch 2.11 asks for, and who provides it:
+//   - e4m3 operands, both contiguous along the contracted dimension, extents in sixteens:
+//   operands.cpp
+//   - groups of rows may begin anywhere; groups of columns (wgrad) begin at multiples of 16 and are
+//     never empty, which a device assertion checks: the tile table
+//   - bf16 output: other dtypes are cast
+//   - compute capability 9.0: elsewhere the codes, exact in bf16, take the bf16 kernel, and scales
+//   are
+//     applied to its output
+// The CPU decodes and multiplies in fp32, a group at a time.
+#include "torch/grouped/grouped_mm.h"
+
+#include <ATen/ATen.h>
+
+#include "cpu/kernels.h"
+#include "torch/common/tensors.h"
+#ifdef FP8_WITH_CUDA
+#include "core/device/device.h"
+#endif
+
+namespace fp8::grouped {
+namespace {
+
+at::Tensor decoded(const at::Tensor& data) {
+  at::Tensor out = at::empty(data.sizes(), data.options().dtype(at::kFloat));
+  const int64_t cols = data.size(-1);
+  cpu::decode(data.const_data_ptr(), core::Dtype::kE4M3, data.numel() / cols, cols, cols,
+              out.mutable_data_ptr<float>());
+  return out;
+}
+
+template <typename Visit>
+void for_groups(const at::Tensor& offsets, int64_t limit, const Visit& visit) {
+  const auto* ends = offsets.const_data_ptr<int32_t>();
+  int64_t begin = 0;
+  for (int64_t g = 0; g < offsets.size(0); ++g) {
+    const int64_t end = std::clamp<int64_t>(ends[g], begin, limit);
+    visit(g, begin, end - begin);
+    begin = end;
+  }
+}
+
+at::Tensor multiply_rows_cpu(const Side& a, const Side& b, const at::Tensor& offsets,
+                             at::ScalarType out_dtype) {
+  const at::Tensor left = decoded(a.codes).mul_(a.scales.unsqueeze(1));
+  const at::Tensor out =
+      at::empty({a.codes.size(0), b.codes.size(1)}, a.scales.options().dtype(out_dtype));
+  for_groups(offsets, left.size(0), [&](int64_t g, int64_t begin, int64_t rows) {
+    if (rows == 0) return;
+    const at::Tensor right = decoded(b.codes[g]);
+    out.narrow(0, begin, rows)
+        .copy_(at::mm(left.narrow(0, begin, rows), right.t()).mul_(b.scales[g]));
+  });
+  return out;
+}
+
+at::Tensor multiply_columns_cpu(const Side& a, const Side& b, const at::Tensor& padded_offsets,
+                                at::ScalarType out_dtype) {
+  const at::Tensor left = decoded(a.codes);
+  const at::Tensor right = decoded(b.codes);
+  const at::Tensor out = at::empty({padded_offsets.size(0), a.codes.size(0), b.codes.size(0)},
+                                   a.scales.options().dtype(out_dtype));
+  for_groups(padded_offsets, left.size(1), [&](int64_t g, int64_t begin, int64_t columns) {
+    const at::Tensor product =
+        at::mm(left.narrow(1, begin, columns), right.narrow(1, begin, columns).t());
+    out[g].copy_(product.mul_(a.scales[g].unsqueeze(1)).mul_(b.scales[g]));
+  });
+  return out;
+}
+
+at::Tensor multiply_high_precision_cpu(const at::Tensor& a, const at::Tensor& b,
+                                       const at::Tensor& offsets) {
+  const at::Tensor out = at::zeros({offsets.size(0), a.size(1), b.size(1)}, a.options());
+  for_groups(offsets, a.size(0), [&](int64_t g, int64_t begin, int64_t rows) {
+    if (rows == 0) return;
+    out[g].copy_(at::mm(a.narrow(0, begin, rows).to(at::kFloat).t(),
+                        b.narrow(0, begin, rows).to(at::kFloat)));
+  });
+  return out;
+}
+
+#ifdef FP8_WITH_CUDA
+
+bool has_scaled_kernel(const at::Tensor& t) {
+  return core::current_device(t.device().index()).capability == 90;
+}
+
+at::Tensor scaled_grouped_mm(const Side& a, const Side& b, const at::Tensor& offsets,
+                             bool fast_accum) {
+  return at::_scaled_grouped_mm(a.codes, b.codes.transpose(-2, -1), a.scales, b.scales, offsets,
+                                std::nullopt, std::nullopt, at::kBFloat16, fast_accum);
+}
+
+at::Tensor codes_mm(const Side& a, const Side& b, const at::Tensor& offsets) {
+  return at::_grouped_mm(a.codes.to(at::kBFloat16), b.codes.to(at::kBFloat16).transpose(-2, -1),
+                         offsets);
+}
+
+#endif
+
+}  // namespace
+
+at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets,
+                         at::ScalarType out_dtype, [[maybe_unused]] bool fast_accum) {
+  if (a.codes.is_cpu()) return multiply_rows_cpu(a, b, offsets, out_dtype);
+#ifdef FP8_WITH_CUDA
+  if (has_scaled_kernel(a.codes)) {
+    return scaled_grouped_mm(a, b, offsets, fast_accum).to(out_dtype);
+  }
+  const at::Tensor rows = at::arange(a.codes.size(0), offsets.options());
+  const at::Tensor group = at::searchsorted(offsets, rows, /*out_int32=*/false, /*right=*/true)
+                               .clamp_max_(offsets.size(0) - 1);
+  return codes_mm(a, b, offsets)
+      .to(at::kFloat)
+      .mul_(a.scales.unsqueeze(1))
+      .mul_(b.scales.index_select(0, group))
+      .to(out_dtype);
+#else
+  throw_no_cuda(a.codes);
+#endif
+}
+
+at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
+                            at::ScalarType out_dtype, [[maybe_unused]] bool fast_accum) {
+  if (a.codes.is_cpu()) return multiply_columns_cpu(a, b, padded_offsets, out_dtype);
+#ifdef FP8_WITH_CUDA
+  if (has_scaled_kernel(a.codes)) {
+    const Side flat_a{a.codes, a.scales.view(-1), a.granularity, a.rows};
+    const Side flat_b{b.codes, b.scales.view(-1), b.granularity, b.rows};
+    return scaled_grouped_mm(flat_a, flat_b, padded_offsets, fast_accum).to(out_dtype);
+  }
+  return codes_mm(a, b, padded_offsets)
+      .to(at::kFloat)
+      .mul_(a.scales.unsqueeze(2))
+      .mul_(b.scales.unsqueeze(1))
+      .to(out_dtype);
+#else
+  throw_no_cuda(a.codes);
+#endif
+}
+
+at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,
+                                   const at::Tensor& offsets) {
+  if (a.is_cpu()) return multiply_high_precision_cpu(a, b, offsets);
+  // The kernel that needs no offsets on the host is bf16's. It wants rows that follow each other
+  // and begin on 16 bytes, which a part of a larger tensor, or a row that is repeated, need not do.
+  const auto operand = [](const at::Tensor& t) {
+    const at::Tensor rows = t.to(at::kBFloat16);
+    const bool dense = rows.stride(1) == 1 && rows.stride(0) == rows.size(1) && on_16_bytes(rows);
+    return dense ? rows : rows.clone(at::MemoryFormat::Contiguous);
+  };
+  return at::_grouped_mm(operand(a).t(), operand(b), offsets).to(a.scalar_type());
+}
+
+}  // namespace fp8::grouped

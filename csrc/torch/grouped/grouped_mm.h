@@ -1,0 +1,24 @@
+// Matmuls over groups of rows whose extents only the device knows.
+#pragma once
+
+#include "torch/grouped/operands.h"
+
+namespace fp8::grouped {
+
+// y[r] = a[r] * b[group of r]^T * scales: codes of a [R, K], of b [groups, N, K] -> [R, N]. Rows
+// past the last offset are not written.
+at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets,
+                         at::ScalarType out_dtype, bool fast_accum);
+
+// out[g] = a[:, columns of g] * b[:, columns of g]^T * scales: codes [N, L] and [K, L], scales
+// [groups, N] and [groups, K] -> [groups, N, K]. Groups hold at least 16 columns, zeros where there
+// is nothing.
+at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
+                            at::ScalarType out_dtype, bool fast_accum);
+
+// out[g] = a[rows of g]^T * b[rows of g] in high precision: a [R, N], b [R, K] -> [groups, N, K] in
+// a's dtype. On a GPU the products are of bf16 values, whatever the dtype.
+at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,
+                                   const at::Tensor& offsets);
+
+}  // namespace fp8::grouped

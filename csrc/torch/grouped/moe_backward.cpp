@@ -1,0 +1,255 @@
+// The backward of moe_experts.
+//
+// Quantize dy once a token, to its k rows; dh = dy down; the activation's backward, which
+// quantizes and also gives the routing weights' gradients (dh . h, so that down's output is not
+// needed); product with gate_up; add a token's rows; then the two weight gradients, whose operands
+// are gathered by routing where they are quantized.
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "torch/common/recipe.h"
+#include "torch/common/tensors.h"
+#include "torch/grouped/grouped_mm.h"
+#include "torch/grouped/grouped_ops.h"
+#include "torch/grouped/moe_passes.h"
+
+namespace fp8 {
+namespace {
+
+using grouped::Gate;
+using grouped::Routing;
+
+// dW of one product from its output's gradient and its input, stored as `weight` is.
+struct WeightGradient {
+  const at::Tensor& weight;
+  const Recipe& recipe;
+  const at::Tensor& offsets;
+
+  at::Tensor fp8(const Side& grad, const Side& input, const grouped::Tiles& tiles) const {
+    const bool transposed = is_stored_transposed(weight);
+    const at::Tensor stored =
+        grouped::multiply_columns(transposed ? input : grad, transposed ? grad : input,
+                                  tiles.padded_offsets, weight.scalar_type(), recipe.fast_wgrad);
+    return transposed ? stored.transpose(1, 2) : stored;
+  }
+  at::Tensor high_precision(const at::Tensor& grad, const at::Tensor& input) const {
+    return is_stored_transposed(weight)
+               ? grouped::multiply_high_precision(input, grad, offsets).transpose(1, 2)
+               : grouped::multiply_high_precision(grad, input, offsets);
+  }
+};
+
+at::Tensor zeros_stored_like(const at::Tensor& weight) {
+  return is_stored_transposed(weight)
+             ? at::zeros_symint(weight.transpose(1, 2).sym_sizes(), weight.options())
+                   .transpose(1, 2)
+             : at::zeros_symint(weight.sym_sizes(), weight.options());
+}
+
+// Ends the life of a tensor's memory, whoever still refers to the tensor.
+void give_back_memory(const at::Tensor& t) {
+  c10::StorageImpl& storage = *t.storage().unsafeGetStorageImpl();
+  storage.set_data_ptr_noswap(at::DataPtr(nullptr, t.device()));
+  storage.set_nbytes(0);
+}
+
+struct BackwardArgs {
+  at::Tensor dy;              // [T, H]
+  at::Tensor x;               // [T, H]
+  at::Tensor experts;         // [T, k] int64
+  at::Tensor weights;         // [T, k] fp32
+  const at::Tensor& gate_up;  // [E, 2 I, H]
+  const at::Tensor& down;     // [E, H, I]
+  at::Tensor gate_up_bias;    // [E, 2 I], optional
+  at::Tensor down_bias;       // [E, H], optional
+  at::Tensor gate_up_out;     // [T * k, 2 I]
+  Routing routing;
+  Gate gate;
+  Recipe recipe;
+  int64_t wanted;  // bits of `needs`
+
+  bool needs(int64_t what) const { return (wanted & what) != 0; }
+  int64_t rows() const { return experts.numel(); }
+  int64_t top_k() const { return experts.size(1); }
+  at::ScalarType dtype() const { return dy.scalar_type(); }
+};
+
+struct Gradients {  // undefined where not asked for
+  at::Tensor x;
+  at::Tensor weights;
+  at::Tensor gate_up;
+  at::Tensor down;
+  at::Tensor gate_up_bias;
+  at::Tensor down_bias;
+};
+
+// Of no tokens.
+Gradients zero_gradients(const BackwardArgs& args) {
+  Gradients grads;
+  if (args.needs(needs::kX)) grads.x = at::zeros_like(args.x);
+  if (args.needs(needs::kWeights)) grads.weights = at::zeros_like(args.weights);
+  if (args.needs(needs::kGateUp)) grads.gate_up = zeros_stored_like(args.gate_up);
+  if (args.needs(needs::kDown)) grads.down = zeros_stored_like(args.down);
+  if (args.needs(needs::kGateUpBias)) grads.gate_up_bias = at::zeros_like(args.gate_up_bias);
+  if (args.needs(needs::kDownBias)) grads.down_bias = at::zeros_like(args.down_bias);
+  return grads;
+}
+
+// What the gate's backward gives, as far as it is asked for.
+struct GateGradients {
+  Side quantized;          // the gradient of gate_up's product [T * k, 2 I], for that of x
+  at::Tensor gate_up_out;  // the same, not quantized, for those of gate_up and its bias
+  at::Tensor weighted_h;   // [T * k, I], down's input, weighted, for the gradient of down
+};
+
+// Through down and the activation; writes the routing weights' gradient, without down's bias.
+GateGradients gate_gradients(const BackwardArgs& args,
+                             const at::Tensor& d_weights) {  // [T, k] fp32, zeros, or undefined
+  const at::Tensor& offsets = args.routing.offsets;
+  const int64_t rows = args.rows();
+  const int64_t features = args.down.size(2);
+  at::Tensor dh;
+  {
+    const Side qdy =
+        grouped::quantize_rows(args.dy, args.recipe.power_of_two, args.routing.place, args.top_k());
+    dh = grouped::multiply_rows(qdy, grouped::weight_for_dgrad(args.down, args.recipe.power_of_two),
+                                offsets, args.dtype(), args.recipe.fast_dgrad);
+  }
+  GateGradients out;
+  core::GateBackwardArgs pass{
+      .gate = grouped::gate_args(args.gate, args.gate_up_out, args.gate_up_bias, offsets),
+      .dh = dh.const_data_ptr(),
+      .weights = args.weights.const_data_ptr<float>(),
+      .source = args.routing.source.const_data_ptr<int32_t>(),
+      .power_of_two = args.recipe.power_of_two};
+  if (args.needs(needs::kX)) {
+    out.quantized = grouped::rowwise_side(args.dy, rows, 2 * features);
+    pass.data = out.quantized.codes.mutable_data_ptr();
+    pass.scale = out.quantized.scales.mutable_data_ptr<float>();
+  }
+  if (args.needs(needs::kGateUp | needs::kGateUpBias)) {
+    out.gate_up_out = args.needs(needs::kMayConsume)
+                          ? args.gate_up_out
+                          : empty_on(args.dy, {rows, 2 * features}, args.dtype());
+    pass.d_gate_up = out.gate_up_out.mutable_data_ptr();
+  }
+  if (args.needs(needs::kDown)) {
+    out.weighted_h = empty_on(args.dy, {rows, features}, args.dtype());
+    pass.weighted_h = out.weighted_h.mutable_data_ptr();
+  }
+  if (d_weights.defined()) pass.d_weights = d_weights.mutable_data_ptr<float>();
+  FP8_RUN_PASS(gate_backward, args.dy, pass);
+  return out;
+}
+
+// What down's bias adds to the routing weights' gradient: dy · bias of each slot's expert.
+void add_bias_part(const BackwardArgs& args, const at::Tensor& d_weights) {
+  const int64_t last = args.down.size(0) - 1;
+  const at::Tensor& experts = args.experts;
+  const at::Tensor dot =
+      at::mm(args.dy, args.down_bias.t()).to(at::kFloat).gather(1, experts.clamp(0, last));
+  d_weights.add_(dot.masked_fill_(experts.lt(0).logical_or_(experts.gt(last)), 0));
+}
+
+// Lets go of the gradient, which may be gate_up_out overwritten.
+void drop_gate_up_out(const BackwardArgs& args, GateGradients& gate) {
+  gate.gate_up_out = at::Tensor();
+  if (args.needs(needs::kMayConsume)) give_back_memory(args.gate_up_out);
+}
+
+// dW of gate_up and of down. What a product has read goes before the next operand is made.
+void weight_gradients(const BackwardArgs& args, GateGradients& gate, Gradients& grads) {
+  const auto& [offsets, place, source] = args.routing;
+  const WeightGradient of_gate_up{args.gate_up, args.recipe, offsets};
+  const WeightGradient of_down{args.down, args.recipe, offsets};
+  const int64_t top_k = args.top_k();
+  const bool power_of_two = args.recipe.power_of_two;
+  if (!args.recipe.fp8_wgrad) {
+    if (args.needs(needs::kGateUp)) {
+      grads.gate_up =
+          of_gate_up.high_precision(gate.gate_up_out, grouped::copy_rows(args.x, place, top_k));
+      drop_gate_up_out(args, gate);
+    }
+    if (args.needs(needs::kDown)) {
+      grads.down =
+          of_down.high_precision(grouped::copy_rows(args.dy, place, top_k), gate.weighted_h);
+    }
+    return;
+  }
+  const grouped::Tiles tiles = grouped::make_tiles(offsets, args.rows());
+  if (args.needs(needs::kGateUp)) {
+    const Side grad = grouped::quantize_columns(gate.gate_up_out, tiles, power_of_two);
+    drop_gate_up_out(args, gate);
+    grads.gate_up = of_gate_up.fp8(
+        grad, grouped::quantize_columns(args.x, tiles, power_of_two, source, top_k), tiles);
+  }
+  if (args.needs(needs::kDown)) {
+    const Side input = grouped::quantize_columns(gate.weighted_h, tiles, power_of_two);
+    gate.weighted_h = at::Tensor();
+    grads.down = of_down.fp8(grouped::quantize_columns(args.dy, tiles, power_of_two, source, top_k),
+                             input, tiles);
+  }
+}
+
+Gradients moe_gradients(const BackwardArgs& args) {
+  const Routing& routing = args.routing;
+  Gradients grads;
+  if (args.needs(needs::kWeights)) {
+    grads.weights = at::zeros(args.weights.sizes(), args.weights.options());
+  }
+  if (args.needs(needs::kDownBias)) {
+    grads.down_bias = grouped::sum_by_expert(args.dy, routing, /*gathered=*/true, args.weights);
+  }
+  GateGradients gate;
+  if (args.needs(needs::kX | needs::kWeights | needs::kGateUp | needs::kGateUpBias |
+                 needs::kDown)) {
+    gate = gate_gradients(args, grads.weights);
+  }
+  if (args.needs(needs::kWeights) && args.down_bias.defined()) add_bias_part(args, grads.weights);
+  if (args.needs(needs::kX)) {
+    const at::Tensor rows = grouped::multiply_rows(
+        gate.quantized, grouped::weight_for_dgrad(args.gate_up, args.recipe.power_of_two),
+        routing.offsets, args.dtype(), args.recipe.fast_dgrad);
+    gate.quantized = {};
+    grads.x = grouped::combine_rows(rows, args.x.size(0), routing, {}, {}, {});
+  }
+  if (args.needs(needs::kGateUpBias)) {
+    grads.gate_up_bias = grouped::sum_by_expert(gate.gate_up_out, routing, /*gathered=*/false, {});
+  }
+  if (!args.needs(needs::kGateUp)) drop_gate_up_out(args, gate);
+  if (args.needs(needs::kGateUp | needs::kDown)) weight_gradients(args, gate, grads);
+  return grads;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+kernel::_moe_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& top_k_index,
+                      const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                      const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
+                      const std::optional<at::Tensor>& down_bias, const at::Tensor& gate_up_out,
+                      const at::Tensor& offsets, const at::Tensor& place, const at::Tensor& source,
+                      int64_t activation, bool interleaved, double alpha, double limit,
+                      int64_t recipe_id, int64_t wanted) {
+  const c10::DeviceGuard guard(dy.device());
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const BackwardArgs args{
+      .dy = dy.contiguous(),
+      .x = x.contiguous(),
+      .experts = top_k_index.contiguous(),
+      .weights = top_k_weights.to(at::kFloat).contiguous(),
+      .gate_up = gate_up,
+      .down = down,
+      .gate_up_bias = grouped::contiguous(gate_up_bias),
+      .down_bias = grouped::contiguous(down_bias),
+      .gate_up_out = gate_up_out,
+      .routing = {offsets, place, source},
+      .gate = {static_cast<core::Activation>(activation), interleaved, alpha, limit},
+      .recipe = grouped_recipe_at(recipe_id),
+      .wanted = wanted};
+  Gradients grads = args.experts.numel() == 0 ? zero_gradients(args) : moe_gradients(args);
+  return {or_none(grads.x, dy),    or_none(grads.weights, dy),      or_none(grads.gate_up, dy),
+          or_none(grads.down, dy), or_none(grads.gate_up_bias, dy), or_none(grads.down_bias, dy)};
+}
+
+}  // namespace fp8

@@ -1,0 +1,49 @@
+// FP8 sides of grouped matmuls, and the passes between them, on tensors: allocates what
+// core_grouped.h's passes write, and runs them on the tensors' device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/grouped.h"
+#include "fp8/core_grouped.h"
+#include "torch/common/cuda_context.h"
+#include "torch/quantize/operand.h"
+
+namespace fp8::grouped {
+
+// Memory for codes [rows, k] and scales [rows], nothing written.
+Side rowwise_side(const at::Tensor& like, int64_t rows, int64_t k);
+
+// Each row of x quantized; with `place`, written there `copies` times. Here and below,
+// power_of_two: scales are powers of two.
+Side quantize_rows(const at::Tensor& x,                              // [M, K], contiguous columns
+                   bool power_of_two, const at::Tensor& place = {},  // [M * copies] int32
+                   int64_t copies = 1);
+
+// The rows of x themselves, copied to their places: [M * copies, K].
+at::Tensor copy_rows(const at::Tensor& x, const at::Tensor& place, int64_t copies);
+
+// Where the groups of `offsets` lie in transposed copies.
+struct Tiles {
+  at::Tensor table;           // [max_group_tiles, 4] int32
+  at::Tensor padded_offsets;  // [groups] int32
+  int64_t columns;            // of a transposed copy
+};
+Tiles make_tiles(const at::Tensor& offsets, int64_t rows);
+
+// x's columns quantized within each group of rows: codes [K, tiles.columns], scales [groups, K].
+// With `source`, row r of the groups is x's row source[r] / copies.
+Side quantize_columns(const at::Tensor& x,  // [rows, K], contiguous columns
+                      const Tiles& tiles, bool power_of_two,
+                      const at::Tensor& source = {},  // [rows] int32
+                      int64_t copies = 1);
+
+// An expert's weight as the product over its in-features reads it (codes [groups, N, K], a scale
+// for each out-feature), and as the one over its out-features does ([groups, K, N], a scale for
+// each in-feature). Made once inside fp8.cached_weights.
+Side weight_for_fprop(const at::Tensor& weight,  // [groups, N, K], see operand::make_stack
+                      bool power_of_two);
+Side weight_for_dgrad(const at::Tensor& weight,  // the same
+                      bool power_of_two);
+
+}  // namespace fp8::grouped

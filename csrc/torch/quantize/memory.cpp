@@ -1,0 +1,263 @@
+#include "torch/quantize/memory.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+
+#include "torch/common/cuda_context.h"
+#include "torch/common/tensors.h"
+
+namespace fp8 {
+namespace {
+
+// What must be equal for a quantized tensor to be that of `x` still.
+struct Identity {
+  const void* data = nullptr;
+  uint32_t version = 0;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  at::ScalarType dtype = at::kFloat8_e4m3fn;
+  core::Granularity granularity = core::Granularity::kTensorwise;
+  bool power_of_two = false;
+  bool delayed = false;
+  const void* stream = nullptr;
+  uint64_t capture = 0;  // of a CUDA graph; 0 outside
+
+  bool operator==(const Identity&) const = default;
+};
+
+// Nothing for tensors that cannot be told apart from their past: no version counter, or strides of
+// their own (x.data = x.data.t() changes nothing else).
+std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& request) {
+  if (x.is_inference() || x.numel() == 0 || !x.is_contiguous()) return std::nullopt;
+  Identity id{.data = x.const_data_ptr(),
+              .version = x.unsafeGetTensorImpl()->version_counter().current_version(),
+              .rows = x.numel() / x.size(-1),
+              .cols = x.size(-1),
+              .dtype = request.dtype,
+              .granularity = request.granularity,
+              .power_of_two = request.power_of_two,
+              .delayed = request.scaling.delayed};
+#ifdef FP8_WITH_CUDA
+  if (x.is_cuda()) {
+    const cudaStream_t stream = cuda::current_stream(x);
+    id.stream = stream;
+    id.capture = cuda::capture_id(stream);
+  }
+#endif
+  return id;
+}
+
+// Of a stack of weights, which may be the transposed view of what is stored. A view that was made
+// below autograd has a version counter of its own, so the one of the tensor at hand counts.
+std::optional<Identity> identify_stack(const at::Tensor& stack, const QuantizeRequest& request) {
+  if (stack.is_inference()) return std::nullopt;
+  std::optional<Identity> id =
+      identify(is_stored_transposed(stack) ? stack.transpose(1, 2) : stack, request);
+  if (id) id->version = stack.unsafeGetTensorImpl()->version_counter().current_version();
+  return id;
+}
+
+// A part of a parameter: as long-lived as that, and a fused optimizer writes it past the counter.
+bool is_view_of_leaf(const at::Tensor& x) { return x.is_view() && x._base().is_leaf(); }
+
+bool covers(const Operand& made, const QuantizeRequest& request) {
+  return (!request.along_cols || made.along_cols.defined()) &&
+         (!request.along_rows || made.along_rows.defined()) &&
+         (!request.keep_amax || made.amax.defined());
+}
+
+thread_local int eager_depth = 0;
+
+// --- inputs: the last two, weakly ---
+
+struct RememberedInput {
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
+  Identity id;
+  Operand operand;
+};
+
+struct Inputs {
+  std::mutex mutex;
+  std::array<std::optional<RememberedInput>, 2> slots;
+  std::atomic<int> filled{0};
+  size_t next = 0;
+
+  // Never destroyed: at process exit CUDA may be gone before the tensors.
+  static Inputs& instance() {
+    static auto* inputs = new Inputs;
+    return *inputs;
+  }
+  template <typename Condition>
+  void drop_if(const Condition& condition) {
+    if (filled.load(std::memory_order_relaxed) == 0) return;
+    const std::lock_guard lock(mutex);
+    for (auto& slot : slots) {
+      if (slot && condition(*slot)) {
+        slot.reset();
+        filled.fetch_sub(1, std::memory_order_relaxed);
+      }
+    }
+  }
+};
+
+// --- weights: those of the open contexts ---
+
+struct CachedWeight {
+  at::Tensor weight;  // keeps the key alive
+  int contexts = 0;
+  std::optional<Identity> id;  // of what the operand was made of
+  Operand operand;
+};
+
+struct Weights {
+  std::mutex mutex;
+  std::unordered_map<const c10::TensorImpl*, CachedWeight> map;
+  std::atomic<int> count{0};
+
+  static Weights& instance() {
+    static auto* weights = new Weights;
+    return *weights;
+  }
+  // null: not one of them. A stack by its memory.
+  CachedWeight* find(const at::Tensor& weight) {
+    const auto is_its_memory = [&](const auto& entry) {
+      const at::Tensor& known = entry.second.weight;
+      return known.const_data_ptr() == weight.const_data_ptr() && known.numel() == weight.numel() &&
+             known.device() == weight.device() && known.scalar_type() == weight.scalar_type();
+    };
+    const auto found = weight.dim() == 3 ? std::find_if(map.begin(), map.end(), is_its_memory)
+                                         : map.find(weight.unsafeGetTensorImpl());
+    return found == map.end() ? nullptr : &found->second;
+  }
+};
+
+std::optional<Identity> identify_weight(const at::Tensor& weight, const QuantizeRequest& request) {
+  return weight.dim() == 3 ? identify_stack(weight, request) : identify(weight, request);
+}
+
+Operand make_weight(const at::Tensor& weight, const QuantizeRequest& request) {
+  return weight.dim() == 3 ? operand::make_stack(weight, request)
+                           : operand::make(as_matrix(weight), request);
+}
+
+// The sides that are asked for and missing. Tensorwise they share a scale, so they are made
+// together, as soon as a backward may come, with the amax that it will ask for.
+void add_sides(Operand& operand, const at::Tensor& weight, const QuantizeRequest& request) {
+  QuantizeRequest missing = request;
+  if (request.granularity == core::Granularity::kTensorwise) {
+    missing.along_cols = true;
+    missing.along_rows = request.along_rows || request.keep_amax;
+    missing.keep_amax = true;
+    if (missing.scaling.source == Scaling::Source::kKnownAmax) missing.scaling = Scaling::dynamic();
+    operand = make_weight(weight, missing);
+  } else {
+    missing.along_cols = request.along_cols && !operand.along_cols.defined();
+    missing.along_rows = request.along_rows && !operand.along_rows.defined();
+    Operand made = make_weight(weight, missing);
+    if (missing.along_cols) operand.along_cols = std::move(made.along_cols);
+    if (missing.along_rows) operand.along_rows = std::move(made.along_rows);
+  }
+  operand.launched = false;
+}
+
+}  // namespace
+
+memory::EagerScope::EagerScope() { ++eager_depth; }
+memory::EagerScope::~EagerScope() { --eager_depth; }
+
+void memory::drop_gone_inputs() {
+  Inputs::instance().drop_if([](const RememberedInput& input) { return input.tensor.expired(); });
+}
+
+void memory::drop_inputs() {
+  Inputs::instance().drop_if([](const RememberedInput&) { return true; });
+}
+
+Operand operand::remembered_input(const at::Tensor& x, const QuantizeRequest& request) {
+  memory::drop_gone_inputs();
+  std::optional<Identity> id;
+  const bool dynamic = request.scaling.source == Scaling::Source::kOwnAmax;
+  if (eager_depth > 0 && dynamic && !is_view_of_leaf(x)) {
+    id = identify(x, request);
+  }
+  if (!id) return make(as_matrix(x), request);
+  Inputs& inputs = Inputs::instance();
+  const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
+  {
+    const std::lock_guard lock(inputs.mutex);
+    for (const auto& slot : inputs.slots) {
+      if (slot && slot->tensor._unsafe_get_target() == impl && slot->id == *id &&
+          covers(slot->operand, request)) {
+        return slot->operand;
+      }
+    }
+  }
+  Operand made = make(as_matrix(x), request);
+  const std::lock_guard lock(inputs.mutex);
+  auto& slot = inputs.slots[inputs.next];
+  inputs.next = (inputs.next + 1) % inputs.slots.size();
+  if (!slot) inputs.filled.fetch_add(1, std::memory_order_relaxed);
+  slot = RememberedInput{decltype(RememberedInput::tensor)(x.getIntrusivePtr()), *id, made};
+  slot->operand.launched = false;  // not when it is used again
+  return made;
+}
+
+Operand operand::remembered_weight(const at::Tensor& weight, const QuantizeRequest& request) {
+  Weights& weights = Weights::instance();
+  if (weights.count.load(std::memory_order_relaxed) == 0) return make_weight(weight, request);
+  const std::lock_guard lock(weights.mutex);
+  CachedWeight* cached = weights.find(weight);
+  std::optional<Identity> id;
+  if (cached != nullptr) id = identify_weight(weight, request);
+  if (!id) return make_weight(weight, request);
+  const bool other_place =  // made on another stream, or not in this graph: not safe to read here
+      cached->id && (cached->id->stream != id->stream || cached->id->capture != id->capture);
+  if (other_place) return make_weight(weight, request);
+  if (cached->id != id) cached->operand = {};
+  if (!covers(cached->operand, request)) add_sides(cached->operand, weight, request);
+  cached->id = id;
+  return cached->operand;
+}
+
+void memory::forget_weights(const std::vector<at::Tensor>& changed) {
+  Weights& weights = Weights::instance();
+  const std::lock_guard lock(weights.mutex);
+  const auto forget = [](CachedWeight& cached) {
+    cached = {.weight = cached.weight, .contexts = cached.contexts};
+  };
+  for (const at::Tensor& weight : changed) {
+    const auto found = weights.map.find(weight.unsafeGetTensorImpl());
+    if (found != weights.map.end()) forget(found->second);
+  }
+  if (!changed.empty()) return;
+  for (auto& entry : weights.map) forget(entry.second);
+}
+
+void memory::cache_weights(const std::vector<at::Tensor>& added) {
+  Weights& weights = Weights::instance();
+  const std::lock_guard lock(weights.mutex);
+  for (const at::Tensor& weight : added) {
+    CachedWeight& cached = weights.map[weight.unsafeGetTensorImpl()];
+    cached.weight = weight;
+    ++cached.contexts;
+  }
+  weights.count.store(static_cast<int>(weights.map.size()), std::memory_order_relaxed);
+}
+
+void memory::uncache_weights(const std::vector<at::Tensor>& removed) {
+  Weights& weights = Weights::instance();
+  const std::lock_guard lock(weights.mutex);
+  for (const at::Tensor& weight : removed) {
+    const auto found = weights.map.find(weight.unsafeGetTensorImpl());
+    if (found != weights.map.end() && --found->second.contexts == 0) weights.map.erase(found);
+  }
+  weights.count.store(static_cast<int>(weights.map.size()), std::memory_order_relaxed);
+}
+
+}  // namespace fp8

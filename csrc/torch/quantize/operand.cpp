@@ -1,0 +1,252 @@
+// Memory and device of a quantization: allocates the padded destinations, then hands raw pointers
+// to the CUDA kernels (fp8_core) or the CPU kernels, which take the same arguments.
+#include "torch/quantize/operand.h"
+
+#include <ATen/ATen.h>
+
+#include "cpu/grouped.h"
+#include "cpu/kernels.h"
+#include "host/quantize_text.h"
+#include "torch/common/cuda_context.h"
+#include "torch/common/tensors.h"
+#include "torch/quantize/whole_gpu.h"
+
+namespace fp8 {
+namespace {
+
+using core::Granularity;
+
+// --- one matrix ---
+
+// Storage for what is asked for, nothing written.
+Operand allocate(const at::Tensor& x, const QuantizeRequest& request) {
+  const auto side = [&](int64_t rows, int64_t cols, at::Tensor scales) {
+    const int64_t ld = pad16(cols);
+    const int64_t lines = pad16(rows);
+    if (!scales.defined()) {
+      scales = empty_on(x, scale_sizes(request.granularity, lines, ld), at::kFloat);
+    }
+    return Side{.codes = empty_on(x, {lines, ld}, request.dtype),
+                .scales = std::move(scales),
+                .granularity = request.granularity,
+                .rows = rows};
+  };
+  const int64_t rows = x.size(0);
+  const int64_t cols = x.size(1);
+  at::Tensor scale;  // of both sides
+  if (request.granularity == Granularity::kTensorwise) scale = empty_on(x, {}, at::kFloat);
+  Operand out;
+  if (request.along_cols) out.along_cols = side(rows, cols, scale);
+  if (request.along_rows) out.along_rows = side(cols, rows, scale);
+  if (request.keep_amax) out.amax = empty_on(x, {}, at::kFloat);
+  if (request.column_sum) out.column_sum = empty_on(x, {cols}, *request.column_sum);
+  return out;
+}
+
+void fill_empty(const Operand& out, const QuantizeRequest& request) {
+  const bool given = request.scaling.source == Scaling::Source::kGiven;
+  for (const Side* side : {&out.along_cols, &out.along_rows}) {
+    if (!side->defined()) continue;
+    side->codes.zero_();
+    side->scales.fill_(1);
+    if (given) side->scales.copy_(request.scaling.tensor);
+  }
+  if (out.amax.defined()) out.amax.zero_();
+  if (out.column_sum.defined()) out.column_sum.zero_();
+}
+
+core::Destination destination(const Side& side) {
+  return {side.codes.mutable_data_ptr(), side.codes.size(0), side.codes.size(1)};
+}
+
+core::Scaling core_scaling(const Scaling& scaling) {
+  switch (scaling.source) {
+    case Scaling::Source::kGiven:
+      return core::StaticScale{scaling.tensor.const_data_ptr<float>()};
+    case Scaling::Source::kKnownAmax:
+      return core::KnownAmax{scaling.tensor.const_data_ptr<float>()};
+    case Scaling::Source::kHistory:
+      return core::Delayed{static_cast<uint32_t*>(scaling.tensor.mutable_data_ptr()) +
+                           scaling.row * core::kAmaxHistorySize};
+    default:
+      return core::OwnAmax{};
+  }
+}
+
+core::QuantizeArgs quantize_args(const at::Tensor& x, const Operand& out,
+                                 const QuantizeRequest& request) {
+  core::QuantizeArgs args{.x = x.const_data_ptr(),
+                          .x_dtype = to_core(x.scalar_type()),
+                          .rows = x.size(0),
+                          .cols = x.size(1),
+                          .ld = leading_dim(x),
+                          .dtype = to_core(request.dtype),
+                          .granularity = request.granularity,
+                          .power_of_two = request.power_of_two,
+                          .pdl = request.pdl,
+                          .whole_gpu = whole_gpu_launches(),
+                          .device = x.is_cuda() ? x.device().index() : -1};
+  if (out.along_cols.defined()) {
+    args.data = destination(out.along_cols);
+    args.scale = out.along_cols.scales.mutable_data_ptr<float>();
+  }
+  if (out.along_rows.defined()) {
+    args.data_t = destination(out.along_rows);
+    args.scale_t = out.along_rows.scales.mutable_data_ptr<float>();
+  }
+  if (request.granularity == Granularity::kTensorwise) {
+    if (!out.along_cols.defined()) args.scale = args.scale_t;  // there is one
+    args.scale_t = nullptr;
+    args.scaling = core_scaling(request.scaling);
+    if (out.amax.defined()) args.amax_out = out.amax.mutable_data_ptr<float>();
+  }
+  if (out.column_sum.defined()) {
+    args.column_sum = out.column_sum.mutable_data_ptr();
+    args.column_sum_dtype = to_core(*request.column_sum);
+  }
+  return args;
+}
+
+// --- a stack of matrices, stored [groups, rows, cols] ---
+
+// Codes along cols, a scale for each row: one matrix of groups * rows.
+Side rows_of_stack(const at::Tensor& stored, const QuantizeRequest& request) {
+  const int64_t rows = stored.size(0) * stored.size(1);
+  QuantizeRequest of_rows = request;
+  of_rows.along_cols = true;
+  of_rows.along_rows = false;
+  const Side flat = operand::make(stored.view({rows, stored.size(2)}), of_rows).along_cols;
+  return {.codes = flat.codes.view(stored.sizes()),
+          .scales = flat.scales.view(stored.sizes().slice(0, 2)),
+          .granularity = Granularity::kRowwise,
+          .rows = stored.size(1)};
+}
+
+// Codes along rows, a scale for each column, transposed: [groups, cols, rows].
+Side columns_of_stack(const at::Tensor& stored, const QuantizeRequest& request) {
+  const int64_t groups = stored.size(0);
+  const int64_t rows = stored.size(1);
+  const int64_t cols = stored.size(2);
+  Side out{.codes = empty_on(stored, {groups, cols, rows}, at::kFloat8_e4m3fn),
+           .scales = empty_on(stored, {groups, cols}, at::kFloat),
+           .granularity = Granularity::kRowwise,
+           .rows = cols};
+  const at::Tensor amax = empty_on(stored, {groups, cols}, at::kInt);
+  const core::GroupColumnsArgs args{.x = stored.const_data_ptr(),
+                                    .x_dtype = to_core(stored.scalar_type()),
+                                    .cols = cols,
+                                    .ld = cols,
+                                    .groups = groups,
+                                    .group_rows = rows,
+                                    .data_t = out.codes.mutable_data_ptr(),
+                                    .ld_t = rows,
+                                    .scale_t = out.scales.mutable_data_ptr<float>(),
+                                    .amax = static_cast<uint32_t*>(amax.mutable_data_ptr()),
+                                    .power_of_two = request.power_of_two};
+  FP8_RUN_PASS(quantize_group_columns, stored, args);
+  return out;
+}
+
+bool are_scales_of(const at::Tensor& codes, const at::Tensor& scales, Granularity granularity) {
+  if (granularity == Granularity::kTensorwise) return scales.numel() == 1;
+  const bool in_groups = granularity == Granularity::kRowwise && scales.dim() == 2;
+  if (in_groups) return scales.size(1) == codes.size(0);
+  return scales.sizes().equals(scale_sizes(granularity, codes.size(0), codes.size(1)));
+}
+
+}  // namespace
+
+Operand operand::make(const at::Tensor& x, const QuantizeRequest& request) {
+  Operand out = allocate(x, request);
+  if (x.numel() == 0) {
+    fill_empty(out, request);
+    return out;
+  }
+  core::QuantizeArgs args = quantize_args(x, out, request);
+  if (x.is_cpu()) {
+    if (core::printing_plans()) core::print_plan(args, -1, {}, 0);
+    cpu::quantize(args);
+    return out;
+  }
+#ifdef FP8_WITH_CUDA
+  at::Tensor workspace;
+  if (const size_t bytes = core::quantize_workspace_bytes(args); bytes > 0) {
+    workspace = empty_on(x, {static_cast<int64_t>(bytes)}, at::kByte);
+    args.workspace = workspace.mutable_data_ptr();
+  }
+  core::quantize(args, cuda::current_stream(x));
+  out.launched = true;
+  return out;
+#else
+  throw_no_cuda(x);
+#endif
+}
+
+Operand operand::make_stack(const at::Tensor& x, const QuantizeRequest& request) {
+  TORCH_INTERNAL_ASSERT(request.granularity == Granularity::kRowwise &&
+                        request.dtype == at::kFloat8_e4m3fn);
+  const bool transposed = is_stored_transposed(x);
+  const at::Tensor stored = transposed ? x.transpose(1, 2) : x.contiguous();
+  Operand out;
+  Side& of_rows = transposed ? out.along_rows : out.along_cols;
+  Side& of_columns = transposed ? out.along_cols : out.along_rows;
+  if (transposed ? request.along_rows : request.along_cols)
+    of_rows = rows_of_stack(stored, request);
+  if (transposed ? request.along_cols : request.along_rows)
+    of_columns = columns_of_stack(stored, request);
+  return out;
+}
+
+Side operand::given(const char* op, const char* name, const at::Tensor& codes,
+                    const at::Tensor& scales, Granularity granularity, int64_t rows) {
+  FP8_CHECK_FP8(op, name, codes);
+  FP8_CHECK_VALUE(codes.dim() == 2 && codes.size(0) >= rows && codes.size(1) % core::kPad == 0 &&
+                      codes.is_contiguous(),
+                  "fp8::", op, ": expected ", name, " contiguous, of at least ", rows,
+                  " rows and a multiple of ", core::kPad, " columns, got shape ", codes.sym_sizes(),
+                  ", strides ", codes.sym_strides());
+  FP8_CHECK_TYPE(scales.scalar_type() == at::kFloat, "fp8::", op, ": expected the scale of ", name,
+                 " in float32, got ", scales.scalar_type());
+  FP8_CHECK_SAME_DEVICE(op, "its scale", scales, name, codes);
+  FP8_CHECK_VALUE(are_scales_of(codes, scales, granularity) && scales.is_contiguous(), "fp8::", op,
+                  ": expected the scale of ", name,
+                  " contiguous, as its quantization lays it out for shape ", codes.sym_sizes(),
+                  ", got shape ", scales.sym_sizes(), ", strides ", scales.sym_strides());
+  return {codes, scales, granularity, rows};
+}
+
+at::Tensor scale_view(const Side& side, int64_t cols) {
+  switch (side.granularity) {
+    case Granularity::kTensorwise:
+      return side.scales;
+    case Granularity::kRowwise:
+      return side.scales.narrow(0, 0, side.rows).unsqueeze(1);
+    case Granularity::kBlock1x128:
+      return side.scales.t().narrow(0, 0, side.rows);
+    default:
+      return side.scales.narrow(1, 0, core::blocks_of(cols));
+  }
+}
+
+at::Tensor dequantize_matrix(const at::Tensor& codes, const at::Tensor& scale, at::ScalarType dtype,
+                             ScaleBlock block) {
+  at::Tensor out = empty_on(codes, codes.sizes(), dtype);
+  if (out.numel() == 0) return out;
+  const core::DequantizeArgs args{.data = codes.const_data_ptr(),
+                                  .dtype = to_core(codes.scalar_type()),
+                                  .rows = codes.size(0),
+                                  .cols = codes.size(1),
+                                  .row_stride = codes.stride(0),
+                                  .col_stride = codes.stride(1),
+                                  .scale = scale.const_data_ptr<float>(),
+                                  .scale_row_stride = scale.stride(0),
+                                  .scale_col_stride = scale.stride(1),
+                                  .scale_block_rows = block.rows,
+                                  .scale_block_cols = block.cols,
+                                  .out = out.mutable_data_ptr(),
+                                  .out_dtype = to_core(dtype)};
+  FP8_RUN_PASS(dequantize, codes, args);
+  return out;
+}
+
+}  // namespace fp8

@@ -1,0 +1,85 @@
+// Autocast: inside torch.autocast, linear operators take x, weights and biases in the autocast
+// dtype, as F.linear does. A static scale stays fp32, a history as it is.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "fp8/ops.h"
+#include "torch/common/operators.h"
+#include "torch/common/recipe.h"
+#include "torch/grouped/grouped_ops.h"
+#include "torch/linear/linear.h"
+
+namespace fp8::autocast {
+namespace {
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, std::string_view recipe,
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  return fp8::fused_linear(at::autocast::cached_cast(dtype, x, kDevice),
+                           at::autocast::cached_cast(dtype, weight, kDevice),
+                           at::autocast::cached_cast(dtype, bias, kDevice), recipe, input_scale,
+                           history);
+}
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, std::string_view recipe,
+                              const at::Tensor& main_grad, bool overwrite,
+                              const std::optional<at::Tensor>& stand_in,
+                              const std::optional<at::Tensor>& input_scale,
+                              const std::optional<at::Tensor>& history) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  static const auto op = find<decltype(composite::_fused_linear_into)>("fp8::_fused_linear_into");
+  return op.call(at::autocast::cached_cast(dtype, x, kDevice),
+                 at::autocast::cached_cast(dtype, weight, kDevice),
+                 at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,
+                 stand_in, input_scale, history);
+}
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  return fp8::grouped_linear(at::autocast::cached_cast(dtype, x, kDevice),
+                             at::autocast::cached_cast(dtype, weight, kDevice), offsets,
+                             at::autocast::cached_cast(dtype, bias, kDevice), recipe);
+}
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
+                       const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                       const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
+                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                       bool interleaved, double alpha, double limit, std::string_view recipe) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
+  return fp8::moe_experts(cast(x), top_k_index, top_k_weights, cast(gate_up), cast(down),
+                          cast(gate_up_bias), cast(down_bias), activation, interleaved, alpha,
+                          limit, recipe);
+}
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+void register_kernels(torch::Library& m) {
+  m.impl("fused_linear", TORCH_FN((fused_linear<kDevice, kKey>)));
+  m.impl("_fused_linear_into", TORCH_FN((_fused_linear_into<kDevice, kKey>)));
+  m.impl("grouped_linear", TORCH_FN((grouped_linear<kDevice, kKey>)));
+  m.impl("moe_experts", TORCH_FN((moe_experts<kDevice, kKey>)));
+}
+
+}  // namespace
+}  // namespace fp8::autocast
+
+TORCH_LIBRARY_IMPL(fp8, AutocastCUDA, m) {
+  fp8::autocast::register_kernels<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
+}
+
+TORCH_LIBRARY_IMPL(fp8, AutocastCPU, m) {
+  fp8::autocast::register_kernels<at::kCPU, c10::DispatchKey::AutocastCPU>(m);
+}

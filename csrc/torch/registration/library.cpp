@@ -1,0 +1,229 @@
+// Every schema, then one table per dispatch key. The contract of each op is in fp8/ops.h; dtype
+// None means float8_e4m3fn where an op quantizes and bfloat16 where it returns high precision.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "fp8/ops.h"
+#include "host/ranges.h"
+#include "torch/common/messages.h"
+#include "torch/common/recipe.h"
+#include "torch/grouped/grouped_ops.h"
+#include "torch/linear/linear.h"
+#include "torch/matmul/scaled_mm.h"
+#include "torch/quantize/memory.h"
+#include "torch/quantize/quantize_ops.h"
+
+TORCH_LIBRARY(fp8, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      "quantize_tensorwise(Tensor x, ScalarType? dtype=None, Tensor? scale=None, *,"
+      " bool power_of_two=False) -> (Tensor data, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_rowwise(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
+      " -> (Tensor data, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_tensorwise_transpose(Tensor x, ScalarType? dtype=None, Tensor? scale=None, *,"
+      " bool power_of_two=False) -> (Tensor data, Tensor data_t, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_rowwise_transpose(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
+      " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
+      tags);
+  m.def(
+      "quantize_blockwise_1x128(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
+      " -> (Tensor data, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_blockwise_1x128_transpose(Tensor x, ScalarType? dtype=None, *,"
+      " bool power_of_two=False)"
+      " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
+      tags);
+  m.def(
+      "quantize_blockwise_128x128(Tensor x, ScalarType? dtype=None, *, bool power_of_two=False)"
+      " -> (Tensor data, Tensor scale)",
+      tags);
+  m.def(
+      "quantize_blockwise_128x128_transpose(Tensor x, ScalarType? dtype=None, *,"
+      " bool power_of_two=False)"
+      " -> (Tensor data, Tensor data_t, Tensor scale, Tensor scale_t)",
+      tags);
+  m.def("dequantize(Tensor data, Tensor scale, ScalarType? dtype=None) -> Tensor", tags);
+  m.def(
+      "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None,"
+      " ScalarType? out_dtype=None, bool fast_accum=True) -> Tensor",
+      tags);
+  m.def(
+      "scaled_mm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b,"
+      " bool fast_accum=False) -> Tensor(a!)",
+      tags);
+  m.def(
+      "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
+      " Tensor? input_scale=None, Tensor(a!)? history=None) -> Tensor",
+      tags);
+  const std::string grouped_recipe =
+      fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
+  m.def(("grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias=None," +
+         grouped_recipe)
+            .c_str(),
+        tags);
+  m.def(("moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
+         " Tensor down, Tensor? gate_up_bias=None, Tensor? down_bias=None,"
+         " str activation=\"silu\", bool interleaved=False, float alpha=1.702, float limit=7.0," +
+         grouped_recipe)
+            .c_str(),
+        tags);
+  // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what
+  // fused_linear is differentiated through.
+  m.def(
+      "_scaled_mm_accumulate(Tensor out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b,"
+      " bool fast_accum) -> Tensor",
+      tags);
+  m.def(
+      "_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
+      " bool save_weight_amax, Tensor? input_scale=None, Tensor(a!)? history=None)"
+      " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
+      tags);
+  // The table of recipes, for Python.
+  m.def("_recipes() -> (Dict(str, str)[] recipes, str[] options, str grouped_default)",
+        &fp8::recipe_table);
+  // Of a row of a history, for Python.
+  m.def("_amax_history_size() -> int", [] { return int64_t{fp8::core::kAmaxHistorySize}; });
+  // What fp8.cached_weights opens and closes: no device, no gradient.
+  m.def("_cache_weights(Tensor[] weights) -> ()", &fp8::memory::cache_weights);
+  m.def("_uncache_weights(Tensor[] weights) -> ()", &fp8::memory::uncache_weights);
+  m.def("_forget_weights(Tensor[] weights) -> ()", &fp8::memory::forget_weights);
+  m.def(
+      "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
+      " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
+      " bool needs_dbias, Tensor(a!)? main_grad=None, bool overwrite=False,"
+      " Tensor(b!)? history=None) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      tags);
+  // fused_linear whose backward has a main_grad.
+  m.def(
+      "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
+      " bool overwrite, Tensor? stand_in, Tensor? input_scale=None, Tensor(a!)? history=None)"
+      " -> Tensor",
+      tags);
+  // What grouped_linear and moe_experts are differentiated through.
+  m.def(
+      "_grouped_forward(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, int recipe,"
+      " bool save_x) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor padded_offsets)",
+      tags);
+  m.def(
+      "_grouped_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? padded_offsets,"
+      " Tensor? weight, Tensor offsets, SymInt in_features, bool transposed, int recipe,"
+      " bool needs_dx, bool needs_dweight, bool needs_dbias)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      tags);
+  m.def(
+      "_moe_forward(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor "
+      "down,"
+      " Tensor? gate_up_bias, Tensor? down_bias, int activation, bool interleaved, float alpha,"
+      " float limit, int recipe)"
+      " -> (Tensor y, Tensor gate_up_out, Tensor offsets, Tensor place, Tensor source)",
+      tags);
+  m.def(
+      "_moe_backward(Tensor dy, Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
+      " Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor gate_up_out, Tensor offsets,"
+      " Tensor place, Tensor source, int activation, bool interleaved, float alpha, float limit,"
+      " int recipe, int needs) -> (Tensor dx, Tensor d_weights, Tensor d_gate_up, Tensor d_down,"
+      " Tensor d_gate_up_bias, Tensor d_down_bias)",
+      tags);
+}
+
+namespace {
+
+// A kernel, under an NVTX range of the operator's name.
+#define FP8_KERNEL(family, op) \
+  m.impl(#op, TORCH_FN((fp8::Ranged<"fp8::" #op, &fp8::family::op>::call)))
+
+// Made of the operators below, for real and for fake tensors alike.
+void register_composites(torch::Library& m) {
+  FP8_KERNEL(composite, fused_linear);
+  FP8_KERNEL(composite, _fused_linear_into);
+  FP8_KERNEL(composite, grouped_linear);
+  FP8_KERNEL(composite, moe_experts);
+}
+
+// CPU and CUDA share their kernels down to the device's own quantize and matmul.
+void register_kernels(torch::Library& m) {
+  register_composites(m);
+  FP8_KERNEL(kernel, quantize_tensorwise);
+  FP8_KERNEL(kernel, quantize_rowwise);
+  FP8_KERNEL(kernel, quantize_tensorwise_transpose);
+  FP8_KERNEL(kernel, quantize_rowwise_transpose);
+  FP8_KERNEL(kernel, quantize_blockwise_1x128);
+  FP8_KERNEL(kernel, quantize_blockwise_128x128);
+  FP8_KERNEL(kernel, quantize_blockwise_1x128_transpose);
+  FP8_KERNEL(kernel, quantize_blockwise_128x128_transpose);
+  FP8_KERNEL(kernel, dequantize);
+  FP8_KERNEL(kernel, scaled_mm);
+  FP8_KERNEL(kernel, scaled_mm_accumulate_);
+  FP8_KERNEL(kernel, _scaled_mm_accumulate);
+  FP8_KERNEL(kernel, _linear_forward);
+  FP8_KERNEL(kernel, _linear_backward);
+  FP8_KERNEL(kernel, _grouped_forward);
+  FP8_KERNEL(kernel, _grouped_backward);
+  FP8_KERNEL(kernel, _moe_forward);
+  FP8_KERNEL(kernel, _moe_backward);
+}
+
+#undef FP8_KERNEL
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fp8, CPU, m) { register_kernels(m); }
+
+// Registered without a CUDA build too: there the kernels say what is missing.
+TORCH_LIBRARY_IMPL(fp8, CUDA, m) { register_kernels(m); }
+
+TORCH_LIBRARY_IMPL(fp8, Meta, m) {
+  register_composites(m);
+  m.impl("quantize_tensorwise", TORCH_FN(fp8::meta::quantize_tensorwise));
+  m.impl("quantize_rowwise", TORCH_FN(fp8::meta::quantize_rowwise));
+  m.impl("quantize_tensorwise_transpose", TORCH_FN(fp8::meta::quantize_tensorwise_transpose));
+  m.impl("quantize_rowwise_transpose", TORCH_FN(fp8::meta::quantize_rowwise_transpose));
+  m.impl("quantize_blockwise_1x128", TORCH_FN(fp8::meta::quantize_blockwise_1x128));
+  m.impl("quantize_blockwise_128x128", TORCH_FN(fp8::meta::quantize_blockwise_128x128));
+  m.impl("quantize_blockwise_1x128_transpose",
+         TORCH_FN(fp8::meta::quantize_blockwise_1x128_transpose));
+  m.impl("quantize_blockwise_128x128_transpose",
+         TORCH_FN(fp8::meta::quantize_blockwise_128x128_transpose));
+  m.impl("dequantize", TORCH_FN(fp8::meta::dequantize));
+  m.impl("scaled_mm", TORCH_FN(fp8::meta::scaled_mm));
+  m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::meta::scaled_mm_accumulate_));
+  m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
+  m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
+  m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
+  m.impl("_grouped_forward", TORCH_FN(fp8::meta::_grouped_forward));
+  m.impl("_grouped_backward", TORCH_FN(fp8::meta::_grouped_backward));
+  m.impl("_moe_forward", TORCH_FN(fp8::meta::_moe_forward));
+  m.impl("_moe_backward", TORCH_FN(fp8::meta::_moe_backward));
+}
+
+// Only the linear ops and moe_experts have a gradient. The others say so when a backward reaches
+// them.
+TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
+  m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
+  m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
+  m.impl("_fused_linear_into", TORCH_FN(fp8::autograd::_fused_linear_into));
+  m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
+  m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
+  for (const char* op :
+       {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
+        "quantize_rowwise_transpose", "quantize_blockwise_1x128",
+        "quantize_blockwise_1x128_transpose", "quantize_blockwise_128x128",
+        "quantize_blockwise_128x128_transpose", "dequantize", "scaled_mm", "scaled_mm_accumulate_",
+        "_scaled_mm_accumulate", "_linear_forward", "_grouped_forward", "_grouped_backward",
+        "_moe_forward", "_moe_backward"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+// Counts the in-place write, so that autograd sees a changed tensor.
+TORCH_LIBRARY_IMPL(fp8, ADInplaceOrView, m) {
+  m.impl("_linear_forward", TORCH_FN(fp8::in_place::_linear_forward));
+  m.impl("scaled_mm_accumulate_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+}

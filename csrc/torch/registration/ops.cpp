@@ -1,0 +1,134 @@
+// The typed C++ functions of fp8/ops.h: each looks its operator up once and calls it through the
+// dispatcher.
+#include "fp8/ops.h"
+
+#include <ATen/ATen.h>
+
+#include "fp8/core.h"
+#include "torch/common/operators.h"
+#include "torch/grouped/grouped_ops.h"
+#include "torch/linear/linear.h"
+#include "torch/matmul/scaled_mm.h"
+#include "torch/quantize/quantize_ops.h"
+
+namespace fp8 {
+
+std::tuple<at::Tensor, at::Tensor> quantize_tensorwise(const at::Tensor& x, at::ScalarType dtype,
+                                                       const std::optional<at::Tensor>& scale,
+                                                       bool power_of_two) {
+  static const auto op = find<decltype(kernel::quantize_tensorwise)>("fp8::quantize_tensorwise");
+  return op.call(x, dtype, scale, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_rowwise(const at::Tensor& x, at::ScalarType dtype,
+                                                    bool power_of_two) {
+  static const auto op = find<decltype(kernel::quantize_rowwise)>("fp8::quantize_rowwise");
+  return op.call(x, dtype, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensorwise_transpose(
+    const at::Tensor& x, at::ScalarType dtype, const std::optional<at::Tensor>& scale,
+    bool power_of_two) {
+  static const auto op =
+      find<decltype(kernel::quantize_tensorwise_transpose)>("fp8::quantize_tensorwise_transpose");
+  return op.call(x, dtype, scale, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_rowwise_transpose(
+    const at::Tensor& x, at::ScalarType dtype, bool power_of_two) {
+  static const auto op =
+      find<decltype(kernel::quantize_rowwise_transpose)>("fp8::quantize_rowwise_transpose");
+  return op.call(x, dtype, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_1x128(const at::Tensor& x,
+                                                            at::ScalarType dtype,
+                                                            bool power_of_two) {
+  static const auto op =
+      find<decltype(kernel::quantize_blockwise_1x128)>("fp8::quantize_blockwise_1x128");
+  return op.call(x, dtype, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_blockwise_128x128(const at::Tensor& x,
+                                                              at::ScalarType dtype,
+                                                              bool power_of_two) {
+  static const auto op =
+      find<decltype(kernel::quantize_blockwise_128x128)>("fp8::quantize_blockwise_128x128");
+  return op.call(x, dtype, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_1x128_transpose(
+    const at::Tensor& x, at::ScalarType dtype, bool power_of_two) {
+  static const auto op = find<decltype(kernel::quantize_blockwise_1x128_transpose)>(
+      "fp8::quantize_blockwise_1x128_transpose");
+  return op.call(x, dtype, power_of_two);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_blockwise_128x128_transpose(
+    const at::Tensor& x, at::ScalarType dtype, bool power_of_two) {
+  static const auto op = find<decltype(kernel::quantize_blockwise_128x128_transpose)>(
+      "fp8::quantize_blockwise_128x128_transpose");
+  return op.call(x, dtype, power_of_two);
+}
+
+at::Tensor dequantize(const at::Tensor& data, const at::Tensor& scale, at::ScalarType dtype) {
+  static const auto op = find<decltype(kernel::dequantize)>("fp8::dequantize");
+  return op.call(data, scale, dtype);
+}
+
+at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
+                     const at::Tensor& scale_b, const std::optional<at::Tensor>& bias,
+                     at::ScalarType out_dtype, bool fast_accum) {
+  static const auto op = find<decltype(kernel::scaled_mm)>("fp8::scaled_mm");
+  return op.call(a, b, scale_a, scale_b, bias, out_dtype, fast_accum);
+}
+
+at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+                                  const at::Tensor& scale_a, const at::Tensor& scale_b,
+                                  bool fast_accum) {
+  static const auto op =
+      find<decltype(kernel::scaled_mm_accumulate_)>("fp8::scaled_mm_accumulate_");
+  return op.call(out, a, b, scale_a, scale_b, fast_accum);
+}
+
+at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, std::string_view recipe,
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
+  static const auto op = find<decltype(composite::fused_linear)>("fp8::fused_linear");
+  return op.call(x, weight, bias, recipe, input_scale, history);
+}
+
+at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, std::string_view recipe,
+                             const at::Tensor& main_grad, bool overwrite,
+                             const std::optional<at::Tensor>& input_scale,
+                             const std::optional<at::Tensor>& history) {
+  static const auto op = find<decltype(composite::_fused_linear_into)>("fp8::_fused_linear_into");
+  return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt,
+                 input_scale, history);
+}
+
+at::Tensor make_history(const at::TensorOptions& options) {
+  return at::zeros({3, core::kAmaxHistorySize}, options.dtype(at::kInt));
+}
+
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  static const auto op = find<decltype(composite::grouped_linear)>("fp8::grouped_linear");
+  return op.call(x, weight, offsets, bias, recipe);
+}
+
+at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
+                       const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                       const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
+                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                       bool interleaved, double alpha, double limit, std::string_view recipe) {
+  static const auto op = find<decltype(composite::moe_experts)>("fp8::moe_experts");
+  return op.call(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation,
+                 interleaved, alpha, limit, recipe);
+}
+
+void ensure_registered() { find<decltype(composite::fused_linear)>("fp8::fused_linear"); }
+
+}  // namespace fp8
