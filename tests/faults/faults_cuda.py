@@ -65,9 +65,9 @@ CUDA = [
     ),
     Fault(
         "CUDA: a row's scale is its reciprocal",
-        "csrc/core/quantize/rowwise.cu",
-        "p.scale[row] = group.scale;",
-        "p.scale[row] = group.quant_multiplier;",
+        "csrc/core/quantize/row.cuh",
+        "sink.put_scale(at.row, group.scale);",
+        "sink.put_scale(at.row, group.quant_multiplier);",
         QUANTIZE,
         gpu=True,
     ),
