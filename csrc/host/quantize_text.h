@@ -41,7 +41,8 @@ inline std::string describe(const QuantizeArgs& args) {
   return "quantize rows=" + number(args.rows) + " cols=" + number(args.cols) +
          " ld=" + number(args.ld) + " x=" + dtype_name(args.x_dtype) +
          " out=" + dtype_name(args.dtype) + " " + granularity_name(args.granularity) +
-         " scale=" + scaling_name(args) + (args.power_of_two ? " power_of_two" : "") + " makes=" + makes;
+         " scale=" + scaling_name(args) + (args.power_of_two ? " power_of_two" : "") +
+         " makes=" + makes;
 }
 
 // How it runs: the plan of each launch that is made, nullptr for the others.
