@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "fp8/core.h"
@@ -18,13 +19,12 @@
 
 namespace fp8::core {
 
-// Where the scale comes from. The first calls of a delayed history, and those with column sums,
-// take the amax of x itself.
+// Where the scale comes from. With column sums a call of a history takes the amax of x itself.
 inline const char* scaling_name(const QuantizeArgs& args) {
-  if (args.static_scale != nullptr) return "static";
-  if (args.amax != nullptr) return "known_amax";
-  if (is_delayed(args)) return "delayed";
-  return args.amax_history != nullptr ? "dynamic_for_delayed" : "dynamic";
+  if (std::holds_alternative<StaticScale>(args.scaling)) return "static";
+  if (std::holds_alternative<KnownAmax>(args.scaling)) return "known_amax";
+  if (std::holds_alternative<OwnAmax>(args.scaling)) return "dynamic";
+  return is_delayed(args) ? "delayed" : "dynamic_for_delayed";
 }
 
 // The problem in one line.
@@ -42,7 +42,7 @@ inline std::string describe(const QuantizeArgs& args) {
          " ld=" + number(args.ld) + " x=" + dtype_name(args.x_dtype) +
          " out=" + dtype_name(args.dtype) + " " + granularity_name(args.granularity) +
          " scale=" + scaling_name(args) + (args.power_of_two ? " power_of_two" : "") +
-         (args.recomputes ? " recomputes" : "") + " makes=" + makes;
+         " makes=" + makes;
 }
 
 // How it runs: the plan of each launch that is made, nullptr for the others.

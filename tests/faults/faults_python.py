@@ -35,7 +35,7 @@ PYTHON = [
     ),
     Fault(
         "a layer that leaves the meta device takes what lies there for a history",
-        "python/fp8/linear.py",
+        "python/fp8/nn/_linear.py",
         "if history is not None and history.is_meta:",
         "if False:",
         "tests/python/module/test_amax_history.py",

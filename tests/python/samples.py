@@ -4,6 +4,7 @@ tensors, registration) run over it. A new operator gets a row here, or a test fa
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,30 +17,8 @@ from fp8.ops import make_history
 
 OPS = torch.ops.fp8
 RECIPES = tuple(fp8.RECIPES)  # in the order of their numbers, as private operators take them
-ROWWISE, GW_HP = RECIPES.index("rowwise"), RECIPES.index("rowwise_gw_hp")
+ROWWISE, GW_HP, DELAYED = map(RECIPES.index, ("rowwise", "rowwise_gw_hp", "delayed"))
 POWER_OF_TWO = 1 << 8  # where such a number has its option
-
-# The public contract: names and order of arguments, and what is returned.
-SCHEMAS = {
-    "quantize_tensorwise": ("x dtype scale power_of_two", 2),
-    "quantize_rowwise": ("x dtype power_of_two", 2),
-    "quantize_tensorwise_transpose": ("x dtype scale power_of_two", 3),
-    "quantize_rowwise_transpose": ("x dtype power_of_two", 4),
-    "quantize_blockwise_1x128": ("x dtype power_of_two", 2),
-    "quantize_blockwise_128x128": ("x dtype power_of_two", 2),
-    "quantize_blockwise_1x128_transpose": ("x dtype power_of_two", 4),
-    "quantize_blockwise_128x128_transpose": ("x dtype power_of_two", 4),
-    "dequantize": ("data scale dtype", 1),
-    "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
-    "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
-    "fused_linear": ("x weight bias recipe input_scale history", 1),
-    "grouped_linear": ("x weight offsets bias recipe", 1),
-    "moe_experts": (
-        "x top_k_index top_k_weights gate_up down gate_up_bias down_bias activation interleaved"
-        " alpha limit recipe",
-        1,
-    ),
-}
 
 
 @dataclass
@@ -185,10 +164,17 @@ def _fused_linear(device: str) -> list[Sample]:
         found.append(Sample(f"static {shape}", (x, weight.clone().requires_grad_()), scale))
         found.append(Sample(f"static {shape}, no grad", (x.detach(), weight), scale))
         args = (x, weight.clone().requires_grad_(), None, "delayed")
-        found.append(Sample(f"history {shape}", args, {"history": make_history(device)}))
-        args = (x.detach(), weight, None, "delayed:power_of_two")
-        found.append(Sample(f"history {shape}, no grad", args, {"history": make_history(device)}))
-    return found
+        found += _delayed([Sample(f"delayed {shape}", args)])
+    args = (x.detach(), weight, None, "delayed:power_of_two")
+    return found + _delayed([Sample("delayed, power of two, no grad", args)])
+
+
+def _delayed(samples: list[Sample]) -> list[Sample]:
+    """The same with an empty history."""
+    return [
+        Sample(f"{s.name}, history", s.args, {"history": make_history(s.args[0].device)})
+        for s in samples
+    ]
 
 
 def _linear_forward(device: str) -> list[Sample]:
@@ -206,9 +192,7 @@ def _linear_forward(device: str) -> list[Sample]:
         found.append(Sample(f"{RECIPES[recipe]}, power of two", args))
     args = (x, weight, None, 0, True, True, torch.tensor([0.01], device=device))
     found.append(Sample("static", args))
-    args = (x, weight, None, RECIPES.index("delayed"), True, True)
-    found.append(Sample("history", args, {"history": make_history(device)}))
-    return found
+    return found + _delayed([Sample("delayed", (x, weight, None, DELAYED, True, True))])
 
 
 def _linear_backward(device: str) -> list[Sample]:
@@ -225,10 +209,7 @@ def _linear_backward(device: str) -> list[Sample]:
             args = (dy, *saved, weight, amax if one_scale else None, shape[-1], recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{name} {shape} needs {needs}", (*args, *needs)))
-                if name == "delayed":
-                    what = f"{name} {shape} needs {needs}, history"
-                    history = make_history(device)
-                    found.append(Sample(what, (*args, *needs), {"history": history}))
+    found += _delayed([s for s in found if s.args[6] == DELAYED])
     return found + [_into_buffer(turn, s) for turn, s in enumerate(found) if s.args[8]]
 
 
@@ -236,9 +217,8 @@ def _into_buffer(turn: int, sample: Sample) -> Sample:
     """The same with a main_grad, added to or overwritten."""
     dy, *_, in_features, _, _, _, _ = sample.args
     buffer = _buffer(dy.shape[-1], in_features, dy.device.type, turn)
-    kwargs = {name: value.clone() for name, value in sample.kwargs.items()}
     args = (*sample.args, buffer, turn % 4 == 0)
-    return Sample(f"{sample.name} into, turn {turn}", args, kwargs)
+    return Sample(f"{sample.name} into, turn {turn}", args, deepcopy(sample.kwargs))
 
 
 def _buffer(n: int, k: int, device: str, turn: int) -> Tensor:
@@ -255,11 +235,8 @@ def _fused_linear_into(device: str) -> list[Sample]:
         x, weight, bias, recipe = (*sample.args, None, "tensorwise")[:4]
         main_grad = _buffer(*weight.shape, device, turn)
         stand_in = torch.zeros_like(weight) if turn % 2 else None
-        scale = sample.kwargs.get("input_scale")
-        args = (x, weight, bias, recipe, main_grad, turn % 4 == 0, stand_in, scale)
-        history = sample.kwargs.get("history")
-        kwargs = {} if history is None else {"history": history.clone()}
-        found.append(Sample(f"{sample.name}, turn {turn}", args, kwargs))
+        args = (x, weight, bias, recipe, main_grad, turn % 4 == 0, stand_in)
+        found.append(Sample(f"{sample.name}, turn {turn}", args, deepcopy(sample.kwargs)))
     return found
 
 

@@ -1,7 +1,7 @@
 // Batches of gradients: torch.autograd.grad(.., is_grads_batched=True) and vectorized jacobians map
 // a backward by the older of PyTorch's two vmaps, whose fallback takes no operator that may write
 // an argument. This is what that fallback does for the others: a call for each example, which move
-// a history on in turn. The rules of the newer vmap are Python's (python/fp8/_functorch.py).
+// a history on in turn. The rules of the newer vmap are Python's (python/fp8/_native/functorch.py).
 #include <ATen/ATen.h>
 #include <ATen/LegacyBatchedTensorImpl.h>
 #include <torch/library.h>

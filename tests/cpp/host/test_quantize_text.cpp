@@ -1,4 +1,5 @@
 // The lines of FP8_PRINT_PLAN for quantizations: what is made of what, and each launch.
+#include <array>
 #include <catch2/catch.hpp>
 #include <set>
 #include <string>
@@ -66,16 +67,15 @@ TEST_CASE("each way of quantizing names its launches") {
 TEST_CASE("where the scale comes from") {
   QuantizeArgs args = problem();
   REQUIRE(std::string(scaling_name(args)) == "dynamic");
-  args.static_scale = memory;
+  args.scaling = StaticScale{memory};
   REQUIRE(std::string(scaling_name(args)) == "static");
-  args.static_scale = nullptr;
-  args.amax = memory;
+  args.scaling = KnownAmax{memory};
   REQUIRE(std::string(scaling_name(args)) == "known_amax");
-  args.amax = nullptr;
-  args.amax_history = memory;
-  REQUIRE(std::string(scaling_name(args)) == "dynamic_for_delayed");
-  args.amax_call = kAmaxWindow;
+  uint32_t history = 0;
+  args.scaling = Delayed{&history};
   REQUIRE(std::string(scaling_name(args)) == "delayed");
+  args.column_sum = memory;
+  REQUIRE(std::string(scaling_name(args)) == "dynamic_for_delayed");
 }
 
 TEST_CASE("different quantizations have different lines; calls and pointers make none") {
@@ -90,19 +90,18 @@ TEST_CASE("different quantizations have different lines; calls and pointers make
   others[8].granularity = Granularity::kBlock128x128;
   others[9].power_of_two = true;
   others[10].data_t = {memory, 96, 208};
-  others[11].static_scale = memory;
+  others[11].scaling = StaticScale{memory};
   others[12].column_sum = memory;
   others[13].amax_out = memory;
-  others[14].recomputes = true;
+  others[14].scaling = KnownAmax{memory};
   std::set<std::string> lines;
   for (const QuantizeArgs& args : others) lines.insert(plan_line(args, 0, {}, 0));
   REQUIRE(lines.size() == others.size());
 
   QuantizeArgs delayed = problem();
-  delayed.amax_history = memory;
-  delayed.amax_call = 16;
+  std::array<uint32_t, 2> history{};
+  delayed.scaling = Delayed{history.data()};
   const std::string line = plan_line(delayed, 0, {}, 0);
-  delayed.amax_history = memory + 1;
-  delayed.amax_call = 17;
+  delayed.scaling = Delayed{history.data() + 1};
   REQUIRE(plan_line(delayed, 0, {}, 0) == line);
 }

@@ -7,12 +7,33 @@ from pathlib import Path
 import pytest
 import samples
 import torch
-from samples import SCHEMAS
 
 import fp8
 from fp8._native import loader as _loader
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+# The public contract: names and order of arguments, and what is returned.
+SCHEMAS = {
+    "quantize_tensorwise": ("x dtype scale power_of_two", 2),
+    "quantize_rowwise": ("x dtype power_of_two", 2),
+    "quantize_tensorwise_transpose": ("x dtype scale power_of_two", 3),
+    "quantize_rowwise_transpose": ("x dtype power_of_two", 4),
+    "quantize_blockwise_1x128": ("x dtype power_of_two", 2),
+    "quantize_blockwise_128x128": ("x dtype power_of_two", 2),
+    "quantize_blockwise_1x128_transpose": ("x dtype power_of_two", 4),
+    "quantize_blockwise_128x128_transpose": ("x dtype power_of_two", 4),
+    "dequantize": ("data scale dtype", 1),
+    "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
+    "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
+    "fused_linear": ("x weight bias recipe input_scale history", 1),
+    "grouped_linear": ("x weight offsets bias recipe", 1),
+    "moe_experts": (
+        "x top_k_index top_k_weights gate_up down gate_up_bias down_bias activation interleaved"
+        " alpha limit recipe",
+        1,
+    ),
+}
 
 
 def schema(name: str) -> torch.FunctionSchema:
