@@ -1,8 +1,9 @@
 """The recipes of linear layers, dense and grouped: scaling and format of each operand, accumulation
 of each product.
 
-The table is the native library's (csrc/torch/common/recipe.h), so it describes what runs. The grammar of
-strings is written here a second time, for errors before anything runs; a test holds the two equal.
+The table is the native library's (csrc/torch/common/recipe.h), so it describes what runs. The
+grammar of strings is written here a second time, for errors before anything runs; a test holds the
+two equal.
 
 The three products of a linear layer: fprop y = x·Wᵀ, dgrad dx = dy·W, wgrad dW = dyᵀ·x.
 """

@@ -1,8 +1,8 @@
 """`fp8.autotune`: measures cuBLASLt's candidates for each matmul of a model and keeps the best.
 
-The measuring is in C++ (csrc/torch/matmul/autotune.cpp), at the place where a matmul is planned. Here the
-layers are run, forward and backward, on random tensors of their shapes while that is switched on:
-so exactly the problems of real calls are tuned, padding and dtypes included.
+The measuring is in C++ (csrc/torch/matmul/autotune.cpp), at the place where a matmul is planned.
+Here the layers are run, forward and backward, on random tensors of their shapes while that is
+switched on: so exactly the problems of real calls are tuned, padding and dtypes included.
 """
 
 import re
