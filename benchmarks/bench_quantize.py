@@ -3,6 +3,9 @@
 quantize_tensorwise, quantize_rowwise, quantize_blockwise_1x128 and quantize_blockwise_128x128, each
 with and without _transpose, and dequantize, bf16, at 16 to 235 MB of input. Bytes are the fewest
 that the operator must move.
+
+And the passes between the grouped products of moe_experts, by profile (passes.py), beside the pass
+over the rows of a matrix that they are held against, at 67 to 940 MB of gates and ups.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import passes
 import tables
 import timing
 import torch
@@ -75,7 +79,8 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
             )
         del variants, x
         torch.cuda.empty_cache()
-    return rows, {}
+    quick = passes.INPUT_MB[:1] if options.quick else passes.INPUT_MB
+    return rows + passes.measure(5, quick), {}
 
 
 def table(rows: list[Row]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import kernel_times
+import timing
 import torch
 
 HIDDEN, FEATURES, EXPERTS = 4096, 14336, 8  # Mixtral-8x7B's
@@ -70,8 +71,11 @@ def step_of(rows: int):
 
 
 def total_us(kernels: list[kernel_times.Kernel], needles: tuple[str, ...], steps: int) -> float:
-    """Of one of `steps` steps."""
-    return sum(k.us for k in kernels if all(needle in k.name for needle in needles)) / steps
+    """Of one of `steps` steps. Raises RuntimeError where no kernel has such a name (any more)."""
+    found = [k.us for k in kernels if all(needle in k.name for needle in needles)]
+    if not found:
+        raise RuntimeError(f"no kernel of the step is named {' and '.join(needles)}")
+    return sum(found) / steps
 
 
 def copy_us(moved: int, repeats: int) -> float:
@@ -111,8 +115,9 @@ def measure(repeats: int, sizes: tuple[int, ...] = INPUT_MB) -> list[dict]:
                     "m": rows,
                     "k": FEATURES,
                     "input_mb": input_mb,
-                    "time_us": us,
-                    "copy_us": copied,
+                    "bytes_per_element": "",
+                    "time_us": timing.summarize([us]).as_dict(),
+                    "copy_us": timing.summarize([copied]).as_dict(),
                     "gb_per_s": moved / us / 1e3,
                     "of_copy": copied / us,
                 }

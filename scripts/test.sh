@@ -52,8 +52,8 @@ else
 fi
 
 # pytest last: its closing line ends the output.
-jobs=${TEST_JOBS:-$(($(nproc) / 4))}
-jobs=$((jobs < 1 ? 1 : jobs > 8 ? 8 : jobs))
+jobs=${TEST_JOBS:-$(($(nproc) / 4 > 8 ? 8 : $(nproc) / 4))}
+jobs=$((jobs < 1 ? 1 : jobs > 16 ? 16 : jobs))
 if [ "$mode" = all ]; then
   exec "$python" -m pytest --cpp-gpu-skipped="$cpp_skipped" ${pytest_args[@]+"${pytest_args[@]}"}
 fi
