@@ -209,3 +209,56 @@ TEST_CASE("gates and their backward", "[grouped]") {
   }
   REQUIRE(wrong == 0);
 }
+
+// Gates large enough that the sigmoid's denominator overflows, beside usual ones; the backward's
+// weighted_h, of weights of 1, says what h is to the bit.
+TEST_CASE("gates of rows without groups, in either format, with powers of two", "[grouped]") {
+  const int64_t features = GENERATE(48, 2064, 16400);
+  const auto dtype = GENERATE(Dtype::kE4M3, Dtype::kE5M2);
+  const bool power_of_two = GENERATE(false, true);
+  CAPTURE(features, power_of_two);
+  constexpr int64_t kRows = 37;
+  std::vector<float> host = random_matrix(kRows * 2 * features, 21);
+  for (size_t i = 0; i < host.size(); i += 3) host[i] *= 60.0F;
+  std::vector<int32_t> rows(kRows);
+  for (int32_t i = 0; i < kRows; ++i) rows[i] = i;
+  const Buffer<float> gate_up(host);
+  const Buffer<float> dh(random_matrix(kRows * features, 22));
+  const Buffer<float> weights(std::vector<float>(kRows, 1.0F));
+  const Buffer<int32_t> source(rows);
+  Buffer<uint8_t> data(kRows * features);
+  Buffer<float> scale(kRows);
+  Buffer<float> weighted_h(kRows * features);
+  const GateArgs gate{
+      .gate_up = gate_up.data, .dtype = Dtype::kFloat32, .rows = kRows, .features = features};
+  gate_forward({.gate = gate,
+                .data = data.data,
+                .scale = scale.data,
+                .dtype = dtype,
+                .power_of_two = power_of_two},
+               nullptr);
+  gate_backward({.gate = gate,
+                 .dh = dh.data,
+                 .weights = weights.data,
+                 .source = source.data,
+                 .weighted_h = weighted_h.data},
+                nullptr);
+  check(cudaDeviceSynchronize());
+  const auto codes = data.host();
+  const auto scales = scale.host();
+  const auto h = weighted_h.host();
+  int64_t wrong = 0;
+  for (int64_t row = 0; row < kRows; ++row) {
+    float amax = 0.0F;
+    for (int64_t f = 0; f < features; ++f) amax = std::max(amax, std::fabs(h[row * features + f]));
+    const float multiplier = fp8::quant_multiplier(amax, fp8::fp8_max(dtype), power_of_two);
+    wrong += scales[row] != 1.0F / multiplier;
+    for (int64_t f = 0; f < features; ++f) {
+      const float value = h[row * features + f] * multiplier;
+      const uint8_t expected =
+          dtype == Dtype::kE4M3 ? fp8::encode<fp8::E4M3>(value) : fp8::encode<fp8::E5M2>(value);
+      wrong += codes[row * features + f] != expected;
+    }
+  }
+  REQUIRE(wrong == 0);
+}
