@@ -190,8 +190,8 @@ def _linear_forward(device: str) -> list[Sample]:
         x, weight = torch.randn(8, 32, device=device), torch.randn(16, 32, device=device)
         args = (x, weight, None, recipe | POWER_OF_TWO, True, True)
         found.append(Sample(f"{RECIPES[recipe]}, power of two", args))
-    args = (x, weight, None, 0, True, True, torch.tensor([0.01], device=device))
-    found.append(Sample("static", args))
+    scale = {"input_scale": torch.tensor([0.01], device=device)}
+    found.append(Sample("static", (x, weight, None, 0, True, True), scale))
     return found + _delayed([Sample("delayed", (x, weight, None, DELAYED, True, True))])
 
 
@@ -217,8 +217,8 @@ def _into_buffer(turn: int, sample: Sample) -> Sample:
     """The same with a main_grad, added to or overwritten."""
     dy, *_, in_features, _, _, _, _ = sample.args
     buffer = _buffer(dy.shape[-1], in_features, dy.device.type, turn)
-    args = (*sample.args, buffer, turn % 4 == 0)
-    return Sample(f"{sample.name} into, turn {turn}", args, deepcopy(sample.kwargs))
+    kwargs = deepcopy(sample.kwargs) | {"main_grad": buffer, "overwrite": turn % 4 == 0}
+    return Sample(f"{sample.name} into, turn {turn}", sample.args, kwargs)
 
 
 def _buffer(n: int, k: int, device: str, turn: int) -> Tensor:
@@ -227,6 +227,16 @@ def _buffer(n: int, k: int, device: str, turn: int) -> Tensor:
         return torch.randn(k, n, device=device).t()
     dtype = torch.bfloat16 if turn % 3 else torch.float32
     return torch.randn(n, k, device=device, dtype=dtype)
+
+
+def _fused_linear_functional(device: str) -> list[Sample]:
+    found = []
+    for sample in _fused_linear(device):
+        x, weight, bias, recipe = (*sample.args, None, "tensorwise")[:4]
+        tensors = [None if t is None else t.detach() for t in (x, weight, bias)]
+        scaling = [sample.kwargs.get(name) for name in ("input_scale", "history")]
+        found.append(Sample(sample.name, (*tensors, recipe, *scaling)))
+    return found
 
 
 def _fused_linear_into(device: str) -> list[Sample]:
@@ -380,6 +390,7 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "_linear_forward": _linear_forward,
     "_linear_backward": _linear_backward,
     "_fused_linear_into": _fused_linear_into,
+    "_fused_linear_functional": _fused_linear_functional,
     "grouped_linear": _grouped_linear,
     "_grouped_forward": _grouped_forward,
     "_grouped_backward": _grouped_backward,

@@ -337,6 +337,16 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
                              /*save_weight_amax=*/false, input_scale, history));
 }
 
+std::tuple<at::Tensor, at::Tensor> _fused_linear_functional(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::string_view recipe, const std::optional<at::Tensor>& input_scale,
+    const std::optional<at::Tensor>& history) {
+  std::optional<at::Tensor> next;
+  if (history) next = history->clone();
+  const at::Tensor y = fused_linear(x, weight, bias, recipe, input_scale, next);
+  return {y, next ? *next : none_like(x)};
+}
+
 at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, std::string_view recipe,
                               const at::Tensor& /*main_grad*/, bool /*overwrite*/,

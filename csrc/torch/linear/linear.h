@@ -69,6 +69,16 @@ at::Tensor fused_linear(
     const std::optional<at::Tensor>& input_scale,  // [] fp32, tensorwise: a static scale of x
     const std::optional<at::Tensor>& history);     // [3, kAmaxHistorySize] int32, `delayed`
 
+// The same out of place, with the history that comes next ([0] without one): what functionalization
+// makes of fused_linear, whose schema may write.
+std::tuple<at::Tensor, at::Tensor> _fused_linear_functional(
+    const at::Tensor& x,                    // [..., K]
+    const at::Tensor& weight,               // [N, K]
+    const std::optional<at::Tensor>& bias,  // [N]
+    std::string_view recipe,
+    const std::optional<at::Tensor>& input_scale,  // [] fp32
+    const std::optional<at::Tensor>& history);     // [3, kAmaxHistorySize] int32
+
 // The same with a main_grad that the backward writes (_linear_backward), of which the forward knows
 // nothing; without a gradient of the weight, nothing does. fused_linear's schema has no place for
 // it.

@@ -1,11 +1,14 @@
-// What torch.compile makes of the one in-place op: out of place, then `out` replaced. PyTorch
-// derives this for its own ops only; a custom op that returns the tensor it writes brings its own.
+// What torch.compile makes of ops that write: out of place, then what was written is replaced. For
+// custom ops PyTorch derives this in Python, but not where the written tensor is returned
+// (scaled_mm_accumulate_), and where none is given AOTInductor (2.11) refuses what it derived for
+// an op of one output (fused_linear without a history).
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include "fp8/ops.h"
 #include "torch/common/operators.h"
+#include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
 
 namespace fp8::functionalize {
@@ -41,9 +44,43 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
   return out;
 }
 
+std::optional<at::Tensor> unwrapped(const std::optional<at::Tensor>& t) {
+  return t ? std::optional(unwrapped(*t)) : std::nullopt;
+}
+
+at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, std::string_view recipe,
+                        const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
+  const bool writes = history && impl::isFunctionalTensor(*history);
+  const bool functional = writes || impl::isFunctionalTensor(x) ||
+                          impl::isFunctionalTensor(weight) || impl::isFunctionalTensor(bias) ||
+                          impl::isFunctionalTensor(input_scale);
+  const at::Tensor plain_x = unwrapped(x);
+  const at::Tensor plain_weight = unwrapped(weight);
+  const std::optional<at::Tensor> plain_bias = unwrapped(bias);
+  const std::optional<at::Tensor> plain_scale = unwrapped(input_scale);
+  const std::optional<at::Tensor> plain_history = unwrapped(history);
+  const at::AutoDispatchSkipFunctionalize below;
+  if (!functional) {
+    return fp8::fused_linear(plain_x, plain_weight, plain_bias, recipe, plain_scale, plain_history);
+  }
+  static const auto op =
+      find<decltype(composite::_fused_linear_functional)>("fp8::_fused_linear_functional");
+  const auto [y, next] =
+      op.call(plain_x, plain_weight, plain_bias, recipe, plain_scale, plain_history);
+  if (writes) {
+    impl::replace_(*history, next);
+    impl::commit_update(*history);
+    impl::sync(*history);
+  }
+  return impl::to_functional_tensor(y);
+}
+
 }  // namespace
 }  // namespace fp8::functionalize
 
 TORCH_LIBRARY_IMPL(fp8, Functionalize, m) {
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::functionalize::scaled_mm_accumulate_));
+  m.impl("fused_linear", TORCH_FN(fp8::functionalize::fused_linear));
 }

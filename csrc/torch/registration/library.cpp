@@ -82,8 +82,14 @@ TORCH_LIBRARY(fp8, m) {
       tags);
   m.def(
       "_linear_forward(Tensor x, Tensor weight, Tensor? bias, int recipe, bool save_x_t,"
-      " bool save_weight_amax, Tensor? input_scale=None, Tensor(a!)? history=None)"
+      " bool save_weight_amax, *, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
+      tags);
+  // Optional arguments that may be written are named: Inductor drops one that is None from among
+  // the others.
+  m.def(
+      "_fused_linear_functional(Tensor x, Tensor weight, Tensor? bias, str recipe,"
+      " Tensor? input_scale, Tensor? history) -> (Tensor y, Tensor next_history)",
       tags);
   // The table of recipes, for Python.
   m.def("_recipes() -> (Dict(str, str)[] recipes, str[] options, str grouped_default)",
@@ -97,13 +103,13 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"
       " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, bool needs_dweight,"
-      " bool needs_dbias, Tensor(a!)? main_grad=None, bool overwrite=False,"
+      " bool needs_dbias, *, Tensor(a!)? main_grad=None, bool overwrite=False,"
       " Tensor(b!)? history=None) -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
   // fused_linear whose backward has a main_grad.
   m.def(
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
-      " bool overwrite, Tensor? stand_in, Tensor? input_scale=None, Tensor(a!)? history=None)"
+      " bool overwrite, Tensor? stand_in, *, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> Tensor",
       tags);
   // What grouped_linear and moe_experts are differentiated through.
@@ -143,6 +149,7 @@ namespace {
 void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, fused_linear);
   FP8_KERNEL(composite, _fused_linear_into);
+  FP8_KERNEL(composite, _fused_linear_functional);
   FP8_KERNEL(composite, grouped_linear);
   FP8_KERNEL(composite, moe_experts);
 }

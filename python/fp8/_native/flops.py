@@ -106,6 +106,7 @@ def _size(weight: Shape) -> int:
 FORMULAS = {
     _ops.fused_linear: _linear,
     _ops._fused_linear_into: _linear,
+    _ops._fused_linear_functional: _linear,
     _ops._linear_forward: _linear,
     _ops._linear_backward: _linear_backward,
     _ops.scaled_mm: _scaled_mm,

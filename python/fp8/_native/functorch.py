@@ -25,7 +25,8 @@ def batching_rule(op: Any) -> Callable[..., Any]:
     in_place = len(returns) == 1 and returns[0].alias_info is not None
 
     def batched(*args: Any, **kwargs: Any) -> Any:
-        writes = [i for i in written if i < len(args) and args[i] is not None]
+        given = {i: args[i] if i < len(args) else kwargs.get(arguments[i].name) for i in written}
+        writes = [i for i in written if given[i] is not None]
         interpreter: Any = pyfunctorch.retrieve_current_functorch_interpreter()
         level = interpreter.level()
         operands, spec = tree_flatten((args, kwargs))
@@ -40,14 +41,14 @@ def batching_rule(op: Any) -> Callable[..., Any]:
             if all(dim is None for dim in dims):  # batched at another level
                 return _call(op, values, spec)
             for i in writes:
-                if dims[i] is None:
+                if _functorch._unwrap_batched(given[i], level)[1] is None:
                     raise RuntimeError(
                         f"vmap: {op} writes {arguments[i].name}, which has no batch dimension, "
                         "and reads tensors that have one: expected it batched too"
                     )
             results = _loop(op, values, dims, spec, interpreter.batch_size())
         if in_place:
-            return args[writes[0]]  # itself, as operators in place do
+            return given[writes[0]]  # itself, as operators in place do
         wrapped = tuple(
             None if result is None else _functorch._add_batch_dim(result, 0, level)
             for result in results

@@ -23,6 +23,7 @@ NAMES = (
     "_linear_forward",
     "_linear_backward",
     "_fused_linear_into",
+    "_fused_linear_functional",
     "grouped_linear",
     "_grouped_forward",
     "_grouped_backward",

@@ -115,7 +115,7 @@ def test_history_errors_of_private_operators(device, meta):
     args = (dy, None, None, None, None, 64, recipe, False, True, False)
     for main_grad in (None, weight):
         with pytest.raises(TypeError, match="history in int32"):
-            OPS._linear_backward(*args, main_grad, history=bad)
+            OPS._linear_backward(*args, main_grad=main_grad, history=bad)
     with pytest.raises(TypeError, match="history in int32"):
         OPS._linear_forward(dy, dy, None, recipe, True, True, history=bad)
 
