@@ -35,6 +35,7 @@ run_ctest() { "$ctest" --test-dir build --output-on-failure --no-tests=error -j 
 count_ctest() { "$ctest" --test-dir build -N "$@" | sed -n 's/^Total Tests: //p'; }
 
 cpp_skipped=0
+cpp_status=0
 cpp_tests=$(count_ctest)
 if [ "$cpp_tests" = 0 ]; then
   if [ "$mode" = all ]; then
@@ -43,7 +44,7 @@ if [ "$cpp_tests" = 0 ]; then
   fi
   echo "C++ tests left out: no Catch2 header here (set CATCH2_INCLUDE_DIR to its folder)"
 elif [ "$mode" = gpu ]; then
-  run_ctest -L gpu -j 1 --output-junit "$reports/ctest.xml"
+  run_ctest -L gpu -j 1 --output-junit "$reports/ctest.xml" || cpp_status=$? # Python's run all the same
 elif [ "$gpu" = 1 ]; then
   run_ctest -j 1
 else
@@ -64,7 +65,7 @@ for ((i = 1; i <= jobs; ++i)); do
     -o cache_dir="$PWD/build/test-gpu/pytest-$i" --junitxml="$reports/pytest-$i.xml" ${pytest_args[@]+"${pytest_args[@]}"} &>"build/test-gpu-$i.log" &
   pids+=($!)
 done
-status=0
+status=$cpp_status
 for ((i = 1; i <= jobs; ++i)); do
   wait "${pids[i - 1]}" || status=1
   cat "build/test-gpu-$i.log"

@@ -147,7 +147,7 @@ TEST_CASE("a delayed scale is that of the window's largest amax where that suits
     if (with_data) REQUIRE(count_wrong(data.host(), host, rows, cols, multiplier, false) == 0);
     if (with_data_t) REQUIRE(count_wrong(data_t.host(), host, rows, cols, multiplier, true) == 0);
   }
-  REQUIRE(from_window > 8);
+  REQUIRE(from_window > (rows * cols == 1 ? 2 : 8));  // one element comes again more often
   REQUIRE(from_window < kCalls - kAmaxWindow - 8);
 }
 
