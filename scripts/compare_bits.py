@@ -3,10 +3,10 @@
 
     scripts/compare_bits.py OLD NEW [--device cuda]
 
-OLD and NEW are folders that hold libfp8_torch.so (python/fp8/lib of a build). Each is loaded in a
-process of its own and runs every public operator over tests/python/samples.py, forward and, where
-there is one, backward; outputs and gradients are compared byte by byte. A sample that only one of
-the two takes is listed, and is no difference. Exit status 1 where bytes differ.
+OLD and NEW are built trees (git worktree, make build). Each runs in a process of its own, every
+public operator over OLD's tests/python/samples.py, whose random values NEW's may not repeat:
+forward and, where there is one, backward. Outputs and gradients are compared byte by byte. A sample
+that only one of the two takes is listed, and is no difference. Exit status 1 where bytes differ.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def digest(tensor) -> str:
@@ -64,13 +63,13 @@ def results(op, sample) -> list[str]:
     ]
 
 
-def run(folder: Path, device: str) -> dict[str, list[str]]:
+def run(tree: Path, tests: Path, device: str) -> dict[str, list[str]]:
     """In this process: {operator and sample: digests, or one text that says why not}."""
-    sys.path.insert(0, str(ROOT / "tests" / "python"))
+    sys.path[:0] = [str(tree / "python"), str(tests)]
+    import samples
     import torch
 
-    torch.ops.load_library(str(folder / "libfp8_torch.so"))
-    import samples
+    import fp8  # noqa: F401
 
     found: dict[str, list[str]] = {}
     for name in samples.public_namespace():
@@ -92,13 +91,18 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(run(options.new.resolve(), options.device)))
+        tests = options.old.resolve() / "tests" / "python"
+        print(json.dumps(run(options.new.resolve(), tests, options.device)))
         return 0
     found = []
-    for folder in (options.old, options.new):
-        command = [sys.executable, __file__, str(folder), str(folder), "--one"]
+    for tree in (options.old, options.new):
+        command = [sys.executable, __file__, str(options.old), str(tree), "--one"]
         done = subprocess.run(
-            [*command, "--device", options.device], capture_output=True, text=True, check=False
+            [*command, "--device", options.device],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         )
         if done.returncode != 0:
             print(done.stderr, file=sys.stderr)
