@@ -146,8 +146,11 @@ GateGradients gate_gradients(const BackwardArgs& args,
 void add_bias_part(const BackwardArgs& args, const at::Tensor& d_weights) {
   const int64_t last = args.down.size(0) - 1;
   const at::Tensor& experts = args.experts;
-  const at::Tensor dot =
-      at::mm(args.dy, args.down_bias.t()).to(at::kFloat).gather(1, experts.clamp(0, last));
+  // Not in 16 bits on a CPU, where torch 2.11's product spreads a NaN to the row before.
+  const auto wide = [](const at::Tensor& t) { return t.is_cpu() ? t.to(at::kFloat) : t; };
+  const at::Tensor dot = at::mm(wide(args.dy), wide(args.down_bias).t())
+                             .to(at::kFloat)
+                             .gather(1, experts.clamp(0, last));
   d_weights.add_(dot.masked_fill_(experts.lt(0).logical_or_(experts.gt(last)), 0));
 }
 

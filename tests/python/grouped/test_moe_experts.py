@@ -333,3 +333,18 @@ def test_moe_experts_errors(name, value, error, match):
 def test_moe_experts_refuses_extents_that_it_cannot_take():
     with pytest.raises(ValueError, match=r"multiples of 16, got H = 24, I = 48 \(grouped_linear"):
         OPS.moe_experts(*problem(hidden=24))
+
+
+def test_a_nan_in_dy_stays_in_its_token(device):
+    """In the routing weights' gradient too, of which the bias of down has a part."""
+    generator = torch.Generator().manual_seed(7)
+    x, gate_up, down, bias, dy = (
+        torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        for shape in ((30, 48), (3, 32, 48), (3, 48, 16), (3, 48), (30, 48))
+    )
+    index = torch.randint(0, 3, (30, 1), generator=generator).to(device)
+    weights = torch.rand(30, 1, generator=generator).to(device).requires_grad_()
+    dy[9, 2] = torch.nan
+    y = OPS.moe_experts(x, index, weights, gate_up, down, None, bias)
+    (gradient,) = torch.autograd.grad(y, weights, dy)
+    assert gradient.isnan().any(1).nonzero().flatten().tolist() == [9]
