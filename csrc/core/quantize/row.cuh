@@ -6,16 +6,18 @@
 // bandwidth.
 //
 // A sink has
-//   has(index, exists)          whether anything is written for a row, of whose source `exists`
-//   says
-//                               whether it has one
-//   cols()                      columns that are written: from the source's on, zeros
-//   put_scale(index, scale)     from one thread of the row
-//   early(index)                what it needs to know for that, read beside the source; whatever
-//   the
-//                               launch that is overlapped writes must not be among it
-//   Row row(index, early)       where a row's codes go
-//   put(row, col, codes)        eight of them, from `col`
+//
+//   has(index, exists): whether a row is written; `exists`: whether its source has one.
+//
+//   cols(): columns that are written; from the source's on, zeros.
+//
+//   put_scale(index, scale): called by one thread of the row.
+//
+//   early(index): what row() needs, read beside the source. Not what an overlapped launch writes.
+//
+//   row(index, early): where a row's codes go.
+//
+//   put(row, col, codes): eight of them, from `col`.
 #pragma once
 
 #include <utility>

@@ -2,13 +2,17 @@
 // from one, or (core/grouped/gated.cuh) what a kernel computes from other tensors as it reads them.
 //
 // A source has
-//   Element               what its eight elements are rounded to: float, __nv_bfloat16 or __half
-//   int64_t cols_of(index)   columns of a row, 0 where there is no such row
-//   Row row(index)        where the elements of a row lie
-//   Vec8<Element> load(row, col, valid)   eight elements from `col`, a multiple of 8, of which
-//   `valid`
-//                         are there (of_eight); the others are zeros
-// and is copied into the kernel with its other parameters. It may read only what was complete
+//
+//   Element: what its eight elements are rounded to, float, __nv_bfloat16 or __half.
+//
+//   cols_of(index): columns of a row, 0 where there is no such row.
+//
+//   row(index): where the elements of a row lie.
+//
+//   load(row, col, valid): a Vec8<Element> from `col`, a multiple of 8. `valid` of the eight are
+//   there (of_eight); the others are zeros.
+//
+// It is copied into the kernel with its other parameters. It may read only what was complete
 // before the launch that the kernel overlaps (dispatch.cuh).
 #pragma once
 
