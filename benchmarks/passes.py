@@ -27,17 +27,14 @@ class Pass(NamedTuple):
 
 
 # With top_k = 1 a token has one row. Columns: of the gradients and inputs of both products for the
-# weight gradients, and of both weights for the input gradients.
+# weight gradients, and of both weights for the input gradients, whose maxima the pass over their
+# rows leaves.
 PASSES = (
     Pass("rows to their experts", ("row_kernel", "ScatterParams"), lambda m: 2 * m * HIDDEN, 3),
     Pass("gated rows, forward", ("row_kernel", "ForwardParams"), lambda m: m * FEATURES, 5),
     Pass("gated rows, backward", ("gate_backward",), lambda m: m * FEATURES, 14),
-    Pass(
-        "columns of groups, amax",
-        ("group_amax",),
-        lambda m: m * (3 * FEATURES + 2 * HIDDEN) + WEIGHTS,
-        2,
-    ),
+    Pass("weights, rows and maxima of columns", ("group_rows",), lambda _: WEIGHTS, 3),
+    Pass("columns of groups, amax", ("group_amax",), lambda m: m * (3 * FEATURES + 2 * HIDDEN), 2),
     Pass(
         "columns of groups, cast",
         ("group_cast",),

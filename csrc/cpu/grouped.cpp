@@ -150,12 +150,13 @@ void quantize_group_columns(const core::GroupColumnsArgs& a) {
       const int64_t col0 = item % blocks * kBlock;
       const int64_t cols = std::min(a.cols - col0, kBlock);
       std::vector<uint32_t> bits(cols, 0U);
+      if (a.amax_is_known) std::copy_n(a.amax + item / blocks * a.cols + col0, cols, bits.begin());
       values.resize(group.rows * cols);
       for (int64_t r = 0; r < group.rows; ++r) {
         const int64_t row =
             a.source != nullptr ? a.source[group.row + r] / a.copies : group.row + r;
         read(a.x, a.x_dtype, row * a.ld + col0, cols, &values[r * cols]);
-        amax_update(&values[r * cols], cols, bits.data());
+        if (!a.amax_is_known) amax_update(&values[r * cols], cols, bits.data());
       }
       std::vector<float> multipliers(cols);
       for (int64_t c = 0; c < cols; ++c) {

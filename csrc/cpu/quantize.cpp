@@ -159,7 +159,7 @@ void over_columns(const Input& in, const Update& update) {
       const int64_t cols = std::min(a.cols - col0, kBlock);
       for (int64_t r = 0; r < a.rows; ++r) {
         in.widen_row(r, col0, cols, row.data());
-        update(col0, cols, row.data());
+        update(r, col0, cols, row.data());
       }
     }
   });
@@ -168,7 +168,7 @@ void over_columns(const Input& in, const Update& update) {
 void column_sums(const Input& in) {
   const auto& a = in.args;
   std::vector<float> sums(a.cols, 0.0F);
-  over_columns(in, [&](int64_t col0, int64_t cols, const float* row) {
+  over_columns(in, [&](int64_t /*row*/, int64_t col0, int64_t cols, const float* row) {
     add_to(row, cols, sums.data() + col0);
   });
   for (int64_t c = 0; c < a.cols; ++c) store(a.column_sum, a.column_sum_dtype, c, sums[c]);
@@ -193,6 +193,16 @@ void quantize_tensorwise(const Input& in) {
   if (a.data_t.data != nullptr) cast_transposed(source, std::vector<float>(a.cols, multiplier));
 }
 
+// max |x| of the columns of each group of rows.
+void group_column_amax(const Input& in) {
+  const auto& a = in.args;
+  auto* bits = reinterpret_cast<uint32_t*>(a.column_amax);
+  std::fill_n(bits, a.rows / a.group_rows * a.cols, 0U);
+  over_columns(in, [&](int64_t row, int64_t col0, int64_t cols, const float* values) {
+    amax_update(values, cols, bits + row / a.group_rows * a.cols + col0);
+  });
+}
+
 void quantize_rowwise(const Input& in) {
   const auto& a = in.args;
   const float format_max = fp8_max(a.dtype);
@@ -205,9 +215,10 @@ void quantize_rowwise(const Input& in) {
     });
     std::fill(a.scale + a.rows, a.scale + a.data.rows, 1.0F);
   }
+  if (a.column_amax != nullptr) group_column_amax(in);
   if (a.data_t.data != nullptr) {
     std::vector<uint32_t> bits(a.cols, 0U);
-    over_columns(in, [&](int64_t col0, int64_t cols, const float* row) {
+    over_columns(in, [&](int64_t /*row*/, int64_t col0, int64_t cols, const float* row) {
       amax_update(row, cols, bits.data() + col0);
     });
     std::vector<float> multipliers(a.cols);

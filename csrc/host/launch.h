@@ -224,4 +224,28 @@ inline RowwisePlan plan_rowwise(int64_t padded_cols, int block_threads = kThread
   return plan;
 }
 
+// With the maxima of columns too: a block keeps those of the rows that it takes one after the
+// other, all of one group, in registers.
+struct ColumnAmaxPlan {
+  RowwisePlan row;
+  int64_t rows_per_block = 0;  // a multiple of row.rows_per_block
+  int64_t blocks_per_group = 0;
+};
+
+constexpr int kMaxColumnAmaxVectors = 4;
+constexpr int64_t kMaxColumnAmaxCols = int64_t{kMaxRowThreads} * kMaxColumnAmaxVectors * 8;
+
+// rows: of all groups. Some four thousand threads to a multiprocessor, several times what it holds
+// at once, so that blocks end at different times.
+inline ColumnAmaxPlan plan_column_amax(int64_t rows, int64_t group_rows, int64_t cols,
+                                       int block_threads, int sm_count) {
+  ColumnAmaxPlan plan{.row = plan_rowwise(cols, block_threads, kMaxColumnAmaxVectors)};
+  const int64_t threads = int64_t{plan.row.threads_per_row} * plan.row.rows_per_block;
+  const int64_t wanted = ceil_div(rows, sm_count * (4096 / threads));
+  plan.rows_per_block =
+      round_up(std::clamp<int64_t>(wanted, 16, 256), int64_t{plan.row.rows_per_block});
+  plan.blocks_per_group = ceil_div(group_rows, plan.rows_per_block);
+  return plan;
+}
+
 }  // namespace fp8::core

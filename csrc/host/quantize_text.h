@@ -38,6 +38,7 @@ inline std::string describe(const QuantizeArgs& args) {
   make(args.data_t.data != nullptr, "data_t");
   make(args.column_sum != nullptr, std::string("column_sum:") + dtype_name(args.column_sum_dtype));
   make(args.amax_out != nullptr, "amax");
+  make(args.column_amax != nullptr, "column_amax");
   return "quantize rows=" + number(args.rows) + " cols=" + number(args.cols) +
          " ld=" + number(args.ld) + " x=" + dtype_name(args.x_dtype) +
          " out=" + dtype_name(args.dtype) + " " + granularity_name(args.granularity) +
@@ -52,6 +53,7 @@ struct QuantizeFacts {
   const CastPlan* cast = nullptr;
   int64_t settle_blocks = 0;  // of the launch after a delayed cast
   const RowwisePlan* rowwise = nullptr;
+  const ColumnAmaxPlan* column_amax = nullptr;  // with rowwise: how its blocks share the rows
   const BlockwisePlan* blockwise = nullptr;
 };
 
@@ -73,7 +75,9 @@ inline std::vector<std::string> launches_of(const QuantizeArgs& args, const Quan
   }
   if (facts.settle_blocks > 0) launches.push_back("settle" + blocks(facts.settle_blocks));
   if (const auto* plan = facts.rowwise) {
-    const int64_t count = ceil_div(args.data.rows, plan->rows_per_block);
+    const int64_t count = facts.column_amax != nullptr
+                              ? args.rows / args.group_rows * facts.column_amax->blocks_per_group
+                              : ceil_div(args.data.rows, plan->rows_per_block);
     launches.push_back("rowwise" + blocks(count) +
                        " threads=" + std::to_string(plan->threads_per_row * plan->rows_per_block) +
                        " iterations=" + std::to_string(plan->iterations));

@@ -193,15 +193,22 @@ def product(a: Operand, b: Operand, way: Accumulation) -> Approx:
     return approx(value, torch.where(beyond & (k > 0), math.inf, error))
 
 
-def high_precision(a: Approx, b: Approx, relative: float = 0.0) -> Approx:
+def high_precision(
+    a: Approx, b: Approx, relative: float = 0.0, parts_in: torch.dtype | None = None
+) -> Approx:
     """aᵀ · b of [T, M] and [T, N], summed in fp32 by torch's own products, which may take subnormal
-    numbers for zero. relative: what they lose beyond that, relative to the sum of magnitudes."""
+    numbers for zero. relative: what they lose beyond that, relative to the sum of magnitudes.
+    parts_in: where they may store parts of a sum, whose range those must not leave then."""
     value = a.value.t() @ b.value
     large_a, large_b = a.largest(), b.largest()
     magnitude = large_a.t() @ large_b
     error = a.value.abs().t() @ b.error + a.error.t() @ large_b
     relative += (a.value.shape[0] + 2) * _U
-    beyond = magnitude > 0.99 * _FLT_MAX
+    largest = _FLT_MAX
+    if parts_in is not None:
+        relative += 4 * bounds._ROUNDING[parts_in][0]
+        largest = torch.finfo(parts_in).max
+    beyond = magnitude > 0.99 * largest
     flushed = 2.0**-126 * (1 + large_a.sum(0)[:, None] + large_b.sum(0))
     error = error + relative * magnitude + flushed
     return approx(value, torch.where(beyond, math.inf, error))

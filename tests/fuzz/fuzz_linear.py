@@ -70,8 +70,8 @@ def weight_gradient(p: Problem) -> Approx:
     recipe = check_recipe(p.recipe)
     if recipe.wgrad == "high precision":
         # A GPU may add a product's parts up in 16 bits (torch allows cuBLAS to).
-        parts = 0.0 if p.device == "cpu" else 4 * bounds._ROUNDING[p.dtype][0]
-        return error_bounds.high_precision(p.dy, p.x, parts)
+        parts_in = None if p.device == "cpu" else p.dtype
+        return error_bounds.high_precision(p.dy, p.x, parts_in=parts_in)
     of_x, _, of_dy = _GRANULARITY[recipe.granularity]
     two = recipe.power_of_two
     dy = quantized(p.dy.t(), of_dy, recipe.grad_output_dtype, two)

@@ -287,7 +287,7 @@ def _grouped_linear(device: str) -> list[Sample]:
 
 def _grouped_forward(device: str) -> list[Sample]:
     return [
-        Sample(f"{counts} {recipe} {saves}", (*problem, recipe, saves))
+        Sample(f"{counts} {recipe} {saves}", (*problem, recipe, saves), {"save_amax": saves})
         for counts, k, n, transposed, _ in _GROUPED
         for recipe in (ROWWISE, GW_HP, ROWWISE | POWER_OF_TWO)
         for saves in (True, False)
@@ -302,11 +302,15 @@ def _grouped_backward(device: str) -> list[Sample]:
         x, weight, offsets, _ = _grouped_problem(device, counts, k, n, transposed, spare)
         dy = torch.randn(x.shape[0], n, device=device, dtype=torch.bfloat16)
         for recipe in (ROWWISE, GW_HP, ROWWISE | POWER_OF_TWO):
-            _, x_t, scale, padded = OPS._grouped_forward(x, weight, offsets, None, recipe, True)
-            saved = (x, None, None) if recipe == GW_HP else (x_t, scale, padded)
+            made = OPS._grouped_forward(x, weight, offsets, None, recipe, True, save_amax=True)
+            saved = (x, None, None) if recipe == GW_HP else made[1:4]
+            known = {} if transposed else {"weight_amax": made[4]}
             args = (dy, *saved, weight, offsets, k, transposed, recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{counts} {recipe} needs {needs}", (*args, *needs)))
+            found.append(
+                Sample(f"{counts} {recipe} {list(known)}", (*args, True, True, True), known)
+            )
     return found
 
 
@@ -352,9 +356,14 @@ def _moe_experts(device: str) -> list[Sample]:
 
 def _moe_forward(device: str) -> list[Sample]:
     return [
-        Sample(f"{o} {recipe}", (*_moe_problem(device, *o[:3]), *o[3:], 1.702, 7.0, recipe))
+        Sample(
+            f"{o} {recipe} {saves}",
+            (*_moe_problem(device, *o[:3]), *o[3:], 1.702, 7.0, recipe),
+            {"save_amax": saves},
+        )
         for o in _MOE_OPTIONS
         for recipe in (ROWWISE, ROWWISE | POWER_OF_TWO)
+        for saves in (False, True)
     ]
 
 
@@ -363,13 +372,17 @@ def _moe_backward(device: str) -> list[Sample]:
     for sample in _moe_forward(device):
         *problem, activation, interleaved, alpha, limit, number = sample.args
         problem[2] = problem[2].float()
-        made = OPS._moe_forward(*problem, activation, interleaved, alpha, limit, number)
+        made = OPS._moe_forward(
+            *problem, activation, interleaved, alpha, limit, number, **sample.kwargs
+        )
+        names = ("gate_up_amax", "down_amax")
+        known = {n: t for n, t in zip(names, made[5:], strict=True) if t.numel() > 0}
         dy = torch.randn_like(problem[0])
         every = 63 if problem[5] is not None else 15
         for recipe in (number, GW_HP):
             for needs in (every, 1, 12):
-                args = (dy, *problem, *made[1:], activation, interleaved, alpha, limit)
-                found.append(Sample(f"{sample.name} needs {needs}", (*args, recipe, needs)))
+                args = (dy, *problem, *made[1:5], activation, interleaved, alpha, limit)
+                found.append(Sample(f"{sample.name} needs {needs}", (*args, recipe, needs), known))
     return found
 
 

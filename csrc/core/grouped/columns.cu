@@ -157,15 +157,17 @@ void quantize_group_columns(const GroupColumnsArgs& args, Stream stream) {
   const int64_t tiles = args.tiles != nullptr ? args.tile_count : args.groups * tiles_per_group;
   const int64_t blocks = tiles * params.col_tiles;
   require(blocks > 0 && blocks <= kMaxGridX, "quantize_group_columns has too many tiles");
-  FP8_CUDA_CHECK(cudaMemsetAsync(
-      args.amax, 0, static_cast<size_t>(args.groups * args.cols) * sizeof(uint32_t), stream));
+  if (!args.amax_is_known) {
+    FP8_CUDA_CHECK(cudaMemsetAsync(
+        args.amax, 0, static_cast<size_t>(args.groups * args.cols) * sizeof(uint32_t), stream));
+  }
   dispatch_input(args.x_dtype, [&](auto input) {
     using T = typename decltype(input)::type;
     const auto grid = static_cast<unsigned>(blocks);
-    launch(group_amax_kernel<T>, grid, kThreads, stream, params);
+    if (!args.amax_is_known) launch(group_amax_kernel<T>, grid, kThreads, stream, params);
     dispatch_format(args.dtype, [&](auto format) {
       launch(group_cast_kernel<T, typename decltype(format)::type>, grid, kThreads, stream, params,
-             {.pdl = has_hopper_launches(current_device())});
+             {.pdl = !args.amax_is_known && has_hopper_launches(current_device())});
     });
   });
 }

@@ -103,6 +103,11 @@ struct RowwiseParams {
   float* scale;  // [data.rows]
 };
 void launch_rowwise(const RowwiseParams& params, Dtype x_dtype, Dtype dtype, cudaStream_t stream);
+// The same of groups of rows, with the maxima of each group's columns. No padding.
+void launch_rowwise_column_amax(const RowwiseParams& params, const ColumnAmaxPlan& plan,
+                                int64_t group_rows,
+                                uint32_t* column_amax,  // [rows / group_rows, cols]
+                                Dtype x_dtype, Dtype dtype, cudaStream_t stream);
 
 // One pass: a tile of 128 x 128 is read into registers, which has its groups' amaxes in it.
 struct BlockwiseParams {

@@ -124,6 +124,13 @@ void check(const QuantizeArgs& a) {
   }
   require(a.column_sum == nullptr || takes_own_amax(a) || has_recorded_amax(a),
           "column sums need a statistics pass");
+  if (a.column_amax == nullptr) return;
+  require(a.granularity == Granularity::kRowwise && a.data.data != nullptr &&
+              a.data_t.data == nullptr && a.column_sum == nullptr && a.data.rows == a.rows &&
+              a.data.ld == a.cols,
+          "maxima of columns come with rowwise data without padding, and nothing else");
+  require(a.cols <= kMaxColumnAmaxCols && a.group_rows > 0 && a.rows % a.group_rows == 0,
+          "maxima of columns are those of groups of rows, of at most 16384 columns");
 }
 
 struct Launch {
@@ -166,6 +173,35 @@ void quantize_blockwise(const QuantizeArgs& args, const QuantizePlan& plan, cons
                      .column_sum_dtype = args.column_sum_dtype,
                      .pdl = has_hopper_launches(how.device)},
                     how.stream);
+}
+
+// A pass over the rows, which leaves the maxima of their columns where those are asked for.
+void quantize_rows(const QuantizeArgs& args, const Launch& how) {
+  RowwiseParams params{.x = args.x,
+                       .rows = args.rows,
+                       .cols = args.cols,
+                       .ld = args.ld,
+                       .vectorized = how.vectorized,
+                       .pdl = how.pdl,
+                       .plan = plan_rowwise(args.data.ld, kRowwiseThreads),
+                       .data = args.data,
+                       .power_of_two = args.power_of_two,
+                       .scale = args.scale};
+  QuantizeFacts facts{.rowwise = &params.plan};
+  if (args.column_amax == nullptr) {
+    if (printing_plans()) print_plan(args, how.device.index, facts, 0);
+    return launch_rowwise(params, args.x_dtype, args.dtype, how.stream);
+  }
+  const ColumnAmaxPlan plan =
+      plan_column_amax(args.rows, args.group_rows, args.cols, kRowwiseThreads, how.device.sm_count);
+  require(args.rows / args.group_rows * plan.blocks_per_group <= kMaxGridX,
+          "quantize has too many groups of rows");
+  params.plan = plan.row;
+  facts.column_amax = &plan;
+  if (printing_plans()) print_plan(args, how.device.index, facts, 0);
+  launch_rowwise_column_amax(params, plan, args.group_rows,
+                             reinterpret_cast<uint32_t*>(args.column_amax), args.x_dtype,
+                             args.dtype, how.stream);
 }
 
 // Both passes in one launch; false where it can't be.
@@ -294,22 +330,7 @@ void quantize(const QuantizeArgs& args, Stream stream) {
   if (is_blockwise(args.granularity)) {
     return quantize_blockwise(args, plan, {device, vectorized, pdl, stream});
   }
-  if (plan.one_pass) {
-    const RowwisePlan rows = plan_rowwise(args.data.ld, kRowwiseThreads);
-    if (printing_plans()) print_plan(args, device.index, {.rowwise = &rows}, bytes_of(plan));
-    return launch_rowwise({.x = args.x,
-                           .rows = args.rows,
-                           .cols = args.cols,
-                           .ld = args.ld,
-                           .vectorized = vectorized,
-                           .pdl = pdl,
-                           .plan = rows,
-                           .data = args.data,
-                           .power_of_two = args.power_of_two,
-                           .scale = args.scale},
-                          args.x_dtype, args.dtype, stream);
-  }
-
+  if (plan.one_pass) return quantize_rows(args, {device, vectorized, pdl, stream});
   quantize_tiles(args, plan, {device, vectorized, pdl, stream});
 }
 

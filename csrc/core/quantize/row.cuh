@@ -42,9 +42,11 @@ struct RowPlace {
   int64_t row;
 
   __device__ __forceinline__ explicit RowPlace(const RowwisePlan& plan)
+      : RowPlace(plan, static_cast<int64_t>(blockIdx.x) * plan.rows_per_block) {}
+  __device__ __forceinline__ RowPlace(const RowwisePlan& plan, int64_t first_row)
       : slot(static_cast<int>(threadIdx.x) / plan.threads_per_row),
         thread(static_cast<int>(threadIdx.x) % plan.threads_per_row),
-        row(static_cast<int64_t>(blockIdx.x) * plan.rows_per_block + slot) {}
+        row(first_row + slot) {}
 };
 
 // amax of a row from its threads' parts. warp_amax: a word for each warp of the block.
@@ -67,29 +69,15 @@ using SourceOf = decltype(std::declval<const Params&>().source());
 template <typename Params>
 using ElementOf = typename SourceOf<Params>::Element;
 
-template <typename Params, typename Format, int kVectors>
-__global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<ElementOf<Params>>)
-    row_kernel(const Params p) {
-  using T = ElementOf<Params>;
-  __shared__ uint32_t warp_amax[kMaxRowThreads / 32];
-  let_next_start();
-  const RowPlace at(p.plan);
-  const auto source = p.source();
-  const auto row = source.row(at.row);
-  const int64_t cols = source.cols_of(at.row);
+// One row of `cols` elements, whose eights load(iteration) puts into v. encoded(i) comes when v[i]
+// is not needed any more. warp_amax: a word for each warp of the block.
+template <typename Format, int kVectors, typename Params, typename Sink, typename Early, typename T,
+          typename Load, typename Encoded>
+__device__ __forceinline__ void quantize_row(const Params& p, const RowPlace& at, int64_t cols,
+                                             const Sink& sink, const Early& early,
+                                             Vec8<T> (&v)[kVectors], uint32_t* warp_amax,
+                                             const Load& load, const Encoded& encoded) {
   const int64_t stride = static_cast<int64_t>(p.plan.threads_per_row) * 8;
-
-  const auto sink = p.sink();
-  const auto early = sink.early(at.row);
-  Vec8<T> v[kVectors];
-  const auto load = [&](int iteration) {
-    const int64_t col0 = iteration * kVectors * stride + at.thread * 8;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t col = col0 + i * stride;
-      v[i] = source.load(row, col, of_eight(cols - col));
-    }
-  };
   PackedAmax<T> amax;
   amax.clear();
   for (int iteration = 0; iteration < p.plan.iterations; ++iteration) {
@@ -114,8 +102,33 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<ElementOf<Params>>)
       if (col >= sink.cols()) continue;
       const uint2 codes = encode8<Format>(v[i], [&](int) { return group.quant_multiplier; });
       sink.put(out, col, keep_first(codes, of_eight(cols - col)));
+      encoded(i);
     }
   }
+}
+
+template <typename Params, typename Format, int kVectors>
+__global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<ElementOf<Params>>)
+    row_kernel(const Params p) {
+  __shared__ uint32_t warp_amax[kMaxRowThreads / 32];
+  let_next_start();
+  const RowPlace at(p.plan);
+  const auto source = p.source();
+  const auto row = source.row(at.row);
+  const int64_t cols = source.cols_of(at.row);
+  const auto sink = p.sink();
+  const auto early = sink.early(at.row);
+  Vec8<ElementOf<Params>> v[kVectors];
+  const auto load = [&](int iteration) {
+    const int64_t stride = static_cast<int64_t>(p.plan.threads_per_row) * 8;
+    const int64_t col0 = iteration * kVectors * stride + at.thread * 8;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t col = col0 + i * stride;
+      v[i] = source.load(row, col, of_eight(cols - col));
+    }
+  };
+  quantize_row<Format>(p, at, cols, sink, early, v, warp_amax, load, [](int) {});
 }
 
 // f(std::integral_constant<int, n>) with the smallest n that is enough, of kMin, twice as many, up

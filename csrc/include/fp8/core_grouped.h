@@ -75,7 +75,7 @@ struct TileTableArgs {
 void make_tile_table(const TileTableArgs& args, Stream stream);
 
 // Transposed copies with one scale per group and column: codes of x's columns, zeros in the
-// padding. Two launches; x is read twice.
+// padding. Two launches, and x is read twice, unless its maxima are known.
 //   ragged (tiles given): data_t [cols, ld_t], groups beside each other as the tile table says.
 //   uniform: groups of group_rows rows each; data_t [groups, cols, ld_t] with ld_t >= group_rows.
 struct GroupColumnsArgs {
@@ -93,7 +93,9 @@ struct GroupColumnsArgs {
   void* data_t = nullptr;    // 16-byte aligned
   int64_t ld_t = 0;          // multiple of 16
   float* scale_t = nullptr;  // [groups, cols]
-  uint32_t* amax = nullptr;  // workspace [groups, cols]
+  uint32_t* amax =
+      nullptr;  // [groups, cols], a workspace: the maxima of |x|, as the bits of floats
+  bool amax_is_known = false;  // it has them already, QuantizeArgs' column_amax: one launch
   Dtype dtype = Dtype::kE4M3;
   bool power_of_two = false;
 };

@@ -23,6 +23,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// What a forward kept, undefined where that is an empty tensor.
+at::Tensor or_undefined(const at::Tensor& kept) { return kept.dim() == 2 ? kept : at::Tensor(); }
+
 class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
@@ -33,13 +36,13 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
     const bool needs_dweight = weight.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_grouped_forward)>("fp8::_grouped_forward");
-    auto [y, x_t, x_t_scale, padded_offsets] =
-        op.call(x, weight, offsets, bias, recipe, needs_dweight);
+    auto [y, x_t, x_t_scale, padded_offsets, amax] =
+        op.call(x, weight, offsets, bias, recipe, needs_dweight, /*save_amax=*/needs_dx);
     const at::Tensor none;
     const bool fp8_wgrad = needs_dweight && grouped_recipe_at(recipe).fp8_wgrad;
     ctx->save_for_backward({needs_dweight ? (fp8_wgrad ? x_t : x) : none,
                             fp8_wgrad ? x_t_scale : none, fp8_wgrad ? padded_offsets : none,
-                            needs_dx ? weight : none, offsets});
+                            needs_dx ? weight : none, offsets, or_undefined(amax)});
     ctx->saved_data["in_features"] = weight.sym_size(2);
     ctx->saved_data["transposed"] = is_stored_transposed(weight);
     ctx->saved_data["recipe"] = recipe;
@@ -62,10 +65,11 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
         ctx->saved_data["needs_dweight"].toBool() && ctx->needs_input_grad(1);
     const bool needs_dbias = ctx->saved_data["needs_dbias"].toBool() && ctx->needs_input_grad(3);
     static const auto op = find<decltype(kernel::_grouped_backward)>("fp8::_grouped_backward");
-    const auto [dx, dweight, dbias] = op.call(
-        dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
-        saved[4], ctx->saved_data["in_features"].toSymInt(), ctx->saved_data["transposed"].toBool(),
-        ctx->saved_data["recipe"].toInt(), needs_dx, needs_dweight, needs_dbias);
+    const auto [dx, dweight, dbias] =
+        op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+                saved[4], ctx->saved_data["in_features"].toSymInt(),
+                ctx->saved_data["transposed"].toBool(), ctx->saved_data["recipe"].toInt(), needs_dx,
+                needs_dweight, needs_dbias, optional(saved[5]));
     return {needs_dx ? dx : none, needs_dweight ? dweight : none, none, needs_dbias ? dbias : none,
             none};
   }
@@ -108,12 +112,13 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor weights = top_k_weights.to(at::kFloat);
     static const auto op = find<decltype(kernel::_moe_forward)>("fp8::_moe_forward");
-    auto [y, gate_up_out, offsets, place, source] = op.call(
+    auto [y, gate_up_out, offsets, place, source, gate_up_amax, down_amax] = op.call(
         x, top_k_index, weights, gate_up, down, gate_up_bias, down_bias, options->activation,
-        options->interleaved, options->alpha, options->limit, options->recipe);
+        options->interleaved, options->alpha, options->limit, options->recipe, /*save_amax=*/true);
     const at::Tensor none;
     ctx->save_for_backward({x, top_k_index, weights, gate_up, down, gate_up_bias.value_or(none),
-                            down_bias.value_or(none), gate_up_out, offsets, place, source});
+                            down_bias.value_or(none), gate_up_out, offsets, place, source,
+                            or_undefined(gate_up_amax), or_undefined(down_amax)});
     ctx->saved_data["activation"] = options->activation;
     ctx->saved_data["interleaved"] = options->interleaved;
     ctx->saved_data["alpha"] = options->alpha;
@@ -138,7 +143,8 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
                 optional(saved[6]), saved[7], saved[8], saved[9], saved[10],
                 ctx->saved_data["activation"].toInt(), ctx->saved_data["interleaved"].toBool(),
                 ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(),
-                ctx->saved_data["recipe"].toInt(), wanted | may_consume);
+                ctx->saved_data["recipe"].toInt(), wanted | may_consume, optional(saved[11]),
+                optional(saved[12]));
     const auto weights_dtype =
         static_cast<at::ScalarType>(ctx->saved_data["weights_dtype"].toInt());
     if ((wanted & needs::kX) != 0) result[0] = dx;

@@ -69,6 +69,7 @@ struct BackwardArgs {
   const std::optional<at::Tensor>& x_t_scale;       // [E, pad16(K)] fp32
   const std::optional<at::Tensor>& padded_offsets;  // [E] int32
   const std::optional<at::Tensor>& weight;          // [E, N, K]
+  const std::optional<at::Tensor>& weight_amax;     // [E, pad16(K)] fp32
   const at::Tensor& offsets;                        // [E] int32
   int64_t k;
   bool transposed;  // how dweight is stored
@@ -78,7 +79,8 @@ struct BackwardArgs {
 // [T, K]
 at::Tensor input_gradient(const BackwardArgs& args, const at::Tensor& dy_rows) {  // [T, pad16(N)]
   const Side qdy = grouped::quantize_rows(dy_rows, args.recipe.power_of_two);
-  const Side qw = grouped::weight_for_dgrad(padded(*args.weight, 2), args.recipe.power_of_two);
+  const Side qw = grouped::weight_for_dgrad(padded(*args.weight, 2), args.recipe.power_of_two,
+                                            args.weight_amax);
   const at::Tensor dx = first_columns(
       grouped::multiply_rows(qdy, qw, args.offsets, args.dy.scalar_type(), args.recipe.fast_dgrad),
       args.k);
@@ -161,9 +163,9 @@ void check_grouped_linear(const at::Tensor& x, const at::Tensor& weight, const a
 
 namespace kernel {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& given_offsets,
-    const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x) {
+    const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x, bool save_amax) {
   check_grouped_linear(x, weight, given_offsets, bias);
   const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::DeviceGuard guard(x.device());
@@ -172,20 +174,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
   const int64_t features = weight.size(1);
   const bool empty = x.numel() == 0 || weight.numel() == 0;
 
+  const bool keep_amax = save_amax && operand::keeps_amax(weight);
   at::Tensor y;
+  at::Tensor amax = none_like(x);
   const at::Tensor rows = empty ? at::Tensor() : rows_of(x);
   if (empty) {
     y = at::zeros({x.size(0), features}, x.options());
   } else {
     const Side qx = grouped::quantize_rows(rows, recipe.power_of_two);
-    const Side qw = grouped::weight_for_fprop(padded(weight, 2), recipe.power_of_two);
+    const auto [qw, kept] =
+        grouped::weight_for_fprop(padded(weight, 2), recipe.power_of_two, keep_amax);
+    if (keep_amax) amax = kept;
     y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), recipe.fast_fprop),
                       features);
   }
   if (y.numel() > 0 && offsets.size(0) > 0 && (bias || !empty)) {
     finish(y, offsets, bias ? bias->contiguous() : at::Tensor());
   }
-  if (!save_x || !recipe.fp8_wgrad) return {y, none_like(x), none_like(x), none_like(x)};
+  if (empty && keep_amax) {
+    amax = at::zeros({weight.size(0), pad16(weight.size(2))}, x.options().dtype(at::kFloat));
+  }
+  if (!save_x || !recipe.fp8_wgrad) return {y, none_like(x), none_like(x), none_like(x), amax};
   const int64_t groups = offsets.size(0);
   if (empty) {
     const int64_t k = pad16(x.size(1));
@@ -193,11 +202,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
             at::zeros({k, core::max_padded_rows(x.size(0), groups)},
                       x.options().dtype(at::kFloat8_e4m3fn)),
             at::ones({groups, k}, x.options().dtype(at::kFloat)),
-            at::zeros({groups}, offsets.options())};
+            at::zeros({groups}, offsets.options()), amax};
   }
   const grouped::Tiles tiles = grouped::make_tiles(offsets, x.size(0));
   const Side qx_t = grouped::quantize_columns(rows, tiles, recipe.power_of_two);
-  return {y, qx_t.codes, qx_t.scales, tiles.padded_offsets};
+  return {y, qx_t.codes, qx_t.scales, tiles.padded_offsets, amax};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
@@ -205,7 +214,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& padded_offsets,
     const std::optional<at::Tensor>& weight, const at::Tensor& given_offsets,
     c10::SymInt in_features, bool transposed, int64_t recipe_id, bool needs_dx, bool needs_dweight,
-    bool needs_dbias) {
+    bool needs_dbias, const std::optional<at::Tensor>& weight_amax) {
   const c10::DeviceGuard guard(given_dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor dy = as_matrix(given_dy);
@@ -216,6 +225,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
                           .x_t_scale = x_t_scale,
                           .padded_offsets = padded_offsets,
                           .weight = weight,
+                          .weight_amax = weight_amax,
                           .offsets = offsets,
                           .k = in_features.expect_int(),
                           .transposed = transposed,
@@ -240,13 +250,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
 
 namespace meta {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
-    const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x) {
+    const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x, bool save_amax) {
   check_grouped_linear(x, weight, offsets, bias);
   at::Tensor y = at::empty_symint({x.sym_size(0), weight.sym_size(1)}, x.options());
+  const at::Tensor amax = save_amax ? grouped::kept_amax_like(weight) : none_like(x);
   if (!save_x || !grouped_recipe_at(recipe_id).fp8_wgrad) {
-    return {y, none_like(x), none_like(x), none_like(x)};
+    return {y, none_like(x), none_like(x), none_like(x), amax};
   }
   const c10::SymInt groups = offsets.sym_size(0);
   const c10::SymInt k = pad16(x.sym_size(1));
@@ -254,7 +265,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
           at::empty_symint({k, pad16(x.sym_size(0)) + groups * 16},
                            x.options().dtype(at::kFloat8_e4m3fn)),
           at::empty_symint({groups, k}, x.options().dtype(at::kFloat)),
-          at::empty_symint({groups}, offsets.options())};
+          at::empty_symint({groups}, offsets.options()), amax};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
@@ -262,7 +273,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const std::optional<at::Tensor>& /*x_t_scale*/,
     const std::optional<at::Tensor>& /*padded_offsets*/,
     const std::optional<at::Tensor>& /*weight*/, const at::Tensor& offsets, c10::SymInt in_features,
-    bool transposed, int64_t /*recipe*/, bool needs_dx, bool needs_dweight, bool needs_dbias) {
+    bool transposed, int64_t /*recipe*/, bool needs_dx, bool needs_dweight, bool needs_dbias,
+    const std::optional<at::Tensor>& /*weight_amax*/) {
   const c10::SymInt groups = offsets.sym_size(0);
   const c10::SymInt features = dy.sym_size(1);
   at::Tensor dweight = none_like(dy);
@@ -284,7 +296,7 @@ at::Tensor composite::grouped_linear(const at::Tensor& x, const at::Tensor& weig
                                      std::string_view recipe) {
   const auto forward = x.is_meta() ? meta::_grouped_forward : kernel::_grouped_forward;
   return std::get<0>(forward(x, weight, offsets, bias, grouped_recipe_id("grouped_linear", recipe),
-                             /*save_x=*/false));
+                             /*save_x=*/false, /*save_amax=*/false));
 }
 
 }  // namespace fp8

@@ -18,13 +18,15 @@ namespace kernel {
 
 // y [T, N] and, with save_x, what wgrad needs of x: x_t [pad16(K), L] e4m3, quantized within each
 // group, its scale [E, pad16(K)], and padded_offsets [E] int32, where the groups lie in it (L =
-// max_padded_rows). Recipes without FP8 wgrad save x itself and get empty tensors.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
+// max_padded_rows). Recipes without FP8 wgrad save x itself and get empty tensors. With save_amax,
+// what dgrad needs to quantize the weight in one pass: the maxima of its columns [E, pad16(K)]
+// fp32, empty where there are none (operand::keeps_amax).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_forward(
     const at::Tensor& x,         // [T, K]
     const at::Tensor& weight,    // [E, N, K], stored that way or transposed
     const at::Tensor& offsets,   // [E] int32, the row that ends each group
     const OptionalTensor& bias,  // [E, N]
-    int64_t recipe, bool save_x);
+    int64_t recipe, bool save_x, bool save_amax);
 
 // dx [T, K], dweight [E, N, K], dbias [E, N]; an empty tensor where one is not asked for. dweight
 // is stored as the weight is (`transposed`: [E, K, N] in memory).
@@ -36,19 +38,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const OptionalTensor& weight,          // [E, N, K]
     const at::Tensor& offsets,             // [E] int32
     c10::SymInt in_features, bool transposed, int64_t recipe, bool needs_dx, bool needs_dweight,
-    bool needs_dbias);
+    bool needs_dbias, const OptionalTensor& weight_amax);  // [E, pad16(K)]
 
 // y [T, H]; gate_up_out [T * k, 2 I], the first product without its bias; offsets [E], place [T *
-// k] and source [T * k], see core_grouped.h.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forward(
-    const at::Tensor& x,                 // [T, H]
-    const at::Tensor& top_k_index,       // [T, k] int64
-    const at::Tensor& top_k_weights,     // [T, k]
-    const at::Tensor& gate_up,           // [E, 2 I, H], stored that way or transposed
-    const at::Tensor& down,              // [E, H, I], the same
-    const OptionalTensor& gate_up_bias,  // [E, 2 I]
-    const OptionalTensor& down_bias,     // [E, H]
-    int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe);
+// k] and source [T * k], see core_grouped.h; with save_amax, what _grouped_forward says of both
+// weights, [E, H] and [E, I].
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+_moe_forward(const at::Tensor& x,                 // [T, H]
+             const at::Tensor& top_k_index,       // [T, k] int64
+             const at::Tensor& top_k_weights,     // [T, k]
+             const at::Tensor& gate_up,           // [E, 2 I, H], stored that way or transposed
+             const at::Tensor& down,              // [E, H, I], the same
+             const OptionalTensor& gate_up_bias,  // [E, 2 I]
+             const OptionalTensor& down_bias,     // [E, H]
+             int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe,
+             bool save_amax);
 
 // The gradients of x, top_k_weights, gate_up, down, gate_up_bias, down_bias, in their shapes, as
 // far as the bits of `needs` ask for them.
@@ -65,8 +69,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& offsets,           // [E] int32
     const at::Tensor& place,             // [T * k] int32
     const at::Tensor& source,            // [T * k] int32
-    int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe,
-    int64_t needs);
+    int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe, int64_t needs,
+    const OptionalTensor& gate_up_amax, const OptionalTensor& down_amax);
 
 }  // namespace kernel
 

@@ -66,7 +66,9 @@ struct BackwardArgs {
   Routing routing;
   Gate gate;
   Recipe recipe;
-  int64_t wanted;  // bits of `needs`
+  int64_t wanted;                                 // bits of `needs`
+  const std::optional<at::Tensor>& gate_up_amax;  // [E, H], what the forward kept
+  const std::optional<at::Tensor>& down_amax;     // [E, I]
 
   bool needs(int64_t what) const { return (wanted & what) != 0; }
   int64_t rows() const { return experts.numel(); }
@@ -112,8 +114,9 @@ GateGradients gate_gradients(const BackwardArgs& args,
   {
     const Side qdy =
         grouped::quantize_rows(args.dy, args.recipe.power_of_two, args.routing.place, args.top_k());
-    dh = grouped::multiply_rows(qdy, grouped::weight_for_dgrad(args.down, args.recipe.power_of_two),
-                                offsets, args.dtype(), args.recipe.fast_dgrad);
+    const Side down =
+        grouped::weight_for_dgrad(args.down, args.recipe.power_of_two, args.down_amax);
+    dh = grouped::multiply_rows(qdy, down, offsets, args.dtype(), args.recipe.fast_dgrad);
   }
   GateGradients out;
   core::GateBackwardArgs pass{
@@ -210,9 +213,10 @@ Gradients moe_gradients(const BackwardArgs& args) {
   }
   if (args.needs(needs::kWeights) && args.down_bias.defined()) add_bias_part(args, grads.weights);
   if (args.needs(needs::kX)) {
-    const at::Tensor rows = grouped::multiply_rows(
-        gate.quantized, grouped::weight_for_dgrad(args.gate_up, args.recipe.power_of_two),
-        routing.offsets, args.dtype(), args.recipe.fast_dgrad);
+    const Side gate_up =
+        grouped::weight_for_dgrad(args.gate_up, args.recipe.power_of_two, args.gate_up_amax);
+    const at::Tensor rows = grouped::multiply_rows(gate.quantized, gate_up, routing.offsets,
+                                                   args.dtype(), args.recipe.fast_dgrad);
     gate.quantized = {};
     grads.x = grouped::combine_rows(rows, args.x.size(0), routing, {}, {}, {});
   }
@@ -233,7 +237,9 @@ kernel::_moe_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tenso
                       const std::optional<at::Tensor>& down_bias, const at::Tensor& gate_up_out,
                       const at::Tensor& offsets, const at::Tensor& place, const at::Tensor& source,
                       int64_t activation, bool interleaved, double alpha, double limit,
-                      int64_t recipe_id, int64_t wanted) {
+                      int64_t recipe_id, int64_t wanted,
+                      const std::optional<at::Tensor>& gate_up_amax,
+                      const std::optional<at::Tensor>& down_amax) {
   const c10::DeviceGuard guard(dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const BackwardArgs args{
@@ -249,7 +255,9 @@ kernel::_moe_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tenso
       .routing = {offsets, place, source},
       .gate = {static_cast<core::Activation>(activation), interleaved, alpha, limit},
       .recipe = grouped_recipe_at(recipe_id),
-      .wanted = wanted};
+      .wanted = wanted,
+      .gate_up_amax = gate_up_amax,
+      .down_amax = down_amax};
   Gradients grads = args.experts.numel() == 0 ? zero_gradients(args) : moe_gradients(args);
   return {or_none(grads.x, dy),    or_none(grads.weights, dy),      or_none(grads.gate_up, dy),
           or_none(grads.down, dy), or_none(grads.gate_up_bias, dy), or_none(grads.down_bias, dy)};

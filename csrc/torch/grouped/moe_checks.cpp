@@ -5,6 +5,7 @@
 #include "torch/common/recipe.h"
 #include "torch/common/tensors.h"
 #include "torch/grouped/grouped_ops.h"
+#include "torch/grouped/operands.h"
 
 namespace fp8 {
 namespace {
@@ -78,20 +79,24 @@ void check_moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
 
 namespace meta {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forward(
-    const at::Tensor& x, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
-    const at::Tensor& gate_up, const at::Tensor& down,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    int64_t /*activation*/, bool /*interleaved*/, double /*alpha*/, double /*limit*/,
-    int64_t recipe) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+_moe_forward(const at::Tensor& x, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
+             const at::Tensor& gate_up, const at::Tensor& down,
+             const std::optional<at::Tensor>& gate_up_bias,
+             const std::optional<at::Tensor>& down_bias, int64_t /*activation*/,
+             bool /*interleaved*/, double /*alpha*/, double /*limit*/, int64_t recipe,
+             bool save_amax) {
   check_moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias);
   grouped_recipe_at(recipe);
   const c10::SymInt rows = top_k_index.sym_numel();
   const auto ints = x.options().dtype(at::kInt);
   return {at::empty_symint(x.sym_sizes(), x.options()),
           at::empty_symint({rows, gate_up.sym_size(1)}, x.options()),
-          at::empty_symint({gate_up.sym_size(0)}, ints), at::empty_symint({rows}, ints),
-          at::empty_symint({rows}, ints)};
+          at::empty_symint({gate_up.sym_size(0)}, ints),
+          at::empty_symint({rows}, ints),
+          at::empty_symint({rows}, ints),
+          save_amax ? grouped::kept_amax_like(gate_up) : none_like(x),
+          save_amax ? grouped::kept_amax_like(down) : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_backward(
@@ -100,7 +105,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
     const at::Tensor& /*gate_up_out*/, const at::Tensor& /*offsets*/, const at::Tensor& /*place*/,
     const at::Tensor& /*source*/, int64_t /*activation*/, bool /*interleaved*/, double /*alpha*/,
-    double /*limit*/, int64_t /*recipe*/, int64_t wanted) {
+    double /*limit*/, int64_t /*recipe*/, int64_t wanted,
+    const std::optional<at::Tensor>& /*gate_up_amax*/,
+    const std::optional<at::Tensor>& /*down_amax*/) {
   const auto like = [&](int64_t what, const at::Tensor& t) {
     return (wanted & what) != 0 ? at::empty_symint(t.sym_sizes(), t.options()) : none_like(dy);
   };

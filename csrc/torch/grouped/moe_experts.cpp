@@ -24,12 +24,12 @@ using grouped::Routing;
 
 namespace kernel {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forward(
-    const at::Tensor& given_x, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
-    const at::Tensor& gate_up, const at::Tensor& down,
-    const std::optional<at::Tensor>& given_gate_up_bias,
-    const std::optional<at::Tensor>& given_down_bias, int64_t activation, bool interleaved,
-    double alpha, double limit, int64_t recipe_id) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+_moe_forward(const at::Tensor& given_x, const at::Tensor& top_k_index,
+             const at::Tensor& top_k_weights, const at::Tensor& gate_up, const at::Tensor& down,
+             const std::optional<at::Tensor>& given_gate_up_bias,
+             const std::optional<at::Tensor>& given_down_bias, int64_t activation, bool interleaved,
+             double alpha, double limit, int64_t recipe_id, bool save_amax) {
   check_moe_experts(given_x, top_k_index, top_k_weights, gate_up, down, given_gate_up_bias,
                     given_down_bias);
   const Recipe recipe = grouped_recipe_at(recipe_id);
@@ -45,20 +45,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forw
   const int64_t features = down.size(2);
   if (experts.numel() == 0) {
     const auto ints = x.options().dtype(at::kInt);
+    const auto no_amax = [&](const at::Tensor& weight) {
+      return save_amax ? grouped::kept_amax_like(weight).zero_() : none_like(x);
+    };
     return {at::zeros_like(x, at::MemoryFormat::Contiguous),
-            at::empty({0, 2 * features}, x.options()), at::zeros({groups}, ints),
-            at::empty({0}, ints), at::empty({0}, ints)};
+            at::empty({0, 2 * features}, x.options()),
+            at::zeros({groups}, ints),
+            at::empty({0}, ints),
+            at::empty({0}, ints),
+            no_amax(gate_up),
+            no_amax(down)};
   }
   const at::Tensor gate_up_bias = grouped::contiguous(given_gate_up_bias);
   const at::Tensor down_bias = grouped::contiguous(given_down_bias);
   const Routing routing = grouped::sort_by_expert(experts, groups);
 
+  // y = rows W^T; the maxima of the weight's columns go to `amax`.
+  const auto multiply = [&](const Side& rows, const at::Tensor& weight, at::Tensor& amax) {
+    const bool keep_amax = save_amax && operand::keeps_amax(weight);
+    auto [codes, kept] = grouped::weight_for_fprop(weight, recipe.power_of_two, keep_amax);
+    amax = keep_amax ? kept : none_like(x);
+    return grouped::multiply_rows(rows, codes, routing.offsets, dtype, recipe.fast_fprop);
+  };
   at::Tensor gate_up_out;
+  at::Tensor gate_up_amax;
+  at::Tensor down_amax;
   {
     const Side qx = grouped::quantize_rows(x, recipe.power_of_two, routing.place, top_k);
-    gate_up_out =
-        grouped::multiply_rows(qx, grouped::weight_for_fprop(gate_up, recipe.power_of_two),
-                               routing.offsets, dtype, recipe.fast_fprop);
+    gate_up_out = multiply(qx, gate_up, gate_up_amax);
   }
   const Gate gate{static_cast<core::Activation>(activation), interleaved, alpha, limit};
   const Side qh = grouped::rowwise_side(x, gate_up_out.size(0), features);
@@ -68,11 +82,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_forw
       .scale = qh.scales.mutable_data_ptr<float>(),
       .power_of_two = recipe.power_of_two};
   FP8_RUN_PASS(gate_forward, x, args);
-  const at::Tensor out =
-      grouped::multiply_rows(qh, grouped::weight_for_fprop(down, recipe.power_of_two),
-                             routing.offsets, dtype, recipe.fast_fprop);
+  const at::Tensor out = multiply(qh, down, down_amax);
   const at::Tensor y = grouped::combine_rows(out, tokens, routing, weights, experts, down_bias);
-  return {y, gate_up_out, routing.offsets, routing.place, routing.source};
+  return {y, gate_up_out, routing.offsets, routing.place, routing.source, gate_up_amax, down_amax};
 }
 
 }  // namespace kernel
@@ -87,7 +99,7 @@ at::Tensor composite::moe_experts(const at::Tensor& x, const at::Tensor& top_k_i
   const auto forward = x.is_meta() ? meta::_moe_forward : kernel::_moe_forward;
   return std::get<0>(forward(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
                              activation_index(activation), interleaved, alpha, limit,
-                             grouped_recipe_id("moe_experts", recipe)));
+                             grouped_recipe_id("moe_experts", recipe), /*save_amax=*/false));
 }
 
 }  // namespace fp8

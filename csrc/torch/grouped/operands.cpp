@@ -89,18 +89,30 @@ Side quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_two
   return out;
 }
 
-Side weight_for_fprop(const at::Tensor& weight, bool power_of_two) {
-  return operand::remembered_weight(
-             weight, {.granularity = core::Granularity::kRowwise, .power_of_two = power_of_two})
-      .along_cols;
+WeightForFprop weight_for_fprop(const at::Tensor& weight, bool power_of_two, bool keep_amax) {
+  const Operand made =
+      operand::remembered_weight(weight, {.granularity = core::Granularity::kRowwise,
+                                          .power_of_two = power_of_two,
+                                          .keep_amax = keep_amax});
+  return {made.along_cols, keep_amax ? made.amax : at::Tensor()};
 }
 
-Side weight_for_dgrad(const at::Tensor& weight, bool power_of_two) {
-  return operand::remembered_weight(weight, {.granularity = core::Granularity::kRowwise,
-                                             .along_cols = false,
-                                             .along_rows = true,
-                                             .power_of_two = power_of_two})
+Side weight_for_dgrad(const at::Tensor& weight, bool power_of_two,
+                      const std::optional<at::Tensor>& amax) {
+  return operand::remembered_weight(
+             weight, {.granularity = core::Granularity::kRowwise,
+                      .along_cols = false,
+                      .along_rows = true,
+                      .power_of_two = power_of_two,
+                      .scaling = amax ? Scaling::known_amax(amax->contiguous(), /*delayed=*/false)
+                                      : Scaling::dynamic()})
       .along_rows;
+}
+
+at::Tensor kept_amax_like(const at::Tensor& weight) {
+  if (!operand::keeps_amax(weight)) return none_like(weight);
+  return at::empty_symint({weight.sym_size(0), pad16(weight.sym_size(2))},
+                          weight.options().dtype(at::kFloat));
 }
 
 }  // namespace fp8::grouped

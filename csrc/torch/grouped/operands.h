@@ -40,10 +40,19 @@ Side quantize_columns(const at::Tensor& x,  // [rows, K], contiguous columns
 
 // An expert's weight as the product over its in-features reads it (codes [groups, N, K], a scale
 // for each out-feature), and as the one over its out-features does ([groups, K, N], a scale for
-// each in-feature). Made once inside fp8.cached_weights.
-Side weight_for_fprop(const at::Tensor& weight,  // [groups, N, K], see operand::make_stack
-                      bool power_of_two);
-Side weight_for_dgrad(const at::Tensor& weight,  // the same
-                      bool power_of_two);
+// each in-feature, which the maxima of columns spare a pass). Made once inside fp8.cached_weights.
+struct WeightForFprop {
+  Side side;
+  at::Tensor amax;  // [groups, K] fp32, undefined where not kept
+};
+WeightForFprop weight_for_fprop(const at::Tensor& weight,  // [groups, N, K], see make_stack
+                                bool power_of_two,
+                                bool keep_amax);  // where operand::keeps_amax
+Side weight_for_dgrad(const at::Tensor& weight,   // the same
+                      bool power_of_two,
+                      const std::optional<at::Tensor>& amax = {});  // what fprop kept
+
+// Fake: what a forward keeps of a weight; an empty tensor where it keeps nothing.
+at::Tensor kept_amax_like(const at::Tensor& weight);  // [groups, N, K]
 
 }  // namespace fp8::grouped

@@ -157,9 +157,11 @@ void add_sides(Operand& operand, const at::Tensor& weight, const QuantizeRequest
     if (missing.scaling.source == Scaling::Source::kKnownAmax) missing.scaling = Scaling::dynamic();
     operand = make_weight(weight, missing);
   } else {
-    missing.along_cols = request.along_cols && !operand.along_cols.defined();
+    missing.keep_amax = request.keep_amax && !operand.amax.defined();
+    missing.along_cols = missing.keep_amax || (request.along_cols && !operand.along_cols.defined());
     missing.along_rows = request.along_rows && !operand.along_rows.defined();
     Operand made = make_weight(weight, missing);
+    if (missing.keep_amax) operand.amax = made.amax;
     if (missing.along_cols) operand.along_cols = std::move(made.along_cols);
     if (missing.along_rows) operand.along_rows = std::move(made.along_rows);
   }

@@ -38,7 +38,10 @@ Operand allocate(const at::Tensor& x, const QuantizeRequest& request) {
   Operand out;
   if (request.along_cols) out.along_cols = side(rows, cols, scale);
   if (request.along_rows) out.along_rows = side(cols, rows, scale);
-  if (request.keep_amax) out.amax = empty_on(x, {}, at::kFloat);
+  if (request.keep_amax) {
+    out.amax = request.group_rows > 0 ? empty_on(x, {rows / request.group_rows, cols}, at::kFloat)
+                                      : empty_on(x, {}, at::kFloat);
+  }
   if (request.column_sum) out.column_sum = empty_on(x, {cols}, *request.column_sum);
   return out;
 }
@@ -99,6 +102,9 @@ core::QuantizeArgs quantize_args(const at::Tensor& x, const Operand& out,
     args.scale_t = nullptr;
     args.scaling = core_scaling(request.scaling);
     if (out.amax.defined()) args.amax_out = out.amax.mutable_data_ptr<float>();
+  } else if (out.amax.defined()) {
+    args.column_amax = out.amax.mutable_data_ptr<float>();
+    args.group_rows = request.group_rows;
   }
   if (out.column_sum.defined()) {
     args.column_sum = out.column_sum.mutable_data_ptr();
@@ -109,17 +115,25 @@ core::QuantizeArgs quantize_args(const at::Tensor& x, const Operand& out,
 
 // --- a stack of matrices, stored [groups, rows, cols] ---
 
-// Codes along cols, a scale for each row: one matrix of groups * rows.
-Side rows_of_stack(const at::Tensor& stored, const QuantizeRequest& request) {
+// Codes along cols, a scale for each row: one matrix of groups * rows. With the maxima of columns
+// where they are asked for.
+struct RowsOfStack {
+  Side side;
+  at::Tensor amax;
+};
+RowsOfStack rows_of_stack(const at::Tensor& stored, const QuantizeRequest& request) {
   const int64_t rows = stored.size(0) * stored.size(1);
   QuantizeRequest of_rows = request;
   of_rows.along_cols = true;
   of_rows.along_rows = false;
-  const Side flat = operand::make(stored.view({rows, stored.size(2)}), of_rows).along_cols;
-  return {.codes = flat.codes.view(stored.sizes()),
-          .scales = flat.scales.view(stored.sizes().slice(0, 2)),
-          .granularity = Granularity::kRowwise,
-          .rows = stored.size(1)};
+  of_rows.scaling = Scaling::dynamic();
+  of_rows.group_rows = request.keep_amax ? stored.size(1) : 0;
+  const Operand flat = operand::make(stored.view({rows, stored.size(2)}), of_rows);
+  return {{.codes = flat.along_cols.codes.view(stored.sizes()),
+           .scales = flat.along_cols.scales.view(stored.sizes().slice(0, 2)),
+           .granularity = Granularity::kRowwise,
+           .rows = stored.size(1)},
+          flat.amax};
 }
 
 // Codes along rows, a scale for each column, transposed: [groups, cols, rows].
@@ -131,7 +145,10 @@ Side columns_of_stack(const at::Tensor& stored, const QuantizeRequest& request) 
            .scales = empty_on(stored, {groups, cols}, at::kFloat),
            .granularity = Granularity::kRowwise,
            .rows = cols};
-  const at::Tensor amax = empty_on(stored, {groups, cols}, at::kInt);
+  const bool known = request.scaling.source == Scaling::Source::kKnownAmax;
+  const at::Tensor amax =
+      known ? request.scaling.tensor : empty_on(stored, {groups, cols}, at::kInt);
+  TORCH_INTERNAL_ASSERT(amax.is_contiguous() && amax.numel() == groups * cols);
   const core::GroupColumnsArgs args{.x = stored.const_data_ptr(),
                                     .x_dtype = to_core(stored.scalar_type()),
                                     .cols = cols,
@@ -142,6 +159,7 @@ Side columns_of_stack(const at::Tensor& stored, const QuantizeRequest& request) 
                                     .ld_t = rows,
                                     .scale_t = out.scales.mutable_data_ptr<float>(),
                                     .amax = static_cast<uint32_t*>(amax.mutable_data_ptr()),
+                                    .amax_is_known = known,
                                     .power_of_two = request.power_of_two};
   FP8_RUN_PASS(quantize_group_columns, stored, args);
   return out;
@@ -190,11 +208,19 @@ Operand operand::make_stack(const at::Tensor& x, const QuantizeRequest& request)
   Operand out;
   Side& of_rows = transposed ? out.along_rows : out.along_cols;
   Side& of_columns = transposed ? out.along_cols : out.along_rows;
-  if (transposed ? request.along_rows : request.along_cols)
-    of_rows = rows_of_stack(stored, request);
+  if (transposed ? request.along_rows : request.along_cols) {
+    const auto [side, amax] = rows_of_stack(stored, request);
+    of_rows = side;
+    out.amax = amax;
+  }
   if (transposed ? request.along_cols : request.along_rows)
     of_columns = columns_of_stack(stored, request);
   return out;
+}
+
+bool operand::keeps_amax(const at::Tensor& stack) {
+  return !is_stored_transposed(stack) && stack.sym_numel() > 0 &&
+         stack.sym_size(2) <= core::kMaxColumnAmaxCols;
 }
 
 Side operand::given(const char* op, const char* name, const at::Tensor& codes,

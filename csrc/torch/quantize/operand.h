@@ -30,12 +30,15 @@ struct Side {
 struct Operand {
   Side along_cols;        // contracted along its columns: codes [pad16(rows), pad16(cols)]
   Side along_rows;        // along its rows: codes [pad16(cols), pad16(rows)], the transposed copy
-  at::Tensor amax;        // [] fp32, that which made the scale; undefined where not asked for
+  at::Tensor amax;        // fp32, undefined where not asked for: [], what made the scale; of a
+                          // stack [groups, cols], the maxima of columns, which make the scales of
+                          // along_rows
   at::Tensor column_sum;  // [cols], the same
   bool launched = false;  // kernels of this quantization are the last that were launched
 };
 
-// What makes the scale of a tensorwise quantization: core::Scaling, of tensors.
+// What makes the scale of a tensorwise quantization: core::Scaling, of tensors. A stack takes known
+// maxima of columns, [groups, cols], for along_rows.
 struct Scaling {
   enum class Source : uint8_t { kOwnAmax, kGiven, kKnownAmax, kHistory };
   Source source = Source::kOwnAmax;
@@ -60,9 +63,10 @@ struct QuantizeRequest {
   bool along_cols = true;
   bool along_rows = false;
   bool power_of_two = false;  // scales that are computed are powers of two
-  Scaling scaling = {};       // tensorwise
-  bool keep_amax = false;
-  bool pdl = false;                          // see core::QuantizeArgs
+  Scaling scaling = {};       // tensorwise, and known maxima of a stack
+  bool keep_amax = false;     // tensorwise; of a stack where keeps_amax(stack), with along_cols
+  int64_t group_rows = 0;     // rowwise with keep_amax: rows of a group, see core::QuantizeArgs
+  bool pdl = false;           // see core::QuantizeArgs
   std::optional<at::ScalarType> column_sum;  // sums of x's columns in this dtype
 };
 
@@ -77,6 +81,10 @@ Operand make(const at::Tensor& x,  // [rows, cols] from as_matrix
 Operand make_stack(const at::Tensor& x,  // [groups, rows, cols], extents multiples of 16, stored
                                          // that way or transposed
                    const QuantizeRequest& request);
+
+// Whether the pass that makes a stack's along_cols can leave the maxima of its columns, so that
+// along_rows is made in one pass later. On fake tensors too.
+bool keeps_amax(const at::Tensor& stack);  // [groups, rows, cols]
 
 // Codes and scales that come from elsewhere. ValueError or TypeError in the name of `op`, which
 // calls them `name`, where no product could read them as they are.

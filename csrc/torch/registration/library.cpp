@@ -115,26 +115,29 @@ TORCH_LIBRARY(fp8, m) {
   // What grouped_linear and moe_experts are differentiated through.
   m.def(
       "_grouped_forward(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, int recipe,"
-      " bool save_x) -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor padded_offsets)",
+      " bool save_x, *, bool save_amax=False)"
+      " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor padded_offsets, Tensor weight_amax)",
       tags);
   m.def(
       "_grouped_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? padded_offsets,"
       " Tensor? weight, Tensor offsets, SymInt in_features, bool transposed, int recipe,"
-      " bool needs_dx, bool needs_dweight, bool needs_dbias)"
+      " bool needs_dx, bool needs_dweight, bool needs_dbias, *, Tensor? weight_amax=None)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
   m.def(
       "_moe_forward(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor "
       "down,"
       " Tensor? gate_up_bias, Tensor? down_bias, int activation, bool interleaved, float alpha,"
-      " float limit, int recipe)"
-      " -> (Tensor y, Tensor gate_up_out, Tensor offsets, Tensor place, Tensor source)",
+      " float limit, int recipe, *, bool save_amax=False)"
+      " -> (Tensor y, Tensor gate_up_out, Tensor offsets, Tensor place, Tensor source,"
+      " Tensor gate_up_amax, Tensor down_amax)",
       tags);
   m.def(
       "_moe_backward(Tensor dy, Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
       " Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor gate_up_out, Tensor offsets,"
       " Tensor place, Tensor source, int activation, bool interleaved, float alpha, float limit,"
-      " int recipe, int needs) -> (Tensor dx, Tensor d_weights, Tensor d_gate_up, Tensor d_down,"
+      " int recipe, int needs, *, Tensor? gate_up_amax=None, Tensor? down_amax=None)"
+      " -> (Tensor dx, Tensor d_weights, Tensor d_gate_up, Tensor d_down,"
       " Tensor d_gate_up_bias, Tensor d_down_bias)",
       tags);
 }

@@ -81,10 +81,37 @@ TEST_CASE("groups of equal extent are transposed", "[grouped]") {
   const auto [rows, cols] =
       GENERATE(std::pair<int64_t, int64_t>{16, 16}, std::pair{144, 80}, std::pair{1040, 208});
   const std::vector<float> host = random_matrix(groups * rows * cols, 14);
+  const bool known = GENERATE(false, true);  // by the pass over rows, which this one follows
   const Buffer<float> x(host);
   Buffer<uint8_t> data(groups * cols * rows);
   Buffer<float> scale(groups * cols);
   Buffer<uint32_t> amax(groups * cols);
+  if (known) {
+    Buffer<uint8_t> row_data(groups * rows * cols);
+    Buffer<float> row_scale(groups * rows);
+    quantize({.x = x.data,
+              .x_dtype = Dtype::kFloat32,
+              .rows = groups * rows,
+              .cols = cols,
+              .ld = cols,
+              .granularity = Granularity::kRowwise,
+              .data = {row_data.data, groups * rows, cols},
+              .scale = row_scale.data,
+              .column_amax = reinterpret_cast<float*>(amax.data),
+              .group_rows = rows},
+             nullptr);
+    check(cudaDeviceSynchronize());
+    const auto codes = row_data.host();
+    const auto scales = row_scale.host();
+    int64_t wrong = 0;
+    for (int64_t r = 0; r < groups * rows; ++r) {
+      const std::vector<float> row(host.begin() + r * cols, host.begin() + (r + 1) * cols);
+      const Codes expected(row);
+      wrong += scales[r] != expected.scale;
+      for (int64_t c = 0; c < cols; ++c) wrong += codes[r * cols + c] != expected(row[c]);
+    }
+    REQUIRE(wrong == 0);
+  }
   quantize_group_columns({.x = x.data,
                           .x_dtype = Dtype::kFloat32,
                           .cols = cols,
@@ -94,7 +121,8 @@ TEST_CASE("groups of equal extent are transposed", "[grouped]") {
                           .data_t = data.data,
                           .ld_t = rows,
                           .scale_t = scale.data,
-                          .amax = amax.data},
+                          .amax = amax.data,
+                          .amax_is_known = known},
                          nullptr);
   check(cudaDeviceSynchronize());
   const auto codes = data.host();

@@ -117,6 +117,25 @@ TEST_CASE("the rowwise pass holds a row in registers, or reads it again") {
   }
 }
 
+TEST_CASE("with maxima of columns a block has rows of one group, and a row in registers") {
+  for (const int64_t cols : {16, 768, 2048, 4096, 14336, 16384}) {
+    for (const int64_t group_rows : {int64_t{16}, int64_t{1536}, int64_t{28672}}) {
+      const int64_t rows = 8 * group_rows;
+      const ColumnAmaxPlan plan = plan_column_amax(rows, group_rows, cols, 128, 132);
+      INFO("cols=" << cols << " group_rows=" << group_rows);
+      REQUIRE(cols <= kMaxColumnAmaxCols);
+      REQUIRE(plan.row.iterations == 1);
+      REQUIRE(plan.row.vectors_per_thread <= kMaxColumnAmaxVectors);
+      REQUIRE(plan.rows_per_block % plan.row.rows_per_block == 0);
+      REQUIRE(plan.rows_per_block * plan.blocks_per_group >= group_rows);
+      REQUIRE(plan.rows_per_block * (plan.blocks_per_group - 1) < group_rows);
+      REQUIRE(plan.rows_per_block <= 256);
+    }
+  }
+  REQUIRE(plan_column_amax(229376, 28672, 4096, 128, 132).rows_per_block == 55);
+  REQUIRE(plan_column_amax(32768, 4096, 14336, 128, 132).rows_per_block == 32);
+}
+
 TEST_CASE("the blockwise pass covers every tile and every scale") {
   for (const int64_t rows : {int64_t{1}, int64_t{128}, int64_t{129}, int64_t{8200}}) {
     for (const int64_t cols : {1, 128, 130, 513, 14336}) {

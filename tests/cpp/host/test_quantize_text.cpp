@@ -56,6 +56,14 @@ TEST_CASE("each way of quantizing names its launches") {
   REQUIRE(how(problem(), {.rowwise = &rowwise}) ==
           "rowwise blocks=52 threads=128 iterations=1 workspace=0 launches=1");
 
+  QuantizeArgs maxima = problem();
+  maxima.column_amax = memory;
+  maxima.group_rows = 100;
+  const ColumnAmaxPlan columns = plan_column_amax(200, 100, 96, 128, 132);
+  REQUIRE(how(maxima, {.rowwise = &columns.row, .column_amax = &columns}) ==
+          "rowwise blocks=14 threads=128 iterations=1 workspace=0 launches=1");
+  REQUIRE(plan_line(maxima, 0, {}, 0).find(" makes=data,column_amax ") != std::string::npos);
+
   QuantizeArgs sums = problem();
   sums.column_sum = memory;
   const BlockwisePlan blockwise = plan_blockwise(208, 96, 96, 208);

@@ -199,7 +199,8 @@ def test_grouped_linear_quantizes_as_quantize_rowwise(device, routing, option):
     """The columns of x within each group, which the backward reads: codes and scales."""
     p = reference.problem(ROUTINGS[routing], 96, 80, device=device)
     number = ROWWISE | (POWER_OF_TWO if option else 0)
-    _, x_t, scale, ends = OPS._grouped_forward(p.x, p.weight, p.offsets, None, number, True)
+    made = OPS._grouped_forward(p.x, p.weight, p.offsets, None, number, True)
+    x_t, scale, ends = made[1:4]
     begin = 0
     for g, rows in enumerate(reference.slices(p.offsets)):
         count = rows.stop - rows.start
