@@ -233,7 +233,8 @@ struct ColumnAmaxPlan {
 };
 
 constexpr int kMaxColumnAmaxVectors = 4;
-constexpr int64_t kMaxColumnAmaxCols = int64_t{kMaxRowThreads} * kMaxColumnAmaxVectors * 8;
+constexpr int kColumnAmaxSlots = 3;  // rows in shared memory: of 99 KB, the least that GPUs have
+constexpr int64_t kMaxColumnAmaxRowBytes = int64_t{32} << 10;
 
 // rows: of all groups. Some four thousand threads to a multiprocessor, several times what it holds
 // at once, so that blocks end at different times.

@@ -39,6 +39,9 @@ struct Vec8 {
   }
 };
 
+template <typename T>
+constexpr int kQuads = Vec8<T>::kWords / 4;  // 16-byte words of eight elements
+
 // Of `count` elements that may be negative or many, how many of the next eight are there; for load8
 // and keep_first, which take what is below 0 as 0 and above 8 as 8.
 __device__ __forceinline__ int of_eight(int64_t count) {

@@ -61,19 +61,28 @@ struct ScatterParams {
   __host__ __device__ ScatteredRows sink() const { return {args}; }
 };
 
-// The rows as they are: a block a row.
+// The rows as they are: a block a row. Where its copies go is known to all threads before the row
+// itself is there.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const ScatterParams<T> p) {
-  let_next_start();
+  constexpr int kBatch = 8;
   const int64_t index = blockIdx.x;
   const int64_t cols = p.args.cols;
   const auto source = p.source();
   const auto row = source.row(index);
-  wait_for_previous();
-  for (int64_t col = threadIdx.x * 8; col < cols; col += blockDim.x * 8) {
-    const Vec8<T> v = source.load(row, col, of_eight(cols - col));
-    for (int64_t copy = 0; copy < p.args.copies; ++copy) {
-      store8(static_cast<T*>(p.args.plain) + p.sink().destination(index, copy) * cols + col, v);
+  for (int64_t first = 0; first < p.args.copies; first += kBatch) {
+    T* to[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t copy = min(first + i, p.args.copies - 1);
+      to[i] = static_cast<T*>(p.args.plain) + p.sink().destination(index, copy) * cols;
+    }
+    for (int64_t col = threadIdx.x * 8; col < cols; col += blockDim.x * 8) {
+      const Vec8<T> v = source.load(row, col, of_eight(cols - col));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i < p.args.copies) store8(to[i] + col, v);
+      }
     }
   }
 }

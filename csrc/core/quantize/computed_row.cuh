@@ -9,7 +9,7 @@
 #include <array>
 #include <atomic>
 
-#include "core/device/device.h"
+#include "core/device/shared_memory.h"
 #include "core/quantize/row.cuh"
 
 namespace fp8::core {
@@ -64,24 +64,6 @@ __global__ void __launch_bounds__(kMaxRowThreads, kMinBlocks) computed_row_kerne
     if constexpr (decltype(sink)::kPadded) codes = keep_first(codes, of_eight(cols - col));
     sink.put(out, col, codes);
   }
-}
-
-// Bytes of dynamic shared memory that a kernel may have: raised to the most once for each device.
-inline size_t shared_memory_of(const void* kernel,
-                               std::array<std::atomic<int>, kMaxDevices>& known) {
-  constexpr int kStaticBytes = 256;  // for what warps tell each other
-  const int device = current_device().index;
-  int bytes = known[device].load(std::memory_order_relaxed);
-  if (bytes == 0) {
-    FP8_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    bytes -= kStaticBytes;
-    FP8_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    FP8_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                        cudaSharedmemCarveoutMaxShared));
-    known[device].store(bytes, std::memory_order_relaxed);
-  }
-  return static_cast<size_t>(bytes);
 }
 
 template <typename Format, int kMinBlocks, typename Params>

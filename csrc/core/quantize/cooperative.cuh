@@ -31,8 +31,6 @@ constexpr int kSlotBytes = 96 * 1024;  // of a block
 constexpr int kKeptTiles = 6;          // of a block, for L2 to keep: 25 MB on 132 multiprocessors
 
 template <typename T>
-constexpr int kQuads = Vec8<T>::kWords / 4;  // 16-byte words of eight elements
-template <typename T>
 constexpr int kTileQuads = kRowsPerThread * kQuads<T>;  // of a thread
 template <typename T>
 constexpr int kSlots = kSlotBytes / (kTileQuads<T> * 16 * kThreads);

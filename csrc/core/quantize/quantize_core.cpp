@@ -129,8 +129,9 @@ void check(const QuantizeArgs& a) {
               a.data_t.data == nullptr && a.column_sum == nullptr && a.data.rows == a.rows &&
               a.data.ld == a.cols,
           "maxima of columns come with rowwise data without padding, and nothing else");
-  require(a.cols <= kMaxColumnAmaxCols && a.group_rows > 0 && a.rows % a.group_rows == 0,
-          "maxima of columns are those of groups of rows, of at most 16384 columns");
+  require(a.cols * dtype_bytes(a.x_dtype) <= kMaxColumnAmaxRowBytes && a.group_rows > 0 &&
+              a.rows % a.group_rows == 0,
+          "maxima of columns are those of groups of rows, of at most 32 KB a row");
 }
 
 struct Launch {

@@ -69,14 +69,14 @@ using SourceOf = decltype(std::declval<const Params&>().source());
 template <typename Params>
 using ElementOf = typename SourceOf<Params>::Element;
 
-// One row of `cols` elements, whose eights load(iteration) puts into v. encoded(i) comes when v[i]
-// is not needed any more. warp_amax: a word for each warp of the block.
+// One row of `cols` elements, whose eights load(iteration) puts into v. warp_amax: a word for each
+// warp of the block.
 template <typename Format, int kVectors, typename Params, typename Sink, typename Early, typename T,
-          typename Load, typename Encoded>
+          typename Load>
 __device__ __forceinline__ void quantize_row(const Params& p, const RowPlace& at, int64_t cols,
                                              const Sink& sink, const Early& early,
                                              Vec8<T> (&v)[kVectors], uint32_t* warp_amax,
-                                             const Load& load, const Encoded& encoded) {
+                                             const Load& load) {
   const int64_t stride = static_cast<int64_t>(p.plan.threads_per_row) * 8;
   PackedAmax<T> amax;
   amax.clear();
@@ -102,7 +102,6 @@ __device__ __forceinline__ void quantize_row(const Params& p, const RowPlace& at
       if (col >= sink.cols()) continue;
       const uint2 codes = encode8<Format>(v[i], [&](int) { return group.quant_multiplier; });
       sink.put(out, col, keep_first(codes, of_eight(cols - col)));
-      encoded(i);
     }
   }
 }
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<ElementOf<Params>>)
       v[i] = source.load(row, col, of_eight(cols - col));
     }
   };
-  quantize_row<Format>(p, at, cols, sink, early, v, warp_amax, load, [](int) {});
+  quantize_row<Format>(p, at, cols, sink, early, v, warp_amax, load);
 }
 
 // f(std::integral_constant<int, n>) with the smallest n that is enough, of kMin, twice as many, up

@@ -2,6 +2,12 @@
 // of columns are wanted too, as for a weight whose transposed copy the backward will need, a block
 // takes several rows one after the other and joins what it found with the other blocks': an
 // integer atomicMax, which has no order, so the bits are the same on every run.
+#include <cuda_pipeline_primitives.h>
+
+#include <array>
+#include <atomic>
+
+#include "core/device/shared_memory.h"
 #include "core/quantize/kernels.h"
 #include "core/quantize/row.cuh"
 
@@ -66,13 +72,63 @@ __device__ __forceinline__ void join_columns(const PackedAmax<T>& amax, int64_t 
   __syncwarp();
 }
 
-// A row's next eights are on their way as soon as this row's are encoded. Registers for both and
-// for the maxima: 128.
+// A thread's eights of the next rows, on their way through slots in shared memory. It reads what it
+// copied itself, so there is no barrier. Zeros beyond the columns.
+template <typename T, int kVectors>
+struct NextRows {
+  uint4* slots;  // the thread's first word
+  int64_t first_col;
+  int64_t stride;  // columns between a thread's eights
+  int64_t cols;
+
+  __device__ __forceinline__ uint4* slot(int index) const {
+    return slots + index * kVectors * kQuads<T> * blockDim.x;
+  }
+  __device__ __forceinline__ void copy(int index, const T* row, bool vectorized) const {
+    uint4* to = slot(index);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t col = first_col + i * stride;
+      if (col >= cols) break;
+      if (vectorized) {
+#pragma unroll
+        for (int quad = 0; quad < kQuads<T>; ++quad) {
+          __pipeline_memcpy_async(to + (i * kQuads<T> + quad) * blockDim.x,
+                                  reinterpret_cast<const uint4*>(row + col) + quad, 16);
+        }
+      } else {
+        put(to, i, load8(row + col, 8, false));
+      }
+    }
+  }
+  __device__ __forceinline__ void put(uint4* to, int i, const Vec8<T>& v) const {
+#pragma unroll
+    for (int quad = 0; quad < kQuads<T>; ++quad) {
+      to[(i * kQuads<T> + quad) * blockDim.x] = make_uint4(
+          v.words[4 * quad], v.words[4 * quad + 1], v.words[4 * quad + 2], v.words[4 * quad + 3]);
+    }
+  }
+  __device__ __forceinline__ Vec8<T> take(int index, int i) const {
+    Vec8<T> v = zero8<T>();
+    if (first_col + i * stride >= cols) return v;
+#pragma unroll
+    for (int quad = 0; quad < kQuads<T>; ++quad) {
+      const uint4 q = slot(index)[(i * kQuads<T> + quad) * blockDim.x];
+      v.words[4 * quad] = q.x;
+      v.words[4 * quad + 1] = q.y;
+      v.words[4 * quad + 2] = q.z;
+      v.words[4 * quad + 3] = q.w;
+    }
+    return v;
+  }
+};
+
 template <typename Params, typename Format, int kVectors>
 __global__ void __launch_bounds__(kMaxRowThreads, 1) group_rows_kernel(const Params p) {
   using T = ElementOf<Params>;
+  constexpr int kSlots = kColumnAmaxSlots;
+  extern __shared__ uint4 shared[];
   __shared__ uint32_t warp_amax[2][kMaxRowThreads / 32];  // of this row and of the one before
-  __shared__ uint32_t scratch[kMaxRowThreads * 8];
   const int64_t group = blockIdx.x / p.blocks_per_group;
   const int64_t done = blockIdx.x % p.blocks_per_group * p.rows_per_block;
   const int64_t begin = group * p.group_rows + done;
@@ -80,40 +136,56 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) group_rows_kernel(const Par
   const auto source = p.source();
   const PartOfGroup sink{p.sink(), end};
   const RowPlace first(p.plan, begin);
+  const int step = p.plan.rows_per_block;
   const int64_t stride = static_cast<int64_t>(p.plan.threads_per_row) * 8;
-  const auto cols_of = [&](int64_t row) { return row < end ? p.cols : 0; };
+  const NextRows<T, kVectors> next{shared + threadIdx.x, int64_t{first.thread} * 8, stride, p.cols};
 
-  Vec8<T> v[kVectors];
-  PackedAmax<T> columns[kVectors];
-  const auto load = [&](int64_t row, int i) {
-    const int64_t col = first.thread * 8 + i * stride;
-    v[i] = source.load(source.row(row), col, of_eight(cols_of(row) - col));
+  const auto copy = [&](int slot, int64_t row) {
+    if (row < end) next.copy(slot, source.row(row), p.vectorized);
+    __pipeline_commit();
   };
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    columns[i].clear();
-    load(first.row, i);
-  }
+  for (int ahead = 0; ahead < kSlots - 1; ++ahead) copy(ahead, first.row + ahead * step);
+  PackedAmax<T> columns[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) columns[i].clear();
+  int slot = 0;
   int turn = 0;
 #pragma unroll 1
-  for (RowPlace at = first; at.row - at.slot < end; at.row += p.plan.rows_per_block) {
-    const int64_t next = at.row + p.plan.rows_per_block;
-    quantize_row<Format>(
-        p, at, cols_of(at.row), sink, 0, v, warp_amax[turn],
-        [&](int /*iteration*/) {
+  for (RowPlace at = first; at.row - at.slot < end; at.row += step) {
+    copy(slot == 0 ? kSlots - 1 : slot - 1, at.row + (kSlots - 1) * step);
+    __pipeline_wait_prior(kSlots - 1);
+    Vec8<T> v[kVectors];
+    quantize_row<Format>(p, at, at.row < end ? p.cols : 0, sink, 0, v, warp_amax[turn],
+                         [&](int /*iteration*/) {
 #pragma unroll
-          for (int i = 0; i < kVectors; ++i) columns[i].update(v[i]);
-        },
-        [&](int i) { load(next, i); });
+                           for (int i = 0; i < kVectors; ++i) {
+                             v[i] = at.row < end ? next.take(slot, i) : zero8<T>();
+                             columns[i].update(v[i]);
+                           }
+                         });
     turn ^= 1;
+    slot = slot == kSlots - 1 ? 0 : slot + 1;
   }
+  __syncthreads();  // the slots become scratch
   const int64_t warp_col = first.thread / 32 * 256;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int64_t col = warp_col + i * stride;
-    join_columns(columns[i], p.cols - col, scratch + threadIdx.x / 32 * 256,
+    join_columns(columns[i], p.cols - col,
+                 reinterpret_cast<uint32_t*>(shared) + threadIdx.x / 32 * 256,
                  p.column_amax + group * p.cols + col);
   }
+}
+
+template <typename Format, int kVectors, typename Params>
+void launch_group_rows(const Params& params, unsigned blocks, cudaStream_t stream) {
+  const auto kernel = group_rows_kernel<Params, Format, kVectors>;
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  shared_memory_of(reinterpret_cast<const void*>(kernel), known);
+  const int threads = params.plan.threads_per_row * params.plan.rows_per_block;
+  const size_t slot = sizeof(Vec8<ElementOf<Params>>) * static_cast<size_t>(kVectors * threads);
+  launch(kernel, blocks, threads, stream, params, {.shared_bytes = kColumnAmaxSlots * slot});
 }
 
 }  // namespace
@@ -134,15 +206,13 @@ void launch_rowwise_column_amax(const RowwiseParams& params, const ColumnAmaxPla
   FP8_CUDA_CHECK(cudaMemsetAsync(
       column_amax, 0, static_cast<size_t>(groups * params.cols) * sizeof(uint32_t), stream));
   const auto blocks = static_cast<unsigned>(groups * plan.blocks_per_group);
-  const int threads = plan.row.threads_per_row * plan.row.rows_per_block;
   dispatch_input(x_dtype, [&](auto input) {
     const GroupRows<typename decltype(input)::type> rows{
         {params}, group_rows, plan.rows_per_block, plan.blocks_per_group, column_amax};
     dispatch_format(dtype, [&](auto format) {
       with_vectors<1, kMaxColumnAmaxVectors>(plan.row.vectors_per_thread, [&](auto vectors) {
-        launch(group_rows_kernel<decltype(rows), typename decltype(format)::type,
-                                 decltype(vectors)::value>,
-               blocks, threads, stream, rows);
+        launch_group_rows<typename decltype(format)::type, decltype(vectors)::value>(rows, blocks,
+                                                                                     stream);
       });
     });
   });

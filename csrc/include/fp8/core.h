@@ -122,7 +122,7 @@ struct QuantizeArgs {
   float* amax_out = nullptr;  // tensorwise only, one float, optional: the amax that made the scale
   // Rowwise without data_t and padding, optional: max |x| of each column within each group of
   // group_rows rows, which makes the scales of the group's transposed copy. [rows / group_rows,
-  // cols]; cols at most kMaxColumnAmaxCols of host/launch.h. rows is a multiple of group_rows.
+  // cols]. Rows of at most 32 KB (kMaxColumnAmaxRowBytes); rows is a multiple of group_rows.
   float* column_amax = nullptr;
   int64_t group_rows = 0;
   // Column sums of x, accumulated in fp32 in a fixed order: the bias gradient when x is dy. [cols],

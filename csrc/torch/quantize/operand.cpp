@@ -220,7 +220,7 @@ Operand operand::make_stack(const at::Tensor& x, const QuantizeRequest& request)
 
 bool operand::keeps_amax(const at::Tensor& stack) {
   return !is_stored_transposed(stack) && stack.sym_numel() > 0 &&
-         stack.sym_size(2) <= core::kMaxColumnAmaxCols;
+         stack.sym_size(2) * stack.element_size() <= core::kMaxColumnAmaxRowBytes;
 }
 
 Side operand::given(const char* op, const char* name, const at::Tensor& codes,

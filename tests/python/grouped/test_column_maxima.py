@@ -29,7 +29,7 @@ def kept(weight):
 @pytest.mark.parametrize(
     ("n", "k"),
     # Rows that share a block, several blocks to a group, the longest row, and a group's last part.
-    [(16, 16), (48, 208), (1040, 256), (333, 2048), (40, 4096), (24, 16384)],
+    [(16, 16), (48, 208), (1040, 256), (333, 2048), (40, 4096), (24, 8192)],
 )
 def test_forward_leaves_the_maxima_of_columns(device, n, k, dtype, poisoned_memory):
     weight = torch.randn(3, n, k, device=device).to(dtype)
@@ -46,9 +46,18 @@ def test_forward_leaves_the_maxima_of_columns(device, n, k, dtype, poisoned_memo
 
 
 def test_forward_leaves_nothing_where_it_cannot(device):
-    """Stored transposed, whose columns it reads first, and rows longer than a block holds."""
+    """Stored transposed, whose columns it reads first, and rows of more than 32 KB."""
     assert kept(torch.randn(2, 32, 16, device=device).transpose(1, 2)).numel() == 0
-    assert kept(torch.randn(2, 16, 16400, device=device)).numel() == 0
+    longest = torch.randn(2, 16, 16384, device=device, dtype=torch.bfloat16)
+    assert_same_bits(kept(longest), longest.float().abs().amax(1))
+    assert kept(longest.float()).numel() == 0
+    assert kept(torch.randn(2, 16, 16400, device=device).bfloat16()).numel() == 0
+
+
+def test_forward_leaves_maxima_of_rows_off_16_bytes(device):
+    """A weight that begins anywhere."""
+    weight = torch.randn(1 + 2 * 48 * 208, device=device).bfloat16()[1:].view(2, 48, 208)
+    assert_same_bits(kept(weight), weight.float().abs().amax(1))
 
 
 @pytest.mark.parametrize("recipe", [ROWWISE, GW_HP, ROWWISE | POWER_OF_TWO])
