@@ -101,7 +101,7 @@ fuzz: build  ## any operator, any input, against a reference: 3 minutes, on a GP
 soak: build  ## thousands of steps in every recipe: memory, handles, losses; on a GPU 5 minutes
 	@$(PY) tests/soak/soak.py $(ARGS)
 
-bench: build  ## every benchmark, the README's tables and the plots; needs a GPU, 8 minutes
+bench: build  ## every benchmark, the README's tables and the plots; needs a GPU, 12 minutes
 	@status=0; PYTHON=$(PY) scripts/bench.sh $(ARGS) || status=$$?; [ $$status -ne 2 ] || exit 2; \
 	  $(PY) benchmarks/report.py --readme --plots >/dev/null; exit $$status
 

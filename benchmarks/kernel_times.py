@@ -20,6 +20,10 @@ _NEEDLES = {
     "gemm": ("gemm", "gemv", "nvjet", "sm90_xmma", "splitk", "cublas"),
 }
 
+# Kinds of a whole training step's kernels. rest: norms, RoPE, activations, casts, sums, sorts.
+KINDS = ("products", "attention", "fp8", "optimizer", "rest")
+_KIND_OF_CLASS = {"gemm": "products", "quantize": "fp8", "attention": "attention", "other": "rest"}
+
 
 class Kernel(NamedTuple):
     name: str
@@ -36,6 +40,19 @@ def classify(name: str) -> str:
     return "other"
 
 
+def kind(name: str) -> str:
+    """One of KINDS. Inductor names its elementwise kernels after what is around them
+    (triton_poi_fused_mm_...), but those of its templates, which are products."""
+    lower = name.lower()
+    if lower.startswith("triton_tem"):
+        return "products"
+    if lower.startswith("triton_"):
+        return "rest"
+    if "adam" in lower:
+        return "optimizer"
+    return _KIND_OF_CLASS[classify(name)]
+
+
 def parse(trace: dict) -> list[Kernel]:
     """GPU work in a trace in Chrome's format: kernels, copies and fills."""
     categories = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -46,14 +63,19 @@ def parse(trace: dict) -> list[Kernel]:
     ]
 
 
-def per_step(kernels: list[Kernel], steps: int) -> dict[str, float]:
+def per_step(
+    kernels: list[Kernel],
+    steps: int,
+    groups: tuple[str, ...] = CLASSES,
+    group: Callable[[str], str] = classify,
+) -> dict[str, float]:
     """us of each class in one of `steps` equal steps, and `kernels`, their number. Raises
-    RuntimeError if there are none."""
+    RuntimeError if there are none. groups, group: KINDS and `kind`, for those."""
     if not kernels:
         raise RuntimeError("the profiler saw no kernel: is CUPTI allowed to trace on this machine?")
-    found = dict.fromkeys((f"{group}_us" for group in CLASSES), 0.0)
+    found = dict.fromkeys((f"{name}_us" for name in groups), 0.0)
     for kernel in kernels:
-        found[f"{classify(kernel.name)}_us"] += kernel.us / steps
+        found[f"{group(kernel.name)}_us"] += kernel.us / steps
     found["kernels"] = round(sum(kernel.is_kernel for kernel in kernels) / steps)
     return found
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+import readme_model
 from bench_block import case_of
 from matplotlib import colors, pyplot
+from model_cases import case_name
 from runs import Row
 
 # One hue per family in every plot: the reference grey, ours blue, the ceiling black, peers warm.
@@ -30,13 +33,25 @@ def colour(variant: str, position: int = 0) -> tuple[float, ...]:
     return tuple(channel + (1 - channel) * white for channel in full)
 
 
+def _hatch(variant: str) -> str:
+    """Tells ours and bf16 apart from themselves with another's elementwise kernels."""
+    if "Liger" in variant:
+        return "..."
+    compiled = variant.startswith(("bf16", "fp8")) and variant.endswith("compiled")
+    return "///" if compiled else ""
+
+
 def _positions(variants: list[str]) -> dict[str, int]:
-    seen: dict[str, int] = {}
+    """Those that only differ in the hatch share a position."""
+    seen: dict[str, list[str]] = {}
     found = {}
     for variant in variants:
-        family = variant.split()[0]
-        found[variant] = seen.get(family, 0)
-        seen[family] = found[variant] + 1
+        base = variant.split(" + ")[0]
+        base = base.removesuffix(" compiled") if _hatch(variant) else base
+        family = seen.setdefault(variant.split()[0], [])
+        if base not in family:
+            family.append(base)
+        found[variant] = family.index(base)
     return found
 
 
@@ -79,7 +94,23 @@ def speed_over_tokens(run: Row, path: Path) -> None:
 
 def decoder_cases(run: Row, path: Path) -> None:
     """Decoder layers against bf16, a group of bars for each case: speed, and peak memory."""
-    rows = run["rows"]
+    title = f"Llama 3 decoder layers, forward + backward, {run['header']['gpu']}"
+    _speed_and_memory(run["rows"], case_of, title, path)
+
+
+def model_cases(run: Row, path: Path) -> None:
+    """Training steps in the same way."""
+    title = f"Training steps of transformers' models, {run['header']['gpu']}"
+
+    def name(row: Row) -> str:
+        return case_name(row).replace(", ", "\n")
+
+    _speed_and_memory(readme_model.shown(run["rows"]), name, title, path)
+
+
+def _speed_and_memory(
+    rows: list[Row], case_of: Callable[[Row], str], title: str, path: Path
+) -> None:
     cases = list(dict.fromkeys(case_of(row) for row in rows))
     variants = [v for v in dict.fromkeys(row["variant"] for row in rows) if v != "bf16"]
     if not variants:
@@ -104,16 +135,18 @@ def decoder_cases(run: Row, path: Path) -> None:
                 width * 0.92,
                 label=variant,
                 color=colour(variant, places[variant]),
+                hatch=_hatch(variant),
+                edgecolor="white",
+                linewidth=0,
             )
         axes.axhline(1, color=_COLOURS["bf16"], linewidth=1)
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].set_xticks(range(len(cases)), cases, fontsize=8)
-    panels[0].set_title(
-        f"Llama 3 decoder layers, forward + backward, {run['header']['gpu']}", loc="left"
-    )
+    panels[0].set_title(title, loc="left")
+    below = -0.12 - 0.06 * max(case.count("\n") for case in cases)  # the lines of a case's name
     panels[1].legend(
-        frameon=False, fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.12)
+        frameon=False, fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, below)
     )
     _save(figure, path)
 

@@ -6,14 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_block
+import readme_model
 import status
 import tables
 from runs import ROOT, Row, import_fp8
+from tables import pivot, speed_and_memory
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 CHECKS = ("<!-- checks:begin -->", "<!-- checks:end -->")
 RECIPES = ("<!-- recipes:begin -->", "<!-- recipes:end -->")
-PLOTS = {"linear": "Speed of one layer over M", "breakdown": "Where a step's time goes"}
+PLOTS = {
+    "model": "Training steps against bf16",
+    "linear": "Speed of one layer over M",
+    "breakdown": "Where a step's time goes",
+}
 
 
 def replace_between(document: str, table: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
@@ -28,6 +34,7 @@ def replace_between(document: str, table: str, markers: tuple[str, str] = (BEGIN
 
 def describe(facts: Row) -> str:
     tuned = ", fp8.autotune" if facts.get("autotuned") else ""
+    tuned += ", a run that was not finished" if facts.get("unfinished") else ""
     return (
         f"{facts['gpu']}, driver {facts['driver']}, CUDA {facts['cuda']}, torch {facts['torch']}, "
         f"cuBLASLt {facts['cublaslt']}{tuned}, commit {facts['commit'] or 'unknown'}"
@@ -96,28 +103,6 @@ def recipes() -> str:
         "experts",
     ]
     return tables.markdown(columns, lines, left=len(columns))
-
-
-def pivot(
-    corner: str,
-    rows: list[Row],
-    line: Callable[[Row], str],
-    column: Callable[[Row], str],
-    cell: Callable[[Row], str],
-) -> str:
-    """A line for each value of `line`, a column for each of `column`, in the rows' order."""
-    found = {(line(row), column(row)): cell(row) for row in rows}
-    lines = dict.fromkeys(name for name, _ in found)
-    columns = dict.fromkeys(name for _, name in found)
-    cells = [[name, *(found.get((name, each), "") for each in columns)] for name in lines]
-    return tables.markdown([corner, *columns], cells)
-
-
-def speed_and_memory(row: Row, us: float) -> str:
-    """'1.28x / 0.94x', and for bf16 '36.1 ms / 4.1 GiB'."""
-    if row["variant"] == "bf16":
-        return f"{tables.cell(us / 1e3)} ms / {row['peak_gib']:.1f} GiB"
-    return f"{tables.ratio(row['speedup'])} / {tables.ratio(row['peak_ratio'])}"
 
 
 def block(rows: list[Row]) -> str:
@@ -236,6 +221,7 @@ def host(rows: list[Row]) -> str:
 
 # In the README's order.
 SECTIONS: dict[str, Callable[[list[Row]], str]] = {
+    "model": readme_model.section,
     "block": block,
     "moe": moe,
     "linear": linear,

@@ -7,6 +7,10 @@ from runs import Row
 
 # For each benchmark the fields that name a row, and those that are compared.
 RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "model": (
+        ("model", "part", "layers", "sequences", "context", "variant"),
+        ("speedup", "peak_ratio"),
+    ),
     "linear": (("sweep", "m", "k", "n", "variant"), ("step_speedup",)),
     "block": (
         ("model", "layers", "sequences", "context", "rotary", "variant"),

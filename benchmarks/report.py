@@ -22,6 +22,7 @@ import bench_breakdown
 import bench_host
 import bench_linear
 import bench_matmul
+import bench_model
 import bench_moe
 import bench_quantize
 import bench_sizes
@@ -31,6 +32,7 @@ import tables
 from runs import RESULTS, Row, read
 
 TABLES = {
+    "model": bench_model.table,
     "linear": bench_linear.table,
     "block": bench_block.table,
     "accumulate": bench_accumulate.table,
@@ -70,6 +72,7 @@ def plot(runs: dict[str, Row], folder: Path) -> list[Path]:
     import plots
 
     draw = {
+        "model": plots.model_cases,
         "linear": plots.speed_over_tokens,
         "block": plots.decoder_cases,
         "breakdown": plots.breakdown,

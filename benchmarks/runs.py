@@ -119,7 +119,10 @@ def main(
     arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
     """The command line that all benchmarks share. Returns the exit code: 2 without a GPU, 1 when
-    there is no row. wall_s and autotuned (of any row) join the header."""
+    there is no row. wall_s and autotuned (of any row) join the header.
+
+    measure may call options.save(rows, skipped) with what it has so far: should the run end before
+    its time, that much is in the JSON, with "unfinished" in the header."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
@@ -133,9 +136,19 @@ def main(
     begin = time.perf_counter()
     facts = header()
     print("\n".join(f"{name:9} {value}" for name, value in facts.items()), flush=True)
+
+    def finish(rows: list[Row]) -> None:
+        facts["wall_s"] = round(time.perf_counter() - begin, 1)
+        facts["autotuned"] = any(row.get("autotuned", False) for row in rows)
+
+    def save(rows: list[Row], skipped: Row) -> None:
+        finish(rows)
+        if rows and not options.no_write:
+            write(benchmark, rows, facts | {"unfinished": True}, skipped, options.output)
+
+    options.save = save
     rows, skipped = measure(options)
-    facts["wall_s"] = round(time.perf_counter() - begin, 1)
-    facts["autotuned"] = any(row.get("autotuned", False) for row in rows)
+    finish(rows)
     for name, why in skipped.items():
         print(f"skipped   {name}: {why}")
     if not rows:

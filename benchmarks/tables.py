@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from runs import Row
 
 
 def text(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
@@ -42,3 +44,25 @@ def ratio(value: float | None) -> str:
 def spread(times: dict[str, float]) -> str:
     """A Measurement's first to ninth decile: {'low': 100, 'high': 103} -> '3%'."""
     return f"{100 * (times['high'] / times['low'] - 1):.0f}%"
+
+
+def pivot(
+    corner: str,
+    rows: list[Row],
+    line: Callable[[Row], str],
+    column: Callable[[Row], str],
+    cell: Callable[[Row], str],
+) -> str:
+    """A line for each value of `line`, a column for each of `column`, in the rows' order."""
+    found = {(line(row), column(row)): cell(row) for row in rows}
+    lines = dict.fromkeys(name for name, _ in found)
+    columns = dict.fromkeys(name for _, name in found)
+    cells = [[name, *(found.get((name, each), "") for each in columns)] for name in lines]
+    return markdown([corner, *columns], cells)
+
+
+def speed_and_memory(row: Row, us: float) -> str:
+    """'1.28x / 0.94x', and for bf16 '36.1 ms / 4.1 GiB'."""
+    if row["variant"] == "bf16":
+        return f"{cell(us / 1e3)} ms / {row['peak_gib']:.1f} GiB"
+    return f"{ratio(row['speedup'])} / {ratio(row['peak_ratio'])}"

@@ -25,10 +25,7 @@ import bench_sizes  # noqa: E402
 import kernel_times  # noqa: E402
 import moe_layer  # noqa: E402
 import peers  # noqa: E402
-import readme  # noqa: E402
-import report  # noqa: E402
 import runs  # noqa: E402
-import timing  # noqa: E402
 from shapes import (  # noqa: E402
     GROUPED_RECIPES,
     RECIPES,
@@ -40,35 +37,6 @@ from shapes import (  # noqa: E402
 
 TINY = BlockShape(hidden=64, ffn=96, heads=4, kv_heads=2, layers=1, sequences=2, tokens=8)
 LAYER = LinearShape(32, 64, 96)
-
-
-@pytest.fixture
-def run(cpu_as_gpu, monkeypatch, tmp_path):
-    """Runs a benchmark's command line; its JSON. fp8.convert would find these layers too small."""
-    ours = peers.ours
-    monkeypatch.setattr(peers, "ours", lambda recipe, everything: ours(recipe))
-    device_times, host_times = timing.device_times, timing.host_times
-
-    def once(variants, repeats, **settings):
-        assert repeats >= 1
-        return device_times(variants, 1, **settings | {"warmup": 1})
-
-    def host_once(variants, repeats, **settings):
-        return host_times(variants, 1, **settings | {"calls": 1, "warmup": 1})
-
-    monkeypatch.setattr(timing, "device_times", once)
-    monkeypatch.setattr(timing, "host_times", host_once)
-
-    def call(name: str, program, *arguments: str) -> runs.Row:
-        monkeypatch.setattr(sys, "argv", [name, "--output", str(tmp_path), *arguments])
-        extra = getattr(program, "arguments", peers.autotune_argument)
-        assert runs.main(name, name, program.measure, program.table, extra) == 0
-        written = runs.read(tmp_path / f"{name}_h100.json")
-        assert report.load(tmp_path)  # no field is lacking
-        assert readme.sections({f"{name}_h100": written}, tmp_path)
-        return written
-
-    return call
 
 
 @pytest.fixture
