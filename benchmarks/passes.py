@@ -4,6 +4,7 @@ what fits into L2 may still be there."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,46 +14,62 @@ import timing
 import torch
 
 HIDDEN, FEATURES, EXPERTS = 4096, 14336, 8  # Mixtral-8x7B's
-INPUT_MB = (67, 235, 940)  # of gates and ups
+INPUT_MB = (67, 235, 940)  # of gates and ups, or of rows
 
 
-WEIGHTS = 3 * FEATURES * HIDDEN * EXPERTS  # elements
+# Elements of each.
+WEIGHTS = (2 * FEATURES * HIDDEN * EXPERTS, FEATURES * HIDDEN * EXPERTS)
 
 
 class Pass(NamedTuple):
     op: str
     needles: tuple[str, ...]  # all in the kernels' names
-    elements: Callable[[int], int]  # of all its launches in a step, from the rows
+    launches: Callable[[int], tuple[int, ...]]  # elements of each in a step, from the rows
     bytes_per_element: int
+    features: int = FEATURES  # of the step that it is taken from
+    row_elements: int = 2 * FEATURES  # of what the size is given for
 
 
-# With top_k = 1 a token has one row. Columns: of the gradients and inputs of both products for the
-# weight gradients, and of both weights for the input gradients, whose maxima the pass over their
-# rows leaves.
+# With top_k = 1 a token has one row. Rows to their experts: in a step of few features, where their
+# size is that of the others. Columns: of the gradients and inputs of both products for the weight
+# gradients, and of both weights for the input gradients, whose maxima the pass over their rows
+# leaves.
 PASSES = (
-    Pass("rows to their experts", ("row_kernel", "ScatterParams"), lambda m: 2 * m * HIDDEN, 3),
-    Pass("gated rows, forward", ("row_kernel", "ForwardParams"), lambda m: m * FEATURES, 5),
-    Pass("gated rows, backward", ("gate_backward",), lambda m: m * FEATURES, 14),
+    Pass(
+        "rows to their experts",
+        ("row_kernel", "ScatterParams"),
+        lambda m: 2 * (m * HIDDEN,),
+        3,
+        features=128,
+        row_elements=HIDDEN,
+    ),
+    Pass("gated rows, forward", ("row_kernel", "ForwardParams"), lambda m: (m * FEATURES,), 5),
+    Pass("gated rows, backward", ("gate_backward",), lambda m: (m * FEATURES,), 14),
     Pass("weights, rows and maxima of columns", ("group_rows",), lambda _: WEIGHTS, 3),
-    Pass("columns of groups, amax", ("group_amax",), lambda m: m * (3 * FEATURES + 2 * HIDDEN), 2),
+    Pass(
+        "columns of groups, amax",
+        ("group_amax",),
+        lambda m: (2 * m * FEATURES, m * FEATURES, m * HIDDEN, m * HIDDEN),
+        2,
+    ),
     Pass(
         "columns of groups, cast",
         ("group_cast",),
-        lambda m: m * (3 * FEATURES + 2 * HIDDEN) + WEIGHTS,
+        lambda m: (*WEIGHTS, 2 * m * FEATURES, m * FEATURES, m * HIDDEN, m * HIDDEN),
         3,
     ),
 )
 TWIN = ("row_kernel", "MatrixRows")
 
 
-def step_of(rows: int):
+def step_of(rows: int, features: int):
     """A training step of experts on `rows` tokens, each with one expert."""
 
     def normal(*size: int) -> torch.Tensor:
         made = torch.randn(size, device="cuda", dtype=torch.bfloat16)
         return (made * size[-1] ** -0.5).requires_grad_()
 
-    gate_up, down = normal(EXPERTS, 2 * FEATURES, HIDDEN), normal(EXPERTS, HIDDEN, FEATURES)
+    gate_up, down = normal(EXPERTS, 2 * features, HIDDEN), normal(EXPERTS, HIDDEN, features)
     x = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16).requires_grad_()
     index = torch.randint(0, EXPERTS, (rows, 1), device="cuda")
     weights = torch.rand(rows, 1, device="cuda").requires_grad_()
@@ -75,6 +92,7 @@ def total_us(kernels: list[kernel_times.Kernel], needles: tuple[str, ...], steps
     return sum(found) / steps
 
 
+@functools.cache
 def copy_us(moved: int, repeats: int) -> float:
     """Of a device copy that reads and writes `moved` bytes in all."""
     source = torch.randint(0, 127, (moved // 2,), device="cuda").to(torch.int8)
@@ -84,28 +102,38 @@ def copy_us(moved: int, repeats: int) -> float:
     return statistics.median(k.us for k in copies)
 
 
+def step_kernels(rows: int, features: int, repeats: int) -> list[kernel_times.Kernel]:
+    step = step_of(rows, features)
+    for _ in range(2):
+        step()
+    found = kernel_times.profile(step, repeats)
+    del step
+    torch.cuda.empty_cache()
+    return found
+
+
 def measure(repeats: int, sizes: tuple[int, ...] = INPUT_MB) -> list[dict]:
-    """One row for each pass and size: as bench_quantize's, with the profile's times."""
+    """One row for each pass and size: as bench_quantize's, with the profile's times. Where a pass
+    has several launches in a step, against a copy for each of them."""
     found: list[dict] = []
     for input_mb in sizes:
+        steps: dict[tuple[int, int], list[kernel_times.Kernel]] = {}
+        timed = []
+        for p in PASSES:
+            rows = round(input_mb * 1e6 / (2 * p.row_elements))
+            key = rows, p.features
+            if key not in steps:
+                steps[key] = step_kernels(*key, repeats)
+            moved = tuple(n * p.bytes_per_element for n in p.launches(rows))
+            timed.append((p.op, rows, total_us(steps[key], p.needles, repeats), moved))
         rows = round(input_mb * 1e6 / (4 * FEATURES))
-        step = step_of(rows)
-        for _ in range(2):
-            step()
-        kernels = kernel_times.profile(step, repeats)
-        del step
-        torch.cuda.empty_cache()
         x = torch.randn(rows, 2 * FEATURES, device="cuda", dtype=torch.bfloat16)
         torch.ops.fp8.quantize_rowwise(x)
         dense = kernel_times.profile(lambda x=x: torch.ops.fp8.quantize_rowwise(x), repeats)
-        timed = [
-            (p.op, total_us(kernels, p.needles, repeats), p.elements(rows) * p.bytes_per_element)
-            for p in PASSES
-        ]
-        timed.append(("rows of a matrix", total_us(dense, TWIN, repeats), 3 * x.numel()))
+        timed.append(("rows of a matrix", rows, total_us(dense, TWIN, repeats), (3 * x.numel(),)))
         del x
-        for op, us, moved in timed:
-            copied = copy_us(moved, repeats)
+        for op, rows, us, moved in timed:
+            copied = sum(copy_us(size, repeats) for size in moved)
             found.append(
                 {
                     "op": op,
@@ -115,7 +143,7 @@ def measure(repeats: int, sizes: tuple[int, ...] = INPUT_MB) -> list[dict]:
                     "bytes_per_element": "",
                     "time_us": timing.summarize([us]).as_dict(),
                     "copy_us": timing.summarize([copied]).as_dict(),
-                    "gb_per_s": moved / us / 1e3,
+                    "gb_per_s": sum(moved) / us / 1e3,
                     "of_copy": copied / us,
                 }
             )

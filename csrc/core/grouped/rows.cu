@@ -13,37 +13,42 @@ namespace fp8::core {
 namespace {
 
 constexpr int kScatterThreads = 128;  // of a block of short rows
-constexpr int kScatterVectors = 4;    // of eight elements a thread
 
 // A row's codes, once for each copy.
 struct ScatteredRows {
-  ScatterRowsArgs args;
+  uint8_t* data;
+  float* scale;
+  const int32_t* place;  // nullptr: a row's own place, once
+  int rows;
+  int copies;
+  int row_bytes;
 
-  __device__ __forceinline__ int64_t destination(int64_t row, int64_t copy) const {
-    return args.place == nullptr ? row : __ldg(args.place + row * args.copies + copy);
-  }
   __device__ __forceinline__ bool has(int64_t /*row*/, bool exists) const { return exists; }
-  __device__ __forceinline__ int64_t cols() const { return args.cols; }
+  __device__ __forceinline__ int64_t cols() const { return row_bytes; }
+  __device__ __forceinline__ int64_t place_of(int64_t row, int copy) const {
+    return place == nullptr ? row : __ldg(place + row * copies + copy);
+  }
   __device__ __forceinline__ void put_scale(int64_t row, float value) const {
-    for (int64_t copy = 0; copy < args.copies; ++copy) args.scale[destination(row, copy)] = value;
+#pragma unroll 1
+    for (int copy = 0; copy < copies; ++copy) scale[place_of(row, copy)] = value;
   }
   struct Row {
     int64_t index;
     uint8_t* first;  // its first copy
   };
-  __device__ __forceinline__ uint8_t* codes_of(int64_t destination) const {
-    return static_cast<uint8_t*>(args.data) + destination * args.cols;
-  }
+  // The place of the first copy.
   __device__ __forceinline__ int64_t early(int64_t index) const {
-    return index < args.rows ? destination(index, 0) : 0;
+    if (place == nullptr) return index;
+    return index < rows ? __ldg(place + index * copies) : 0;
   }
   __device__ __forceinline__ Row row(int64_t index, int64_t early) const {
-    return {index, codes_of(early)};
+    return {index, data + early * row_bytes};
   }
   __device__ __forceinline__ void put(const Row& row, int64_t col, uint2 codes) const {
     *reinterpret_cast<uint2*>(row.first + col) = codes;
-    for (int64_t copy = 1; copy < args.copies; ++copy) {
-      *reinterpret_cast<uint2*>(codes_of(destination(row.index, copy)) + col) = codes;
+#pragma unroll 1
+    for (int copy = 1; copy < copies; ++copy) {
+      *reinterpret_cast<uint2*>(data + place_of(row.index, copy) * row_bytes + col) = codes;
     }
   }
 };
@@ -58,7 +63,14 @@ struct ScatterParams {
   __host__ __device__ MatrixSource<T> source() const {
     return {static_cast<const T*>(args.x), args.rows, args.cols, args.ld, vectorized};
   }
-  __host__ __device__ ScatteredRows sink() const { return {args}; }
+  __host__ __device__ ScatteredRows sink() const {
+    return {static_cast<uint8_t*>(args.data),
+            args.scale,
+            args.place,
+            static_cast<int>(args.rows),
+            static_cast<int>(args.copies),
+            static_cast<int>(args.cols)};
+  }
 };
 
 // The rows as they are: a block a row. Where its copies go is known to all threads before the row
@@ -75,7 +87,8 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const ScatterParams
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t copy = min(first + i, p.args.copies - 1);
-      to[i] = static_cast<T*>(p.args.plain) + p.sink().destination(index, copy) * cols;
+      to[i] =
+          static_cast<T*>(p.args.plain) + p.sink().place_of(index, static_cast<int>(copy)) * cols;
     }
     for (int64_t col = threadIdx.x * 8; col < cols; col += blockDim.x * 8) {
       const Vec8<T> v = source.load(row, col, of_eight(cols - col));
@@ -204,13 +217,13 @@ void scatter_rows(const ScatterRowsArgs& args, Stream stream) {
     using T = typename decltype(input)::type;
     const ScatterParams<T> params{
         .args = args,
-        .plan = plan_rowwise(args.cols, kScatterThreads, kScatterVectors),
+        .plan = plan_rowwise(args.cols, kScatterThreads),
         .power_of_two = args.power_of_two,
         .vectorized = on_16_bytes(args.x) && args.ld * dtype_bytes(args.x_dtype) % 16 == 0};
     if (args.data != nullptr) {
       dispatch_format(args.dtype, [&](auto format) {
-        launch_rows<typename decltype(format)::type, 1, kScatterVectors>(params, args.rows, false,
-                                                                         stream);
+        launch_rows<typename decltype(format)::type, 1, kMaxRowVectors>(params, args.rows,
+                                                                        /*pdl=*/false, stream);
       });
     }
     if (args.plain != nullptr) {

@@ -19,7 +19,7 @@ import model_variants
 import models
 import peers
 from model_cases import CASES
-from tiny_models import TINY, tiny
+from small_models import TINY, tiny
 
 import fp8
 

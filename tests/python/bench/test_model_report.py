@@ -15,7 +15,7 @@ import kernel_times
 import readme
 import regressions
 import timing
-from tiny_models import FACTS, ROWS
+from small_models import FACTS, ROWS
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import peers
 import readme
 import readme_model
 import runs
-from tiny_models import TINY, model_row, tiny
+from small_models import TINY, model_row, tiny
 
 
 def test_model(run, cases, no_liger):
