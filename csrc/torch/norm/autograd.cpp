@@ -36,6 +36,7 @@ class Norm : public torch::autograd::Function<Norm> {
                              (wants_grad(residual) ? kResidual : 0) |
                              (wants_grad(weight) ? kWeight : 0) | (wants_grad(bias) ? kBias : 0) |
                              (residual ? kHasResidual : 0) | (weight ? kHasWeight : 0);
+    ctx->set_materialize_grads(false);  // one of two outputs may have no gradient
     auto [y, sum, mean, rstd] = op.call(x, residual, weight, bias, eps, form);
     const at::Tensor none;
     ctx->save_for_backward(

@@ -86,7 +86,9 @@ def forward(
     mean = row_sum(wide) / cols if form == LAYER else None
     centered = wide if mean is None else wide - mean
     eps32 = torch.tensor(eps, dtype=torch.float32, device=x.device)
-    rstd = 1.0 / torch.sqrt(row_sum(centered * centered) / cols + eps32)
+    variance = row_sum(centered * centered) / cols + eps32
+    # IEEE's, by way of fp64: torch's own on the CPU may be one step off.
+    rstd = (1.0 / variance.double().sqrt().float().double()).float()
     hat = centered * rstd
     if form == "round_then_scale":
         hat = hat.to(x.dtype).float()
@@ -154,7 +156,9 @@ def exact(
     return hat if bias is None else hat + bias.double()
 
 
-def values_bound(x: Tensor, exact_y: Tensor, form: str, bias: Tensor | None, size: Tensor) -> Tensor:
+def values_bound(
+    x: Tensor, exact_y: Tensor, form: str, bias: Tensor | None, size: Tensor, weight: Tensor
+) -> Tensor:
     """Of |y - exact_y|, `size` being |weight · xhat|.
 
     A sum of K squares has a relative error of K·u, of which a square root halves; mean, eps, root,
@@ -173,4 +177,5 @@ def values_bound(x: Tensor, exact_y: Tensor, form: str, bias: Tensor | None, siz
     if form == "round_then_scale":
         error = error + half * size * (1 + relative)
     extra = 0.0 if bias is None else 2 * U * (size + bias.double().abs())
-    return error + extra + half * (exact_y.abs() + error) + _HALF_SMALLEST[x.dtype] * (1 + size)
+    smallest = _HALF_SMALLEST[x.dtype] * (1 + weight.double().abs())
+    return error + extra + half * (exact_y.abs() + error) + smallest
