@@ -42,14 +42,13 @@ inline NormPlan plan_norm(int64_t cols, int vectors = kNormVectors) {
          eights > static_cast<int64_t>(plan.threads_per_row) * vectors) {
     plan.threads_per_row *= 2;
   }
-  plan.iterations = static_cast<int>(std::max<int64_t>(
-      1, ceil_div(eights, static_cast<int64_t>(plan.threads_per_row) * vectors)));
+  plan.iterations = static_cast<int>(
+      std::max<int64_t>(1, ceil_div(eights, static_cast<int64_t>(plan.threads_per_row) * vectors)));
   return plan;
 }
 
 inline NormPlan plan_norm_backward(const NormArgs& norm) {
-  return plan_norm(norm.cols,
-                   norm_backward_vectors(norm.form == NormForm::kLayer, norm.dtype));
+  return plan_norm(norm.cols, norm_backward_vectors(norm.form == NormForm::kLayer, norm.dtype));
 }
 
 // The gradients of weight and bias: block b of `parts` has `slots` rows at a time, from row b *

@@ -1,9 +1,9 @@
-// Gradients of RMSNorm and LayerNorm. One pass: blocks stay, and each of their slots (the threads of
-// a row) takes every so-manyth row, holds x and dy of it in registers, and keeps the sums for weight
-// and bias of its columns in registers over all its rows. A block leaves one partial result, and a
-// second, small launch adds these up. Rows that do not fit into registers are read twice for dx and
-// once more, by columns, for the sums. Bound by bandwidth: 2 + 2 + 2 bytes an element (bf16), 2 more
-// where a residual's gradient is added.
+// Gradients of RMSNorm and LayerNorm. One pass: blocks stay, and each of their slots (the threads
+// of a row) takes every so-manyth row, holds x and dy of it in registers, and keeps the sums for
+// weight and bias of its columns in registers over all its rows. A block leaves one partial result,
+// and a second, small launch adds these up. Rows that do not fit into registers are read twice for
+// dx and once more, by columns, for the sums. Bound by bandwidth: 2 + 2 + 2 bytes an element
+// (bf16), 2 more where a residual's gradient is added.
 #include "core/device/device.h"
 #include "core/norm/norm.cuh"
 
@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
 
 // dx of rows that do not fit into registers: a block reads its row twice.
 template <typename T, typename W, bool kLayer>
-__global__ void __launch_bounds__(kMaxRowThreads) norm_backward_long_kernel(
-    const BackwardParams<T, W> p) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    norm_backward_long_kernel(const BackwardParams<T, W> p) {
   constexpr int kSums = kLayer ? 2 : 1;
   __shared__ float scratch[kSums * kMaxRowThreads / 32];
   const int64_t row = blockIdx.x;
@@ -241,9 +241,8 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_backward_long_kernel(
     }
   };
   float totals[kSums] = {};
-  for_eights([&](const Eight<T, W, kLayer>& eight, int /*col*/, int /*valid*/) {
-    eight.add_to(totals);
-  });
+  for_eights(
+      [&](const Eight<T, W, kLayer>& eight, int /*col*/, int /*valid*/) { eight.add_to(totals); });
   sum_over_row(totals, 0, kMaxRowThreads, scratch);
   const NormGradient row_gradient =
       norm_gradient<kLayer>(kLayer ? totals[kSums - 1] : 0.0F, totals[0], rstd, cols);

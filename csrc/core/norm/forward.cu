@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, (kForwardBlocks<T, kKind, kLon
   __shared__ float scratch[2][kMaxRowThreads / 32];
   const int slot = static_cast<int>(threadIdx.x) / p.threads_per_row;
   const int thread = static_cast<int>(threadIdx.x) % p.threads_per_row;
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.threads_per_row) + slot;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.threads_per_row) + slot;
   const bool exists = row < p.rows;
   const int64_t safe = exists ? row : p.rows - 1;
   const T* x = p.x.row(safe);

@@ -1,5 +1,5 @@
-// What the kernels of norms share: rows, their vectors of eight, parameters of a norm, and sums over
-// a row in the order of host/norm.h.
+// What the kernels of norms share: rows, their vectors of eight, parameters of a norm, and sums
+// over a row in the order of host/norm.h.
 #pragma once
 
 #include "core/device/dispatch.cuh"
@@ -147,9 +147,9 @@ template <typename F>
 void dispatch_norm(const NormArgs& args, const F& f) {
   require(args.weight_dtype == args.dtype || args.weight_dtype == Dtype::kFloat32,
           "norms expect a weight in x's dtype or float32");
-  require(args.rows > 0 && args.cols > 0 && args.rows < kMaxNormExtent &&
-              args.cols < kMaxNormExtent,
-          "norms expect a matrix that is not empty, of fewer than 2^30 rows and columns");
+  require(
+      args.rows > 0 && args.cols > 0 && args.rows < kMaxNormExtent && args.cols < kMaxNormExtent,
+      "norms expect a matrix that is not empty, of fewer than 2^30 rows and columns");
   dispatch_input(args.dtype, [&](auto input) {
     using T = typename decltype(input)::type;
     if constexpr (!std::is_same_v<T, float>) {

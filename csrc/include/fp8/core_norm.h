@@ -1,5 +1,6 @@
 // fp8/core_norm.h: RMSNorm and LayerNorm over rows, forward and backward, without LibTorch. The
-// promises of fp8/core.h hold: no device memory is allocated, nothing synchronizes, no torch header.
+// promises of fp8/core.h hold: no device memory is allocated, nothing synchronizes, no torch
+// header.
 //
 // Everything is computed in fp32 and rounded where eager PyTorch rounds (host/norm.h has the
 // formulas). Sums over a row are added in an order that depends on the number of columns alone, so
@@ -34,10 +35,10 @@ inline constexpr int64_t kMaxNormExtent = int64_t{1} << 30;
 struct NormArgs {
   NormForm form = NormForm::kScaleThenRound;
   Dtype dtype = Dtype::kBFloat16;  // of x and y, dy and dx
-  int64_t rows = 0;  // both below kMaxNormExtent
+  int64_t rows = 0;                // both below kMaxNormExtent
   int64_t cols = 0;
-  const void* weight = nullptr;  // [cols], or nullptr for ones
-  const void* bias = nullptr;    // [cols], of kLayer, or nullptr for zeros
+  const void* weight = nullptr;           // [cols], or nullptr for ones
+  const void* bias = nullptr;             // [cols], of kLayer, or nullptr for zeros
   Dtype weight_dtype = Dtype::kBFloat16;  // of weight and bias: dtype, or float32
 };
 

@@ -32,15 +32,13 @@ class Norm : public torch::autograd::Function<Norm> {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_norm_forward)>("fp8::_norm_forward");
     const bool layer = static_cast<NormForm>(form) == NormForm::kLayer;
-    const int64_t foreseen = (x.requires_grad() ? kX : 0) |
-                             (wants_grad(residual) ? kResidual : 0) |
+    const int64_t foreseen = (x.requires_grad() ? kX : 0) | (wants_grad(residual) ? kResidual : 0) |
                              (wants_grad(weight) ? kWeight : 0) | (wants_grad(bias) ? kBias : 0) |
                              (residual ? kHasResidual : 0) | (weight ? kHasWeight : 0);
     ctx->set_materialize_grads(false);  // one of two outputs may have no gradient
     auto [y, sum, mean, rstd] = op.call(x, residual, weight, bias, eps, form);
     const at::Tensor none;
-    ctx->save_for_backward(
-        {residual ? sum : x, layer ? mean : none, rstd, weight.value_or(none)});
+    ctx->save_for_backward({residual ? sum : x, layer ? mean : none, rstd, weight.value_or(none)});
     ctx->saved_data["call"] = foreseen | form << kFormShift;
     if (wants_grad(bias)) {
       ctx->saved_data["bias_dtype"] = static_cast<int64_t>(bias->scalar_type());
@@ -124,11 +122,11 @@ void refuse_tangents(const char* op, const at::Tensor& x, const OptionalTensor& 
   const auto has_tangent = [](const OptionalTensor& t) {
     return t && t->defined() && t->_fw_grad(0).defined();
   };
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(x) && !has_tangent(residual) && !has_tangent(weight) &&
-                                  !has_tangent(bias),
-                              join("fp8::", op,
-                                   ": expected reverse mode, got a tangent: forward-mode AD (jvp) "
-                                   "is not supported"));
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tangent(x) && !has_tangent(residual) && !has_tangent(weight) && !has_tangent(bias),
+      join("fp8::", op,
+           ": expected reverse mode, got a tangent: forward-mode AD (jvp) "
+           "is not supported"));
 }
 
 bool needs_graph(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
@@ -161,8 +159,7 @@ at::Tensor layer_norm(const at::Tensor& x, const OptionalTensor& weight, const O
     const at::AutoDispatchBelowADInplaceOrView below;
     return composite::layer_norm(x, weight, bias, eps);
   }
-  return Norm::apply(x, std::nullopt, weight, bias, eps,
-                     static_cast<int64_t>(NormForm::kLayer))[0];
+  return Norm::apply(x, std::nullopt, weight, bias, eps, static_cast<int64_t>(NormForm::kLayer))[0];
 }
 
 std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,

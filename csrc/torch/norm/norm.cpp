@@ -1,11 +1,12 @@
-// The norms' operators on tensors: rows where they lie, parameters in a dtype that the kernels take,
-// and places for the results.
+// The norms' operators on tensors: rows where they lie, parameters in a dtype that the kernels
+// take, and places for the results.
+#include "cpu/norm.h"
+
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <array>
 
-#include "cpu/norm.h"
 #include "torch/common/cuda_context.h"
 #include "torch/common/operators.h"
 #include "torch/common/tensors.h"
@@ -17,8 +18,8 @@ namespace {
 using core::NormForm;
 using core::NormRows;
 
-// A tensor whose rows a kernel can walk: itself, where its leading dimensions are no more than three
-// once those that lie behind each other count as one, else a copy.
+// A tensor whose rows a kernel can walk: itself, where its leading dimensions are no more than
+// three once those that lie behind each other count as one, else a copy.
 struct Rows {
   at::Tensor tensor;
   NormRows at;
@@ -191,19 +192,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kernel::_norm_backward(
     const Rows x_rows = rows_of(x);
     const Rows dy_rows = rows_of(dy);
     const std::optional<Rows> other = rows_of(add);
-    core::NormBackwardArgs args{
-        .norm = norm_args(x, parameters, form),
-        .dy = dy_rows.data(),
-        .dy_rows = dy_rows.at,
-        .x = x_rows.data(),
-        .x_rows = x_rows.at,
-        .add = other ? other->data() : nullptr,
-        .add_rows = other ? other->at : NormRows{},
-        .mean = mean ? mean->const_data_ptr<float>() : nullptr,
-        .rstd = rstd.const_data_ptr<float>(),
-        .dx = needs_dx ? dx.mutable_data_ptr() : nullptr,
-        .dweight = needs_dweight ? dweight.mutable_data_ptr() : nullptr,
-        .dbias = needs_dbias ? dbias.mutable_data_ptr() : nullptr};
+    core::NormBackwardArgs args{.norm = norm_args(x, parameters, form),
+                                .dy = dy_rows.data(),
+                                .dy_rows = dy_rows.at,
+                                .x = x_rows.data(),
+                                .x_rows = x_rows.at,
+                                .add = other ? other->data() : nullptr,
+                                .add_rows = other ? other->at : NormRows{},
+                                .mean = mean ? mean->const_data_ptr<float>() : nullptr,
+                                .rstd = rstd.const_data_ptr<float>(),
+                                .dx = needs_dx ? dx.mutable_data_ptr() : nullptr,
+                                .dweight = needs_dweight ? dweight.mutable_data_ptr() : nullptr,
+                                .dbias = needs_dbias ? dbias.mutable_data_ptr() : nullptr};
     at::Tensor workspace;
 #ifdef FP8_WITH_CUDA
     if (x.is_cuda()) {

@@ -69,7 +69,9 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
 at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                       const std::optional<at::Tensor>& bias, double eps) {
   const c10::impl::ExcludeDispatchKeyGuard outside(c10::DispatchKey::AutocastCUDA);
-  const auto cast = [](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, at::kCUDA); };
+  const auto cast = [](const auto& t) {
+    return at::autocast::cached_cast(at::kFloat, t, at::kCUDA);
+  };
   return fp8::layer_norm(cast(x), cast(weight), cast(bias), eps);
 }
 

@@ -71,7 +71,7 @@ def convert(
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.
 
-    Raises TypeError for a model that is no nn.Module and ValueError for an unknown recipe or fusion, or one
+    Raises TypeError for a model that is no nn.Module and ValueError for an unknown recipe, or one
     that is not tensorwise where a module has a static input scale. If it raises, this or what the
     filter raises, the model is as it was.
 
@@ -126,8 +126,8 @@ def convert(
             _histories.fit(module)  # type: ignore[arg-type]
         for mixture in able:
             _experts.set_fp8(mixture, experts_recipe, configs)
-        for fusion, module in undoing:
-            _fusions.undo("convert", fusion, module)
+        for fusion, fused in undoing:
+            _fusions.undo("convert", fusion, fused)
         for fusion, fusable in fusing:
             fusion.apply(fusable)
     if not chosen and not able and not fusing:
@@ -171,8 +171,8 @@ def revert(model: ModelT) -> ModelT:
             module.__class__ = nn.Linear  # type: ignore[assignment]
         for mixture in mixtures:
             _experts.unset_fp8(mixture)
-        for fusion, module in fused:
-            _fusions.undo("revert", fusion, module)
+        for fusion, fused_module in fused:
+            _fusions.undo("revert", fusion, fused_module)
     return model
 
 

@@ -36,11 +36,7 @@ def fusions() -> tuple[Fusion, ...]:
     """All of them, in the order in which they are applied."""
     from . import _norm_fusion as norms
 
-    return (
-        Fusion(
-            "norms", norms.find, norms.is_fused, norms.apply, norms.undo, norms.describe
-        ),
-    )
+    return (Fusion("norms", norms.find, norms.is_fused, norms.apply, norms.undo, norms.describe),)
 
 
 def chosen(fuse: bool | Iterable[str]) -> tuple[Fusion, ...]:

@@ -68,16 +68,16 @@ def obstacle(module: Any, x: Any) -> str | None:
     for name, value in spec.attributes:
         if attributes.get(name, _MARK) != value:
             return f"its {name} has changed"
-    for name in (spec.weight, spec.bias):
-        if name is None:
+    for parameter_name in (spec.weight, spec.bias):
+        if parameter_name is None:
             continue
-        parameter = getattr(module, name, None)
+        parameter = getattr(module, parameter_name, None)
         if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-            return f"its {name} is no plain parameter"
+            return f"its {parameter_name} is no plain parameter"
         if parameter.dtype is not spec.parameter_dtype or parameter.shape != x.shape[-1:]:
-            return f"its {name} has another dtype or shape"
+            return f"its {parameter_name} has another dtype or shape"
         if parameter.device != x.device:
-            return f"its {name} is on another device"
+            return f"its {parameter_name} is on another device"
     return None
 
 
@@ -103,6 +103,7 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
     forward.__doc__ = own.__doc__
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     body = {"forward": forward, "__reduce_ex__": reduce, "__doc__": base.__doc__, _MARK: base}
-    kind: Any = type(base)(base.__name__, (base,), body | names)
+    metaclass: Any = type(base)  # not `type` of a model that keeps a register of its classes
+    kind = metaclass(base.__name__, (base,), body | names)
     result: type[nn.Module] = kind
     return result

@@ -1,8 +1,8 @@
 // Norms: every column of a row has one place among its threads, and rows are shared out once.
-#include "host/norm.h"
-
 #include <catch2/catch.hpp>
 #include <vector>
+
+#include "host/norm.h"
 
 using namespace fp8::core;
 

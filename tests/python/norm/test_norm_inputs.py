@@ -31,7 +31,7 @@ def check(x, weight, form="scale_then_round"):
     assert_same_bits(dx, torch.autograd.grad(expected, plain, dy)[0], "dx")
 
 
-@pytest.mark.parametrize("form", (FORMS[1], LAYER))
+@pytest.mark.parametrize("form", [FORMS[1], LAYER])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_of_strided_matrices(device, dtype, form):
     x = torch.randn(12, 56, device=device).to(dtype)
@@ -40,7 +40,7 @@ def test_norm_of_strided_matrices(device, dtype, form):
         check(view, weight, form)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_norm_of_heads(device, dtype):
     """q and k: heads of a row, heads of a part of a wider row, heads before positions."""
     weight = torch.randn(128, device=device).to(dtype)
@@ -54,7 +54,7 @@ def test_norm_of_heads(device, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64), (3, 0), (0, 0), (0,), (1,), (2, 1)])
-@pytest.mark.parametrize("form", (*FORMS, LAYER))
+@pytest.mark.parametrize("form", [*FORMS, LAYER])
 def test_norm_of_nothing(device, shape, form):
     x = torch.randn(shape, device=device, requires_grad=True)
     weight = torch.randn(shape[-1:], device=device, requires_grad=True)
