@@ -72,7 +72,7 @@ def probe(module: nn.Module, key: Key) -> NormSpec | None:
     with torch.random.fork_rng(devices=[]):  # a module may draw, dropping what it was given
         try:
             return _probe(module, key)
-        except Exception:  # noqa: BLE001: whatever it does with numbers, it is no norm
+        except Exception:  # whatever it does with numbers, it is no norm
             return None
 
 
@@ -87,13 +87,18 @@ def _probe(module: nn.Module, key: Key) -> NormSpec | None:
         clone = _clone(module, parameters, names)
         scales = torch.logspace(-4, 2, _ROWS)[:, None]
         x = torch.randn(_ROWS, width, generator=generator) * scales
+        best: NormSpec | None = None
         for candidate in _candidates(parameters, attributes):
             dtypes = tuple(d for d in _DTYPES if _agrees(clone, candidate, parameters, x.to(d)))
-            # In float32 alone forms do not differ.
-            told_apart = dtypes[:1] not in ((), (torch.float32,))
-            if told_apart and _same_gradients(clone, candidate, parameters, x, dtypes):
+            if len(dtypes) <= (len(best.dtypes) if best else 0):
+                continue
+            if _same_gradients(clone, candidate, parameters, x, dtypes):
                 form, eps, weight, bias = candidate
-                return NormSpec(form, eps, weight, bias, dtypes, parameter_dtype, attributes)
+                best = NormSpec(form, eps, weight, bias, dtypes, parameter_dtype, attributes)
+            if dtypes != (torch.float32,):  # in which forms do not differ
+                break
+        if best is not None:
+            return best
     return None
 
 
@@ -146,7 +151,7 @@ def _agrees(
             given = x.clone()
             try:
                 made = type(clone).forward(clone, given)
-            except Exception:  # noqa: BLE001: whatever it does not take
+            except Exception:  # whatever it does not take
                 return False
             if type(made) is not Tensor or made.dtype is not wanted.dtype:
                 return False

@@ -2,7 +2,8 @@
 way, else that of the module's own class.
 
 A fused module has a subclass of its class, made once for each class. It keeps that one's names, so
-that code which looks at them finds what it knows; pickles name the original class and `fuse`.
+that code which looks at them finds what it knows; pickles name the original class, and
+`fused_norm`, which takes it.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,9 @@ class NormSpec(NamedTuple):
     attributes: tuple[tuple[str, Any], ...]  # all that it has beside parameters, as found
 
 
+NormSpec.__module__, NormSpec.__qualname__ = "fp8.nn", "_NormSpec"  # what pickles name
+
+
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 _MARK = "_fp8_fused_from"
 
@@ -48,11 +52,14 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
     return _classes[base]
 
 
-def fuse(base: type[nn.Module], *args: Any) -> nn.Module:
+def fused_norm(base: type[nn.Module], *args: Any) -> nn.Module:
     """A fused module without attributes: what pickles and copies begin with."""
     kind: Any = fused_class(base)
     module: nn.Module = kind.__new__(kind, *args)
     return module
+
+
+fused_norm.__module__, fused_norm.__qualname__ = "fp8.nn", "_fused_norm"
 
 
 def obstacle(module: Any, x: Any) -> str | None:
@@ -97,7 +104,7 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: Any, protocol: Any) -> Any:
         reduced = super(kind, self).__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and len(reduced) > 1 and reduced[1][:1] == (kind,):
-            return (fuse, (base, *reduced[1][1:]), *reduced[2:])
+            return (fused_norm, (base, *reduced[1][1:]), *reduced[2:])
         return reduced
 
     forward.__doc__ = own.__doc__
