@@ -1,4 +1,4 @@
-"""Norms of transformers' families, fused by fp8.convert: found everywhere, and training as before."""
+"""Norms of transformers' families, fused by fp8.convert: found in all, which train as before."""
 
 from __future__ import annotations
 
