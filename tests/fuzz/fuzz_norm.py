@@ -13,7 +13,7 @@ from reference import assert_same_bits
 import fp8  # noqa: F401  (registers the operators)
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python/norm"))
-import norm_reference  # noqa: E402
+import norm_reference
 
 OPS = torch.ops.fp8
 _FINITE = 1e30  # sums of larger gradients may overflow in one order and not in another
