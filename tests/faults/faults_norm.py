@@ -79,8 +79,8 @@ NORM = [
     Fault(
         "the probe draws from the caller's generator",
         PROBE,
-        "with torch.random.fork_rng(devices=[]):",
-        "if True:",
+        'with torch.random.fork_rng(devices=[]), torch.device("cpu"):',
+        'with torch.device("cpu"):',
         FUSION,
     ),
     Fault(

@@ -69,7 +69,8 @@ def attributes_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 def probe(module: nn.Module, key: Key) -> NormSpec | None:
     """The norm that a module of this key is, or None."""
-    with torch.random.fork_rng(devices=[]):  # a module may draw, dropping what it was given
+    # A module may draw, dropping what it was given; the caller may be making a model on meta.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
             return _probe(module, key)
         except Exception:  # whatever it does with numbers, it is no norm

@@ -408,7 +408,7 @@ def test_checkpointed_and_compiled(reentrant):
 def test_meta_models_are_recognized():
     with torch.device("meta"):
         meta = model()
-    fuse(meta)
+        fuse(meta)
     assert [is_fused(m) for m in meta] == [False, True, False, True]
 
 
