@@ -5,7 +5,8 @@ with and without _transpose, and dequantize, bf16, at 16 to 235 MB of input. Byt
 that the operator must move.
 
 And the passes between the grouped products of moe_experts, by profile (passes.py), beside the pass
-over the rows of a matrix that they are held against, at 67 to 940 MB of gates and ups.
+over the rows of a matrix that they are held against, at 67 to 940 MB of gates and ups;
+and norms, by profile too (norms.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import norms
 import passes
 import tables
 import timing
@@ -80,7 +82,8 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
         del variants, x
         torch.cuda.empty_cache()
     quick = passes.INPUT_MB[:1] if options.quick else passes.INPUT_MB
-    return rows + passes.measure(5, quick), {}
+    rows += passes.measure(5, quick)
+    return rows + norms.measure(10, norms.SHAPES[:1] if options.quick else norms.SHAPES), {}
 
 
 def table(rows: list[Row]) -> str:

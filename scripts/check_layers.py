@@ -22,12 +22,12 @@ FLOORS = (
     ("host",),
     ("core/device",),
     ("core/quantize", "core/matmul"),
-    ("core/grouped",),
+    ("core/grouped", "core/norm"),
     ("cpu",),
     ("torch/common",),
     ("torch/quantize",),
     ("torch/matmul",),
-    ("torch/linear", "torch/grouped"),
+    ("torch/linear", "torch/grouped", "torch/norm"),
     ("torch/registration",),
     ("bindings",),
 )
@@ -57,7 +57,7 @@ def core_files(root: Path) -> set[Path]:
     """Every file of the layer that the rule starts from."""
     csrc = root / "csrc"
     kernels = {path.resolve() for path in [*csrc.rglob("*.cu"), *csrc.rglob("*.cuh")]}
-    headers = (csrc / "include/fp8/core.h", csrc / "include/fp8/core_grouped.h")
+    headers = [csrc / f"include/fp8/core{name}.h" for name in ("", "_grouped", "_norm")]
     public = {header.resolve() for header in headers if header.is_file()}
     return kernels | cmake_sources(root) | public
 

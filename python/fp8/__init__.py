@@ -30,7 +30,7 @@ from ._native import flops as _flops
 from ._native import operators as _operators
 from .conversion import convert, revert, summary
 from .integrations.transformers import _registration
-from .nn import GroupedLinear, Linear
+from .nn import GroupedLinear, Linear, RMSNorm
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
     autotune,
@@ -54,6 +54,7 @@ __all__ = [
     "RECIPES",
     "GroupedLinear",
     "Linear",
+    "RMSNorm",
     "Recipe",
     "__version__",
     "autotune",

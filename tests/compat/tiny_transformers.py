@@ -113,7 +113,7 @@ MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 
 def make(family: str, dtype: torch.dtype = torch.float32, **more: object) -> nn.Module:
     """A new model of the family, the same weights each time. In training mode, no dropout."""
-    auto, settings = OTHERS.get(family, ("AutoModelForCausalLM", CAUSAL.get(family)))
+    auto, settings = OTHERS.get(family, ("AutoModelForCausalLM", CAUSAL.get(family, {})))
     config = transformers.AutoConfig.for_model(family, **(settings | more))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)

@@ -7,7 +7,8 @@ from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
 from faults_host import HOST
+from faults_norm import NORM
 from faults_python import PYTHON
 from faults_torch import TORCH
 
-FAULTS: list[Fault] = [*PYTHON, *CONVERT, *TORCH, *HOST, *CPU, *CUDA]
+FAULTS: list[Fault] = [*PYTHON, *CONVERT, *TORCH, *HOST, *CPU, *NORM, *CUDA]

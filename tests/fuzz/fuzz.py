@@ -37,9 +37,10 @@ from fuzz_grouped import GROUPED  # noqa: E402
 from fuzz_linear import LINEAR  # noqa: E402
 from fuzz_matmul import MATMUL  # noqa: E402
 from fuzz_moe import MOE  # noqa: E402
+from fuzz_norm import NORM  # noqa: E402
 from fuzz_quantize import DEQUANTIZE, QUANTIZE  # noqa: E402
 
-FAMILIES = {f.name: f for f in (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, DELAYED, GROUPED, MOE)}
+FAMILIES = {f.name: f for f in (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, DELAYED, GROUPED, MOE, NORM)}
 SECONDS = {"cpu": 180, "cuda": 300}
 LAST_CASE = ROOT / "build" / "fuzz" / "last_case.txt"  # for a case that ends the process
 SHRINK_SECONDS = 20.0

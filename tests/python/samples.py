@@ -386,6 +386,85 @@ def _moe_backward(device: str) -> list[Sample]:
     return found
 
 
+_NORM_SHAPES = ((5, 64), (2, 3, 20), (7,), (0, 16), (3, 0), (4, 1), (3, 1000))
+NORM_FORMS = ("scale_then_round", "round_then_scale", "scale_by_one_plus")
+
+
+def _norm_tensors(shape: tuple[int, ...], device: str, dtype: torch.dtype, count: int) -> list:
+    """`count` tensors of the shape, then a weight and a bias; all with a gradient."""
+    shapes = (*(shape,) * count, shape[-1:], shape[-1:])
+    return [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def _rms_norm(device: str) -> list[Sample]:
+    found = []
+    for shape in _NORM_SHAPES:
+        for form in NORM_FORMS:
+            x, weight, _ = _norm_tensors(shape, device, torch.bfloat16, 1)
+            found.append(Sample(f"{shape} {form}", (x, weight, 1e-6, form)))
+    x, weight, _ = _norm_tensors((4, 3, 40), device, torch.float16, 1)
+    for form in NORM_FORMS:
+        found.append(Sample(f"fp32 weight {form}", (x, weight.detach().float(), 1e-6, form)))
+    found.append(Sample("defaults, no weight", (x,)))
+    found.append(Sample("no grad", (x.detach(), weight.detach())))
+    found.append(Sample("strided", (x.transpose(0, 1), weight)))
+    found.append(Sample("columns", (torch.randn(8, 6, device=device).t(),)))
+    return found
+
+
+def _layer_norm(device: str) -> list[Sample]:
+    found = []
+    for shape in _NORM_SHAPES:
+        x, weight, bias = _norm_tensors(shape, device, torch.bfloat16, 1)
+        found.append(Sample(f"{shape}", (x, weight, bias, 1e-6)))
+    x, weight, bias = _norm_tensors((4, 40), device, torch.float32, 1)
+    found += [Sample("no bias", (x, weight)), Sample("neither", (x,))]
+    found.append(Sample("bias alone", (x, None, bias)))
+    mixed = (x.detach().half(), weight.detach(), bias.detach().half())
+    found.append(Sample("mixed, no grad", mixed))
+    return found
+
+
+def _add_rms_norm(device: str) -> list[Sample]:
+    found = []
+    for shape in _NORM_SHAPES:
+        for form in NORM_FORMS:
+            x, residual, weight, _ = _norm_tensors(shape, device, torch.bfloat16, 2)
+            found.append(Sample(f"{shape} {form}", (x, residual, weight, 1e-6, form)))
+    x, residual, weight, _ = _norm_tensors((4, 40), device, torch.float32, 2)
+    found.append(Sample("frozen", (x.detach(), residual, weight.detach())))
+    found.append(Sample("no weight", (x, residual)))
+    found.append(Sample("no grad", (x.detach(), residual.detach(), weight.detach())))
+    return found
+
+
+def _norm_forward(device: str) -> list[Sample]:
+    found = []
+    for shape in _NORM_SHAPES:
+        x, residual, weight, bias = (
+            t.detach() for t in _norm_tensors(shape, device, torch.bfloat16, 2)
+        )
+        found += [Sample(f"{shape} {f}", (x, None, weight, None, 1e-6, f)) for f in range(3)]
+        found.append(Sample(f"{shape} residual", (x, residual, weight, None, 1e-6, 0)))
+        found.append(Sample(f"{shape} layer", (x, None, weight, bias, 1e-6, 3)))
+    return found
+
+
+def _norm_backward(device: str) -> list[Sample]:
+    found = []
+    for sample in _norm_forward(device):
+        x, residual, weight, bias, _, form = sample.args
+        _, normed, mean, rstd = OPS._norm_forward(*sample.args)
+        dy = torch.randn_like(x)
+        saved = (x if residual is None else normed, mean if form == 3 else None, rstd, weight)
+        bias_dtype = None if bias is None else bias.dtype
+        for needs in ((True, True), (True, False), (False, True)):
+            flags = (*needs, needs[1] and bias is not None)
+            args = (dy, *saved, residual, bias_dtype, form, *flags)
+            found.append(Sample(f"{sample.name} needs {flags}", args))
+    return found
+
+
 TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "quantize_tensorwise": _quantize(static_scale=True),
     "quantize_rowwise": _quantize(static_scale=False),
@@ -410,4 +489,9 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "moe_experts": _moe_experts,
     "_moe_forward": _moe_forward,
     "_moe_backward": _moe_backward,
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "add_rms_norm": _add_rms_norm,
+    "_norm_forward": _norm_forward,
+    "_norm_backward": _norm_backward,
 }

@@ -50,6 +50,24 @@ def grouped() -> int:
     return calls
 
 
+def norms() -> int:
+    """Rows of a part of a warp, of a warp, of many, and longer than registers; off 16 bytes."""
+    calls = 0
+    for rows, cols in ((1, 1), (700, 8), (333, 128), (45, 1031), (20, 4096), (3, 16400)):
+        for dtype in (torch.bfloat16, torch.float32):
+            joint = torch.randn(rows, cols + 1, device="cuda", dtype=dtype)
+            weight = torch.randn(cols, device="cuda", dtype=dtype).requires_grad_()
+            for x in (joint[:, 1:].requires_grad_(), joint[:, 1:].contiguous().requires_grad_()):
+                outputs = (
+                    torch.ops.fp8.rms_norm(x, weight, 1e-6, "round_then_scale"),
+                    torch.ops.fp8.layer_norm(x, weight, weight),
+                    *torch.ops.fp8.add_rms_norm(x, x.detach(), weight),
+                )
+                torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
+                calls += 6
+    return calls
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("op_sweep.py: needs a CUDA device")
@@ -94,6 +112,7 @@ def main() -> None:
             y = checkpoint(run, *args, use_reentrant=call % 2 == 0)
             y.backward(torch.randn_like(y))
             calls += 3
+    calls += norms()
     # Rows that start off 16 bytes, and rows longer than the registers of a block hold.
     odd = torch.randn(9, 1031, device="cuda", dtype=torch.bfloat16)[:, 1:]
     long = torch.randn(3, 40_000, device="cuda", dtype=torch.bfloat16)

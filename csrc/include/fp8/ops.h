@@ -162,6 +162,32 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        double alpha = 1.702, double limit = 7.0,
                        std::string_view recipe = kDefaultGroupedRecipe);
 
+// RMSNorm over the last dimension: x [..., K] high precision, weight [K] high precision or none (1)
+// -> y [..., K], contiguous. With xhat = x / sqrt(mean(x^2) + eps) in fp32 and T the dtype of x,
+// form "scale_then_round" is y = T(weight * xhat), as F.rms_norm computes it; "round_then_scale" y
+// = weight * T(xhat), in the wider of both dtypes (Llama's); "scale_by_one_plus" y = T((1 + weight)
+// * xhat) (Gemma's). eps none: 2^-23. Forward and backward are one pass each and round where these
+// formulas do, written in eager PyTorch: only the order of fp32 sums is this library's. It depends
+// on K alone, so a row's result does not depend on the others, and it is the same on CPU and GPU.
+// Differentiable once.
+at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight = std::nullopt,
+                    std::optional<double> eps = std::nullopt,
+                    std::string_view form = "scale_then_round");
+
+// LayerNorm over the last dimension: x [..., K] high precision, weight and bias [K] high precision
+// or none -> y = T(weight * (x - mean(x)) / sqrt(var(x) + eps) + bias), contiguous. The rest as
+// rms_norm has it. In CUDA's autocast it computes in fp32, as F.layer_norm.
+at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight = std::nullopt,
+                      const std::optional<at::Tensor>& bias = std::nullopt, double eps = 1e-5);
+
+// sum = x + residual, both [..., K] of one dtype, in which the sum is rounded, and y =
+// rms_norm(sum, weight, eps, form) -> y, sum. In the backward the gradient of the sum joins dx in
+// the same pass.
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(
+    const at::Tensor& x, const at::Tensor& residual,
+    const std::optional<at::Tensor>& weight = std::nullopt,
+    std::optional<double> eps = std::nullopt, std::string_view form = "scale_then_round");
+
 // For programs that call none of the functions above and only load models that use torch.ops.fp8
 // (TorchScript, AOTInductor): refers to libfp8_torch, which a linker would leave out otherwise, and
 // so has the operators registered before main. Throws c10::Error if they are not.

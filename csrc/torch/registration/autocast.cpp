@@ -1,5 +1,5 @@
 // Autocast: inside torch.autocast, linear operators take x, weights and biases in the autocast
-// dtype, as F.linear does. A static scale stays fp32, a history as it is.
+// dtype, as F.linear does, and LayerNorm in fp32. A static scale stays fp32, a history as it is.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -65,6 +65,16 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                           limit, recipe);
 }
 
+// In fp32, as F.layer_norm on a GPU. RMSNorm takes tensors as they are, and so do both on the CPU.
+at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, double eps) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(c10::DispatchKey::AutocastCUDA);
+  const auto cast = [](const auto& t) {
+    return at::autocast::cached_cast(at::kFloat, t, at::kCUDA);
+  };
+  return fp8::layer_norm(cast(x), cast(weight), cast(bias), eps);
+}
+
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
 void register_kernels(torch::Library& m) {
   m.impl("fused_linear", TORCH_FN((fused_linear<kDevice, kKey>)));
@@ -78,6 +88,7 @@ void register_kernels(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(fp8, AutocastCUDA, m) {
   fp8::autocast::register_kernels<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
+  m.impl("layer_norm", TORCH_FN(fp8::autocast::layer_norm));
 }
 
 TORCH_LIBRARY_IMPL(fp8, AutocastCPU, m) {

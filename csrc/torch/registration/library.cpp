@@ -10,6 +10,7 @@
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
+#include "torch/norm/norm_ops.h"
 #include "torch/quantize/memory.h"
 #include "torch/quantize/quantize_ops.h"
 
@@ -74,6 +75,16 @@ TORCH_LIBRARY(fp8, m) {
          grouped_recipe)
             .c_str(),
         tags);
+  m.def(
+      "rms_norm(Tensor x, Tensor? weight=None, float? eps=None, str form=\"scale_then_round\")"
+      " -> Tensor",
+      tags);
+  m.def("layer_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> Tensor",
+        tags);
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor? weight=None, float? eps=None,"
+      " str form=\"scale_then_round\") -> (Tensor y, Tensor sum)",
+      tags);
   // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what
   // fused_linear is differentiated through.
   m.def(
@@ -140,6 +151,16 @@ TORCH_LIBRARY(fp8, m) {
       " -> (Tensor dx, Tensor d_weights, Tensor d_gate_up, Tensor d_down,"
       " Tensor d_gate_up_bias, Tensor d_down_bias)",
       tags);
+  // What the norms are differentiated through.
+  m.def(
+      "_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, int form)"
+      " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
+      tags);
+  m.def(
+      "_norm_backward(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, Tensor? add,"
+      " ScalarType? bias_dtype, int form, bool needs_dx, bool needs_dweight, bool needs_dbias)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      tags);
 }
 
 namespace {
@@ -155,6 +176,9 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, _fused_linear_functional);
   FP8_KERNEL(composite, grouped_linear);
   FP8_KERNEL(composite, moe_experts);
+  FP8_KERNEL(composite, rms_norm);
+  FP8_KERNEL(composite, layer_norm);
+  FP8_KERNEL(composite, add_rms_norm);
 }
 
 // CPU and CUDA share their kernels down to the device's own quantize and matmul.
@@ -178,6 +202,8 @@ void register_kernels(torch::Library& m) {
   FP8_KERNEL(kernel, _grouped_backward);
   FP8_KERNEL(kernel, _moe_forward);
   FP8_KERNEL(kernel, _moe_backward);
+  FP8_KERNEL(kernel, _norm_forward);
+  FP8_KERNEL(kernel, _norm_backward);
 }
 
 #undef FP8_KERNEL
@@ -211,23 +237,29 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_grouped_backward", TORCH_FN(fp8::meta::_grouped_backward));
   m.impl("_moe_forward", TORCH_FN(fp8::meta::_moe_forward));
   m.impl("_moe_backward", TORCH_FN(fp8::meta::_moe_backward));
+  m.impl("_norm_forward", TORCH_FN(fp8::meta::_norm_forward));
+  m.impl("_norm_backward", TORCH_FN(fp8::meta::_norm_backward));
 }
 
-// Only the linear ops and moe_experts have a gradient. The others say so when a backward reaches
-// them.
+// Only the linear ops, moe_experts and the norms have a gradient. The others say so when a backward
+// reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
   m.impl("_fused_linear_into", TORCH_FN(fp8::autograd::_fused_linear_into));
   m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
   m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
+  m.impl("rms_norm", TORCH_FN(fp8::autograd::rms_norm));
+  m.impl("layer_norm", TORCH_FN(fp8::autograd::layer_norm));
+  m.impl("add_rms_norm", TORCH_FN(fp8::autograd::add_rms_norm));
+  m.impl("_norm_backward", TORCH_FN(fp8::autograd::_norm_backward));
   for (const char* op :
        {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
         "quantize_rowwise_transpose", "quantize_blockwise_1x128",
         "quantize_blockwise_1x128_transpose", "quantize_blockwise_128x128",
         "quantize_blockwise_128x128_transpose", "dequantize", "scaled_mm", "scaled_mm_accumulate_",
         "_scaled_mm_accumulate", "_linear_forward", "_grouped_forward", "_grouped_backward",
-        "_moe_forward", "_moe_backward"}) {
+        "_moe_forward", "_moe_backward", "_norm_forward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

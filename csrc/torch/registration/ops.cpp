@@ -9,6 +9,7 @@
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
+#include "torch/norm/norm_ops.h"
 #include "torch/quantize/quantize_ops.h"
 
 namespace fp8 {
@@ -127,6 +128,25 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
   static const auto op = find<decltype(composite::moe_experts)>("fp8::moe_experts");
   return op.call(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation,
                  interleaved, alpha, limit, recipe);
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                    std::optional<double> eps, std::string_view form) {
+  static const auto op = find<decltype(composite::rms_norm)>("fp8::rms_norm");
+  return op.call(x, weight, eps, form);
+}
+
+at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, double eps) {
+  static const auto op = find<decltype(composite::layer_norm)>("fp8::layer_norm");
+  return op.call(x, weight, bias, eps);
+}
+
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
+                                                const std::optional<at::Tensor>& weight,
+                                                std::optional<double> eps, std::string_view form) {
+  static const auto op = find<decltype(composite::add_rms_norm)>("fp8::add_rms_norm");
+  return op.call(x, residual, weight, eps, form);
 }
 
 void ensure_registered() { find<decltype(composite::fused_linear)>("fp8::fused_linear"); }

@@ -30,6 +30,11 @@ NAMES = (
     "moe_experts",
     "_moe_forward",
     "_moe_backward",
+    "rms_norm",
+    "layer_norm",
+    "add_rms_norm",
+    "_norm_forward",
+    "_norm_backward",
 )
 """Every operator that computes; asking the dispatcher takes milliseconds. A test compares."""
 

@@ -20,6 +20,7 @@ from ..nn import _histories
 from ..nn._calls import forget_call, has_own_forward
 from ..nn._linear import Linear, check_static
 from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe, check_grouped_recipe, check_recipe
+from . import _fusions
 from ._expert_rules import FoundExperts, find_experts
 from ._rules import Found, find_conv1d, find_linears, label, left_alone
 
@@ -32,11 +33,13 @@ def convert(
     filter: Callable[[Any, str], bool] | None = None,
     *,
     experts_recipe: str | Recipe | None = None,
+    fuse: bool | Iterable[str] = True,
 ) -> ModelT:
     """Make every suitable nn.Linear of `model` compute in FP8. In place; returns `model`.
 
     So do the experts modules of Hugging Face's mixture-of-experts models: they take the experts
-    implementation `fp8`, whatever the rest of the model uses. Routers stay as they are.
+    implementation `fp8`, whatever the rest of the model uses. Routers stay as they are. What stands
+    around the linears runs as fused operators where that is proven to be the same (`fuse`).
 
     Parameters, state_dict keys and module objects stay the same. Convert after the weights have
     their dtype and before torch.compile, DDP or FSDP wrap the model. A module that is an fp8.Linear
@@ -57,6 +60,13 @@ def convert(
         experts_recipe: of experts, out of `fp8.GROUPED_RECIPES`, with options as in `recipe`; None:
             "rowwise_gw_hp", whatever the linears take, because an FP8 weight gradient does not pay
             for small groups of rows.
+        fuse: which modules run as fused operators, in their own precision: True for all kinds, in a
+            model where something is converted; False for none; or names, then in any model:
+            "norms", RMSNorm and LayerNorm modules (`fp8.ops.rms_norm`, `fp8.ops.layer_norm`),
+            recognized by what they compute, whatever their class. Such a module keeps its object,
+            parameters and names and takes a subclass of its class, whose forward runs the class's
+            own wherever a call is not of the kind that was recognized. Its values change by the
+            order of float32 sums. Another call of convert with less in `fuse` undoes the rest.
 
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.
@@ -78,6 +88,7 @@ def convert(
             "fp8.convert: filter must be a function (module, name) -> bool, "
             f"got {type(filter).__name__}"
         )
+    fusions = _fusions.chosen(fuse)
     linears, mixtures = find_linears(model), find_experts(model)
     # All choices come before the first change: a filter that raises leaves the model as it was.
     if filter is None:
@@ -98,7 +109,14 @@ def convert(
     spare_collectives()
     _registration.register_if_loaded()
     configs = _experts.fp8_configs(able)
-    with _all_or_nothing([*chosen, *able]):
+    by_default = fuse is True
+    if by_default and not chosen and not able:
+        fusions = ()
+    fusing = _fusions.plan(model, fusions)
+    names = {fusion.name for fusion in fusions}
+    undoing = [] if by_default else [f for f in _fusions.fused(model) if f[0].name not in names]
+    touched = [*(found.module for _, found in fusing), *(module for _, module in undoing)]
+    with _all_or_nothing([*chosen, *able, *touched]):
         for module in model.modules():
             forget_call(module)  # "never called" is said of what ran after this
         for module in chosen:
@@ -108,7 +126,11 @@ def convert(
             _histories.fit(module)  # type: ignore[arg-type]
         for mixture in able:
             _experts.set_fp8(mixture, experts_recipe, configs)
-    if not chosen and not able:
+        for fusion, fused in undoing:
+            _fusions.undo("convert", fusion, fused)
+        for fusion, fusable in fusing:
+            fusion.apply(fusable)
+    if not chosen and not able and not fusing:
         warnings.warn(_nothing_converted(model, linears, mixtures), stacklevel=2)
     return model
 
@@ -118,7 +140,7 @@ def revert(model: ModelT) -> ModelT:
 
     Those that convert changed and those that were made as fp8.Linear alike. Experts modules get
     their previous implementation back, or transformers' default if `fp8` was chosen by
-    set_experts_implementation. Static input scales go.
+    set_experts_implementation. Static input scales go, and so does what was fused.
 
     Warns (UserWarning) about modules that cannot be changed back: those that something else has
     turned into a subclass of fp8.Linear (a parametrization, say) or whose forward was replaced on
@@ -138,7 +160,8 @@ def revert(model: ModelT) -> ModelT:
             message = f"fp8.revert: {label(linear)} stays in FP8: {obstacle}; undo that first"
             warnings.warn(message, stacklevel=2)  # before any change: it may be made an error
     mixtures = [mixture.module for mixture in find_experts(model)]
-    with _all_or_nothing([*converted, *mixtures]):
+    fused = _fusions.fused(model)
+    with _all_or_nothing([*converted, *mixtures, *(module for _, module in fused)]):
         for module in converted:
             vars(module).pop("recipe", None)
             vars(module).pop("forward", None)
@@ -148,6 +171,8 @@ def revert(model: ModelT) -> ModelT:
             module.__class__ = nn.Linear  # type: ignore[assignment]
         for mixture in mixtures:
             _experts.unset_fp8(mixture)
+        for fusion, fused_module in fused:
+            _fusions.undo("revert", fusion, fused_module)
     return model
 
 

@@ -12,6 +12,7 @@ from ..integrations.transformers._gating import was_called
 from ..nn._calls import CALLED, never_called
 from ..nn._grouped import GroupedLinear
 from ..nn._linear import Linear
+from . import _fusions
 from ._convert import check_model
 from ._expert_rules import FoundExperts, find_experts
 from ._rules import Found, dtype_name, find_conv1d, find_linears, label, left_alone
@@ -24,7 +25,8 @@ def summary(model: nn.Module) -> str:
     means that no rule speaks against it: convert was not called, or its filter left the module out.
     A module with several names is listed under the first; the others follow in brackets.
     `fp8.GroupedLinear` modules have a line, and so has Conv1D of transformers (GPT-2), which is not
-    supported.
+    supported. Where `fp8.convert` fused something, modules of that kind have lines: what each runs,
+    or why it does not.
 
     Once the model was called, layers in FP8 that never were say so: something else uses their
     weight, in high precision, or nothing does. A UserWarning names them.
@@ -54,7 +56,7 @@ def summary(model: nn.Module) -> str:
         dtype = dtype_name(_experts.weights_of(found.module)[0])
         lines[found.module] = (label(found), found.shape(), dtype, _experts_status(found))
     grouped, conv1d = _grouped_lines(model), _conv1d_lines(model)
-    lines |= grouped | conv1d
+    lines |= grouped | conv1d | dict(_fusions.rows(model))
     never = never_called(model, _calls(lines))
     rows = [("name", "in -> out", "dtype", "recipe")]
     for module in model.modules():
@@ -74,6 +76,7 @@ def summary(model: nn.Module) -> str:
         totals.append(f"{len(grouped)} fp8.GroupedLinear, all in FP8")
     if conv1d:
         totals.append(f"{len(conv1d)} Conv1D of transformers, none in FP8: not supported")
+    totals += _fusions.totals(model)
     return "\n".join([*_aligned(rows), *totals])
 
 

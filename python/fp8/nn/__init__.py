@@ -1,6 +1,11 @@
-"""Modules that compute in FP8: `Linear`, and `GroupedLinear` for groups of rows."""
+"""Modules that compute in FP8: `Linear`, and `GroupedLinear` for groups of rows; and `RMSNorm`,
+fused."""
 
+# What pickles of fused norms name.
+from ._fused_norms import NormSpec as _NormSpec  # noqa: F401
+from ._fused_norms import fused_norm as _fused_norm  # noqa: F401
 from ._grouped import GroupedLinear
 from ._linear import Linear
+from ._norms import RMSNorm
 
-__all__ = ["GroupedLinear", "Linear"]
+__all__ = ["GroupedLinear", "Linear", "RMSNorm"]

@@ -26,6 +26,7 @@ from ._grouped import grouped_linear, moe_experts
 from ._linear import fused_linear
 from ._linear import make_history as make_history
 from ._matmul import scaled_mm, scaled_mm_accumulate_
+from ._norms import add_rms_norm, layer_norm, rms_norm
 from ._quantize import (
     dequantize,
     quantize_blockwise_1x128,
@@ -39,9 +40,11 @@ from ._quantize import (
 )
 
 __all__ = [  # the operators
+    "add_rms_norm",
     "dequantize",
     "fused_linear",
     "grouped_linear",
+    "layer_norm",
     "moe_experts",
     "quantize_blockwise_1x128",
     "quantize_blockwise_1x128_transpose",
@@ -51,6 +54,7 @@ __all__ = [  # the operators
     "quantize_rowwise_transpose",
     "quantize_tensorwise",
     "quantize_tensorwise_transpose",
+    "rms_norm",
     "scaled_mm",
     "scaled_mm_accumulate_",
 ]

@@ -44,6 +44,39 @@ TEST_CASE("fused_linear and its gradients follow the exact ones") {
   }
 }
 
+TEST_CASE("norms and their gradients follow torch's") {
+  at::manual_seed(0);
+  const at::Tensor x = at::randn({3, 33, 80}).requires_grad_();
+  const at::Tensor residual = at::randn({3, 33, 80});
+  const at::Tensor weight = at::randn({80}).requires_grad_();
+  const at::Tensor bias = at::randn({80}).requires_grad_();
+  const at::Tensor dy = at::randn({3, 33, 80});
+  const auto gradients = [&](const at::Tensor& y) {
+    y.backward(dy);
+    std::vector<at::Tensor> made;
+    for (const at::Tensor& t : {x, weight, bias}) {
+      made.push_back(t.grad().defined() ? t.grad() : at::zeros({1}));
+      t.mutable_grad().reset();
+    }
+    return made;
+  };
+  const auto check = [&](const at::Tensor& ours, const at::Tensor& theirs) {
+    REQUIRE(at::allclose(ours, theirs, 1e-5, 1e-5));
+    const auto a = gradients(ours);
+    const auto b = gradients(theirs);
+    for (size_t i = 0; i < a.size(); ++i) REQUIRE(at::allclose(a[i], b[i], 1e-4, 1e-4));
+  };
+  check(fp8::rms_norm(x, weight, 1e-6), at::rms_norm(x, {80}, weight, 1e-6));
+  check(fp8::rms_norm(x, weight, 1e-6, "scale_by_one_plus"),
+        at::rms_norm(x, {80}, weight + 1, 1e-6));
+  check(fp8::layer_norm(x, weight, bias, 1e-6), at::layer_norm(x, {80}, weight, bias, 1e-6));
+  const auto [y, sum] = fp8::add_rms_norm(x, residual, weight, 1e-6);
+  REQUIRE(at::equal(sum, x + residual));
+  check(y + sum, at::rms_norm(x + residual, {80}, weight, 1e-6) + (x + residual));
+  REQUIRE_THROWS_WITH(fp8::rms_norm(x, bias.slice(0, 1)),
+                      Catch::Contains("fp8::rms_norm: expected weight of shape [K] = [80]"));
+}
+
 TEST_CASE("fused_linear_into adds the weight gradient to a buffer") {
   for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp", "blockwise"}) {
     Problem p;

@@ -28,6 +28,9 @@ SCHEMAS = {
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
     "fused_linear": ("x weight bias recipe input_scale history", 1),
     "grouped_linear": ("x weight offsets bias recipe", 1),
+    "rms_norm": ("x weight eps form", 1),
+    "layer_norm": ("x weight bias eps", 1),
+    "add_rms_norm": ("x residual weight eps form", 2),
     "moe_experts": (
         "x top_k_index top_k_weights gate_up down gate_up_bias down_bias activation interleaved"
         " alpha limit recipe",

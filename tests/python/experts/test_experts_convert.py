@@ -68,7 +68,8 @@ def test_convert_changes_no_other_model_of_the_same_config():
 def test_convert_module_by_module():
     """What the filter leaves out keeps its implementation, and follows the model's."""
     model = make("mixtral")
-    fp8.convert(model, filter=lambda module, name: name == "model.layers.1.mlp.experts")
+    only = "model.layers.1.mlp.experts"
+    fp8.convert(model, filter=lambda module, name: name == only, fuse=False)
     first, second = experts_of(model).values()
     assert (experts.in_fp8(first), experts.in_fp8(second)) == (False, True)
     model.set_experts_implementation("eager")
@@ -108,9 +109,9 @@ def test_convert_recipes_of_experts(recipe, experts_recipe, expected):
 
 
 def test_convert_again_changes_the_recipe():
-    model = fp8.convert(make("mixtral"), filter=only_experts)
+    model = fp8.convert(make("mixtral"), filter=only_experts, fuse=False)
     before = {name: m.config for name, m in experts_of(model).items()}
-    fp8.convert(model, filter=only_experts, experts_recipe="rowwise_gw_hp")
+    fp8.convert(model, filter=only_experts, experts_recipe="rowwise_gw_hp", fuse=False)
     assert totals(model).startswith("2 experts: 2 in FP8 (2 rowwise_gw_hp)")
     assert {id(m.config) for m in experts_of(fp8.revert(model)).values()} == {id(model.config)}
     assert model.config not in before.values() or model.config is not next(iter(before.values()))
@@ -139,7 +140,7 @@ def test_experts_that_cannot_run_in_fp8_run_as_before(by_convert, monkeypatch):
     model = make("mixtral")
     if by_convert:
         model.set_experts_implementation("eager")
-        fp8.convert(model, filter=only_experts)
+        fp8.convert(model, filter=only_experts, fuse=False)
     else:
         model.set_experts_implementation("fp8")
     monkeypatch.setattr(experts, "_DTYPES", (torch.bfloat16, torch.float16))
@@ -173,7 +174,7 @@ def test_convert_refuses_too_many_experts():
 
 
 def test_summary_has_a_line_for_each_experts_module():
-    model = fp8.convert(make("gpt_oss", dtype=torch.bfloat16), filter=only_experts)
+    model = fp8.convert(make("gpt_oss", dtype=torch.bfloat16), filter=only_experts, fuse=False)
     shape = "4 x (64 -> 96, 48 -> 64)"  # stored transposed
     assert summary_row(model, "model.layers.1.mlp.experts") == [shape, "bfloat16", "rowwise_gw_hp"]
     names = [line.split()[0] for line in fp8.summary(model).splitlines()[1:-2]]

@@ -181,6 +181,7 @@ def test_public_names():
             "RECIPES",
             "GroupedLinear",
             "Linear",
+            "RMSNorm",
             "Recipe",
             "__version__",
             "autotune",

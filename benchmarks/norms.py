@@ -1,0 +1,94 @@
+"""Norms by profile, forward and backward apart: rms_norm, add_rms_norm and layer_norm, against a
+device copy of as many bytes. Their inputs are larger than L2 together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import kernel_times
+import passes
+import timing
+import torch
+
+SHAPES = ((4096, 8192), (8192, 4096), (8192, 8192), (8192, 16384), (262_144, 128), (32_768, 2880))
+FORWARD = ("norm_forward",)
+BACKWARD = ("norm_backward", "norm_finish")
+
+
+def calls(rows: int, cols: int) -> dict[str, tuple[Callable[[], object], int, int]]:
+    """Steps, and the bytes an element of 16 bits that their forward and backward move."""
+    made = [
+        torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(2)
+    ]
+    x, residual = made
+    weight, bias = (
+        torch.randn(cols, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2)
+    )
+    dy = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
+    ops, grad = torch.ops.fp8, torch.autograd.grad
+    form = "round_then_scale"
+
+    def added() -> object:
+        outputs = ops.add_rms_norm(x, residual, weight, 1e-6, form)
+        return grad(outputs, [x, residual, weight], [dy, dy])
+
+    return {
+        "rms_norm": (lambda: grad(ops.rms_norm(x, weight, 1e-6, form), [x, weight], dy), 4, 6),
+        "rms_norm, (1 + w)": (
+            lambda: grad(ops.rms_norm(x, weight, 1e-6, "scale_by_one_plus"), [x, weight], dy),
+            4,
+            6,
+        ),
+        "add_rms_norm": (added, 8, 8),
+        "layer_norm": (lambda: grad(ops.layer_norm(x, weight, bias), [x, weight, bias], dy), 4, 6),
+    }
+
+
+def measure(repeats: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> list[dict]:
+    """One row for each norm, direction and shape: as bench_quantize's, with the profile's times."""
+    found: list[dict] = []
+    for rows, cols in shapes:
+        for op, (step, forward_bytes, backward_bytes) in calls(rows, cols).items():
+            for _ in range(3):
+                step()
+            kernels = kernel_times.profile(step, repeats)
+            for what, needles, per_element in (
+                ("forward", FORWARD, forward_bytes),
+                ("backward", BACKWARD, backward_bytes),
+            ):
+                us = math.fsum(passes.total_us(kernels, (needle,), repeats) for needle in needles)
+                moved = rows * cols * per_element
+                copied = passes.copy_us(moved, repeats)
+                found.append(
+                    {
+                        "op": f"{op}, {what}, {cols} columns",
+                        "m": rows,
+                        "k": cols,
+                        "input_mb": rows * cols * 2 / 1e6,
+                        "bytes_per_element": per_element,
+                        "time_us": timing.summarize([us]).as_dict(),
+                        "copy_us": timing.summarize([copied]).as_dict(),
+                        "gb_per_s": moved / us / 1e3,
+                        "of_copy": copied / us,
+                    }
+                )
+            torch.cuda.empty_cache()
+    return found
+
+
+def main() -> None:
+    """`python benchmarks/norms.py`: the rows by themselves."""
+    for row in measure(10):
+        print(
+            f"{row['op']:45} {row['m']:7} {row['input_mb']:6.0f} MB {row['time_us']['median']:8.1f}"
+            f" us {row['gb_per_s']:6.0f} GB/s {100 * row['of_copy']:5.1f}% of copy"
+        )
+
+
+if __name__ == "__main__":
+    from runs import import_fp8
+
+    import_fp8()
+    main()

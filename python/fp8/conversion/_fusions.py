@@ -1,0 +1,110 @@
+"""Fusions: what `fp8.convert` does beside linears and experts, one module of this folder each.
+
+A fusion finds modules by what they compute, changes their class to a subclass whose forward runs a
+fused operator where nothing is in the way, and changes it back. To add one: a module with the
+functions of `Fusion`, and a line in `fusions`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Fusable(NamedTuple):
+    """A module that a fusion knows how to fuse."""
+
+    module: nn.Module
+    name: str  # as model.named_modules() has it
+    what: Any  # the fusion's own: what was found
+    refused: str | None = None  # why it must be left alone
+
+
+class Fusion(NamedTuple):
+    """One kind of fusion."""
+
+    name: str  # as `fuse` of fp8.convert takes it
+    find: Callable[[nn.Module], list[Fusable]]  # in a model; changes nothing
+    is_fused: Callable[[nn.Module], bool]
+    apply: Callable[[Fusable], None]
+    undo: Callable[[nn.Module], str | None]  # why it could not be undone
+    describe: Callable[[Fusable], tuple[str, str]]  # size, and what it computes
+
+
+def fusions() -> tuple[Fusion, ...]:
+    """All of them, in the order in which they are applied."""
+    from . import _norm_fusion as norms
+
+    return (Fusion("norms", norms.find, norms.is_fused, norms.apply, norms.undo, norms.describe),)
+
+
+def chosen(fuse: bool | Iterable[str]) -> tuple[Fusion, ...]:
+    """The fusions that `fuse` of fp8.convert names. Raises TypeError or ValueError."""
+    if isinstance(fuse, bool):
+        return fusions() if fuse else ()
+    names = [fusion.name for fusion in fusions()]
+    if isinstance(fuse, str) or not isinstance(fuse, Iterable):
+        raise TypeError(
+            f"fp8.convert: expected fuse as a bool or a set of names out of {names}, got {fuse!r}"
+        )
+    wanted = set(fuse)
+    if unknown := sorted(map(repr, wanted - set(names))):
+        raise ValueError(f"fp8.convert: expected fuse out of {names}, got {', '.join(unknown)}")
+    return tuple(fusion for fusion in fusions() if fusion.name in wanted)
+
+
+def plan(model: nn.Module, wanted: Sequence[Fusion]) -> list[tuple[Fusion, Fusable]]:
+    """What is to be fused: found before anything is changed."""
+    return [
+        (fusion, found)
+        for fusion in wanted
+        for found in fusion.find(model)
+        if found.refused is None
+    ]
+
+
+def fused(model: nn.Module) -> list[tuple[Fusion, nn.Module]]:
+    """The modules of the model that are fused."""
+    kinds = fusions()
+    return [(f, module) for module in model.modules() for f in kinds if f.is_fused(module)]
+
+
+def undo(function: str, fusion: Fusion, module: nn.Module) -> None:
+    """Warns, in the name of fp8.`function`, about a module that stays fused."""
+    if (why := fusion.undo(module)) is not None:
+        kind = type(module).__name__
+        warnings.warn(f"fp8.{function}: a {kind} stays fused: {why}; undo that first", stacklevel=3)
+
+
+Row = tuple[nn.Module, tuple[str, str, str, str]]
+
+
+def rows(model: nn.Module) -> list[Row]:
+    """For the summary: a line for each module that a fusion knows, where the model has a fused
+    one."""
+    lines: list[Row] = []
+    if not fused(model):
+        return lines
+    for fusion in fusions():
+        for found in fusion.find(model):
+            size, what = fusion.describe(found)
+            state = f"fused: {what}"
+            if not fusion.is_fused(found.module):
+                state = f"- ({found.refused or f'not fused: {what}'})"
+            dtype = next(
+                (str(p.dtype).removeprefix("torch.") for p in found.module.parameters()), "-"
+            )
+            lines.append((found.module, (found.name or "(model)", size, dtype, state)))
+    return lines
+
+
+def totals(model: nn.Module) -> list[str]:
+    """A line for each fusion that was applied."""
+    lines = []
+    modules = fused(model)
+    for fusion in fusions():
+        count = sum(1 for f, _ in modules if f.name == fusion.name)
+        if count:
+            lines.append(f"{count} {fusion.name} fused")
+    return lines

@@ -1,0 +1,130 @@
+"""Faults in norms: their kernels, their gradients, and the modules that take them."""
+
+from __future__ import annotations
+
+from fault import Fault
+
+VALUES = "tests/python/norm/test_norm_values.py"
+AUTOGRAD = "tests/python/norm/test_norm_autograd.py"
+INPUTS = "tests/python/norm/test_norm_inputs.py"
+FUSION = "tests/python/norm/test_norm_fusion.py"
+GPU = "tests/python/norm/test_norm_cuda.py"
+PROBE = "python/fp8/conversion/_norm_probe.py"
+FUSED = "python/fp8/nn/_fused_norms.py"
+
+NORM = [
+    Fault(
+        "T(xhat) is not rounded before the weight",
+        "csrc/cpu/norm.cpp",
+        "if (norm.form == NormForm::kRoundThenScale) round_all(x, norm.dtype);",
+        "",
+        VALUES,
+    ),
+    Fault(
+        "the last warp's sum of a row is left out",
+        "csrc/cpu/norm.cpp",
+        "total = warp == 0 ? of_warp[0] : total + of_warp[0];",
+        "total = warp == 0 || warp + lanes < count ? total + of_warp[0] : total;",
+        VALUES,
+    ),
+    Fault(
+        "the residual's gradient joins before dx is rounded",
+        "csrc/cpu/norm.cpp",
+        "        round_all(g, norm.dtype);\n        read(args.add",
+        "        read(args.add",
+        VALUES,
+    ),
+    Fault(
+        "the root's part of a norm's gradient is forgotten",
+        "csrc/host/norm.h",
+        "mul(mul(-0.5F, product), cube)",
+        "mul(mul(0.5F, product), cube)",
+        f"{VALUES} {AUTOGRAD}",
+    ),
+    Fault(
+        "a tensor of three leading strides is read as one of two",
+        "csrc/torch/norm/norm.cpp",
+        ".stride0 = strides[2],",
+        ".stride0 = strides[1],",
+        INPUTS,
+    ),
+    Fault(
+        "the gradient of a sum is lost where y has one",
+        "csrc/torch/norm/autograd.cpp",
+        "optional(saved[3]), optional(dsum),",
+        "optional(saved[3]), std::nullopt,",
+        AUTOGRAD,
+    ),
+    Fault(
+        "a weight that is wider than x is rounded with it",
+        "csrc/torch/norm/check.cpp",
+        "return form == NormForm::kRoundThenScale && weight &&",
+        "return false && weight &&",
+        VALUES,
+    ),
+    Fault(
+        "a norm of another gradient is fused",
+        PROBE,
+        "            if _same_gradients(clone, candidate, parameters, x, dtypes):",
+        "            if dtypes:",
+        FUSION,
+    ),
+    Fault(
+        "a norm that drops in training is fused",
+        PROBE,
+        "for training in (True, False):",
+        "for training in (False,):",
+        FUSION,
+    ),
+    Fault(
+        "the probe draws from the caller's generator",
+        PROBE,
+        'with torch.random.fork_rng(devices=[]), torch.device("cpu"):',
+        'with torch.device("cpu"):',
+        FUSION,
+    ),
+    Fault(
+        "a changed eps is not noticed",
+        FUSED,
+        "if attributes.get(name, _MARK) != value:",
+        "if False:",
+        FUSION,
+    ),
+    Fault(
+        "a second argument is dropped",
+        FUSED,
+        "if len(args) != 1 or kwargs or",
+        "if",
+        FUSION,
+    ),
+    Fault(
+        "a forward replaced in the class is bypassed",
+        FUSED,
+        "base.forward is not own or ",
+        "",
+        FUSION,
+    ),
+    Fault(
+        "a forward on the instance is bypassed",
+        "python/fp8/conversion/_norm_fusion.py",
+        "if has_own_forward(module):",
+        "if False:",
+        FUSION,
+    ),
+    Fault(
+        "slots of a block are not all added up",
+        "csrc/core/norm/backward.cu",
+        "if (turn > 0) sums[i][j]",
+        "if (turn > 1) sums[i][j]",
+        GPU,
+        gpu=True,
+    ),
+    Fault(
+        "a row's slots do not wait for each other",
+        "csrc/core/norm/norm.cuh",
+        "  wait_for_row(slot, threads_per_row);\n",
+        "",
+        GPU,
+        gpu=True,
+    ),
+]

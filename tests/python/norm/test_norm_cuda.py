@@ -1,0 +1,113 @@
+"""What only a GPU shows of norms: the CPU's bits, determinism, graphs, no waiting, launches."""
+
+from __future__ import annotations
+
+import pytest
+import test_norm_values as values
+import torch
+from norm_reference import DTYPES, FORMS, LAYER
+from reference import assert_same_bits
+from torch.profiler import ProfilerActivity, profile
+
+pytestmark = pytest.mark.gpu
+OPS = torch.ops.fp8
+CPU_SMS = 132  # host/norm.h: sums over rows are cut for as many multiprocessors there
+
+
+def results(form, tensors, device):
+    x, residual, dy, weight, bias = (t.to(device) for t in tensors)
+    number = values.NUMBERS[form]
+    bias = bias if form == LAYER else None
+    added = residual if form != LAYER else None
+    y, total, mean, rstd = OPS._norm_forward(x, added, weight, bias, 1e-6, number)
+    saved = (total if added is not None else x, mean if form == LAYER else None, rstd, weight)
+    options = (weight.dtype, number, True, True, form == LAYER)
+    return (y, total, mean, rstd, *OPS._norm_backward(dy, *saved, residual, *options))
+
+
+@pytest.mark.parametrize("form", [*FORMS, LAYER])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40_000, 8), (70_001, 128), (3001, 1000), *values.SHAPES])
+def test_norm_has_the_bits_of_the_cpu(shape, dtype, form, poisoned_memory):
+    tensors = values.tensors(*shape, dtype)
+    ours, expected = results(form, tensors, "cuda"), results(form, tensors, "cpu")
+    names = ("y", "sum", "mean", "rstd", "dx", "dweight", "dbias")
+    equal_parts = torch.cuda.get_device_properties(0).multi_processor_count == CPU_SMS
+    for name, a, b in zip(names, ours, expected, strict=True):
+        if name.startswith("d") and name != "dx" and not equal_parts:
+            continue
+        assert_same_bits(a, b, name)
+
+
+@pytest.mark.parametrize("form", [*FORMS, LAYER])
+@pytest.mark.parametrize("shape", [(8192, 4096), (65_536, 128), (500, 20_000)])
+def test_norm_is_deterministic(shape, form):
+    tensors = values.tensors(*shape, torch.bfloat16, device="cuda")
+    first = results(form, tensors, "cuda")
+    for _ in range(3):
+        for a, b in zip(results(form, tensors, "cuda"), first, strict=True):
+            assert_same_bits(a, b, "again")
+
+
+@pytest.mark.parametrize("form", [FORMS[0], LAYER])
+def test_norm_in_a_graph_on_another_stream(form):
+    tensors = values.tensors(300, 1024, torch.bfloat16, device="cuda")
+    expected = results(form, tensors, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = results(form, tensors, "cuda")
+        graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    for a, b in zip(made, expected, strict=True):
+        assert_same_bits(a, b, "graph")
+
+
+@pytest.mark.parametrize("form", [*FORMS, LAYER])
+def test_norm_launches_one_kernel_forward_and_two_backward(form):
+    x, _, dy, weight, bias = values.tensors(512, 4096, torch.bfloat16, device="cuda")
+    leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+
+    def step():
+        norm = OPS.layer_norm(*leaves) if form == LAYER else OPS.rms_norm(*leaves[:2], 1e-6, form)
+        return torch.autograd.grad(norm, leaves if form == LAYER else leaves[:2], dy)
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in prof.events() if "norm_" in e.name]
+    assert len(kernels) == 3, kernels
+
+
+def test_layer_norm_in_autocast_is_torchs():
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.randn(2, 256, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = OPS.layer_norm(x, weight, bias)
+        theirs = torch.nn.functional.layer_norm(x, (256,), weight, bias)
+        assert OPS.rms_norm(x).dtype == torch.bfloat16
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rms_norm_is_eagers_on_the_gpu_up_to_its_root(form):
+    """Eager's rsqrt may be 2 ulp off: an element may round to its neighbour."""
+    import norm_reference as reference
+
+    x, _, dy, weight, _ = values.tensors(512, 4096, torch.bfloat16, device="cuda")
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    y, eager = OPS.rms_norm(*leaves, 1e-6, form), reference.eager(*leaves, 1e-6, form)
+    assert float((y == eager).float().mean()) > 0.98
+    torch.testing.assert_close(y, eager, rtol=2**-6, atol=1e-6)
+    ours = torch.autograd.grad(y, leaves, dy)
+    theirs = torch.autograd.grad(eager, leaves, dy)
+    assert float((ours[0] == theirs[0]).float().mean()) > 0.95
+    for got, expected in zip(ours, theirs, strict=True):
+        atol = 2**-8 * float(expected.abs().max())
+        torch.testing.assert_close(got, expected, rtol=2**-6, atol=atol)
