@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import mlp_passes
 import passes
 import tables
 import timing
@@ -80,7 +81,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
         del variants, x
         torch.cuda.empty_cache()
     quick = passes.INPUT_MB[:1] if options.quick else passes.INPUT_MB
-    return rows + passes.measure(5, quick), {}
+    return rows + passes.measure(5, quick) + mlp_passes.measure(5, quick), {}
 
 
 def table(rows: list[Row]) -> str:
