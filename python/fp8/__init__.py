@@ -30,7 +30,7 @@ from ._native import flops as _flops
 from ._native import operators as _operators
 from .conversion import convert, revert, summary
 from .integrations.transformers import _registration
-from .nn import GroupedLinear, Linear, RMSNorm
+from .nn import MLP, GatedMLP, GroupedLinear, Linear, RMSNorm
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
     autotune,
@@ -51,7 +51,9 @@ cmake_prefix_path: str = str(_PACKAGE / "share" / "cmake")
 
 __all__ = [
     "GROUPED_RECIPES",
+    "MLP",
     "RECIPES",
+    "GatedMLP",
     "GroupedLinear",
     "Linear",
     "RMSNorm",

@@ -9,6 +9,7 @@ from fault import (
     LAYOUT,
     LINEAR,
     MEMORY,
+    MLP,
     QUANTIZE,
     RECOMPUTATION,
     SPLIT,
@@ -278,8 +279,8 @@ CPU = [
     Fault(
         "x and dy of a layer share a history",
         "csrc/torch/linear/linear.cpp",
-        "delayed_scaling(args.history, Role::kGradOutput)",
-        "delayed_scaling(args.history, Role::kInput)",
+        "scaling_of(args.history, Role::kGradOutput)",
+        "scaling_of(args.history, Role::kInput)",
         DELAYED,
     ),
     Fault(
@@ -302,5 +303,33 @@ CPU = [
         "recipe, input_scale,\n                           history);",
         "recipe, input_scale,\n                           std::nullopt);",
         HISTORIES,
+    ),
+    Fault(
+        "dx through gate is lost where up's comes",
+        "csrc/torch/mlp/mlp.cpp",
+        "d_up = through(of_up, made.up, made.q_up, d_gate.dx);",
+        "d_up = through(of_up, made.up, made.q_up, {}), d_gate.dx = d_up.dx;",
+        MLP,
+    ),
+    Fault(
+        "h has a scale of its own in the backward, whatever the forward's",
+        "csrc/torch/mlp/mlp.cpp",
+        "wanted.h ? scaling_again(h_amax, recipe, down_history.has_value())",
+        "wanted.h ? Scaling::dynamic()",
+        f"{MLP}/test_mlp_values.py",
+    ),
+    Fault(
+        "a second half that is the gate is taken for up",
+        "csrc/torch/mlp/unit.cpp",
+        "return unit.gate_second ? Products{second, first} : Products{first, second};",
+        "return Products{first, second};",
+        MLP,
+    ),
+    Fault(
+        "a hook of a layer is passed by",
+        "python/fp8/nn/_mlp.py",
+        "if any(state[hooks] for hooks in _HOOKS) or",
+        "if",
+        f"{MLP}/test_mlp_modules.py",
     ),
 ]

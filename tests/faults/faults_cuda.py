@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fault import DELAYED, GROUPED, LAYOUT, QUANTIZE, RECOMPUTATION, Fault
+from fault import DELAYED, GROUPED, LAYOUT, MLP, QUANTIZE, RECOMPUTATION, Fault
 
 CUDA = [
     Fault(
         "CUDA: a delayed scale is the window's, whatever the tensor",
-        "csrc/core/quantize/settle_delayed.cu",
-        "if (!cast_otherwise(p, tiles, settled.used)) return;",
+        "csrc/core/quantize/settle_delayed.cuh",
+        "if (!cast_otherwise(p.tile_guess, tiles, settled.used)) return;",
         "return;",
         DELAYED,
         gpu=True,
@@ -23,7 +23,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the last tiles do not count for a delayed call's amax",
-        "csrc/core/quantize/settle_delayed.cu",
+        "csrc/core/quantize/settle_delayed.cuh",
         "batch[i] = tile < count ?",
         "batch[i] = tile < count - 1 || count == 1 ?",
         DELAYED,
@@ -31,7 +31,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the second cast hides an infinite value",
-        "csrc/core/quantize/settle_delayed.cu",
+        "csrc/core/quantize/settle_delayed.cuh",
         "      infinite_to_nan(v[r]);\n",
         "",
         DELAYED,
@@ -55,7 +55,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: blocks of a column forget that their scales are to be powers of two",
-        "csrc/core/quantize/blockwise.cu",
+        "csrc/core/quantize/blockwise.cuh",
         """static_cast<int>(threadIdx.x)),
                           Format::kMax, p.power_of_two);""",
         """static_cast<int>(threadIdx.x)),
@@ -73,7 +73,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the last tile of a strip is skipped",
-        "csrc/core/quantize/cast.cu",
+        "csrc/core/quantize/cast.cuh",
         "for (int64_t tile = tile_begin; tile < tile_end; ++tile) {",
         "for (int64_t tile = tile_begin; tile + 1 < tile_end; ++tile) {",
         f"{QUANTIZE} {LAYOUT}",
@@ -105,7 +105,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the last rows do not count for the maximum",
-        "csrc/core/quantize/statistics.cu",
+        "csrc/core/quantize/statistics.cuh",
         "for (int64_t row = row_begin + warp; row < row_end; row += kWarps) {",
         "for (int64_t row = row_begin + warp; row + kWarps < row_end; row += kWarps) {",
         QUANTIZE,
@@ -113,7 +113,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: a block's rows get their neighbours' scales",
-        "csrc/core/quantize/blockwise.cu",
+        "csrc/core/quantize/blockwise.cuh",
         "__shfl_sync(0xFFFFFFFFU, of_row, r, 16)",
         "__shfl_sync(0xFFFFFFFFU, of_row, r ^ 1, 16)",
         QUANTIZE,
@@ -121,7 +121,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the halves of transposed words are not put in order",
-        "csrc/core/quantize/blockwise.cu",
+        "csrc/core/quantize/blockwise.cuh",
         "swizzle % 2 == 0 ? q :",
         "true ? q :",
         QUANTIZE,
@@ -146,8 +146,8 @@ CUDA = [
     Fault(
         "CUDA: dgrad accumulates as wgrad does",
         "csrc/torch/linear/linear.cpp",
-        ".fast_accum = recipe.fast_dgrad}",
-        ".fast_accum = recipe.fast_wgrad}",
+        ".fast_accum = recipe.fast_dgrad,",
+        ".fast_accum = recipe.fast_wgrad,",
         "tests/python/linear/test_linear_accuracy.py",
         gpu=True,
     ),
@@ -173,6 +173,38 @@ CUDA = [
         "args.accumulate ? 1.0F : 0.0F",
         "0.0F",
         "tests/python/matmul/test_scaled_mm_accumulate.py",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the gradient of an activation sees a product that was not rounded",
+        "csrc/core/mlp/activations.cuh",
+        "const float da = kGated ? rounded<T>(dh * up) : dh;",
+        "const float da = kGated ? dh * up : dh;",
+        MLP,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: halves of one gradient have scales of their own",
+        "csrc/core/mlp/mlp_backward.cu",
+        "if (a.joint) gate_bits = up_bits = max(gate_bits, up_bits);",
+        "",
+        MLP,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: rows of halves have scales of their own",
+        "csrc/core/mlp/mlp_backward_rowwise.cu",
+        "if (a.joint) bits[0] = bits[1] = max(bits[0], bits[1]);",
+        "",
+        MLP,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: a wrong guess for up's gradient stands",
+        "csrc/core/mlp/mlp_backward_delayed.cu",
+        "again = cast_otherwise(p.tile_guess + tiles, tiles, of_up.used) || again;",
+        "",
+        MLP,
         gpu=True,
     ),
 ]

@@ -26,7 +26,7 @@ SHAPES = [(1, 1, 1), (3, 17, 5), (16, 64, 32), (129, 80, 65), (130, 1040, 24), (
 def grouped() -> int:
     """The samples, with their backward; more experts than threads of a block; long rows."""
     calls = 0
-    for name in ("grouped_linear", "moe_experts"):
+    for name in ("grouped_linear", "moe_experts", "mlp"):
         for sample in samples(name, "cuda"):
             y = getattr(torch.ops.fp8, name)(*sample.args, **sample.kwargs)
             if y.requires_grad:
@@ -46,6 +46,29 @@ def grouped() -> int:
             y = torch.ops.fp8.moe_experts(x, index, weights, gate_up, down, recipe=recipe)
             y.backward(torch.randn_like(y))
             calls += 1
+    return calls + mlps()
+
+
+def mlps() -> int:
+    """Fused kernels of every recipe: rows and features that fill tiles, and that do not."""
+    calls = 0
+    for tokens, features in ((1, 16), (129, 80), (300, 1040)):
+        x, gate, up, down = (
+            torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for s in ((tokens, 48), (features, 48), (features, 48), (32, features))
+        )
+        merged = torch.cat([gate, up]).detach().requires_grad_()
+        plain = gate.detach().requires_grad_()
+        names = ("gate_history", "down_history")
+        for recipe in fp8.RECIPES:
+            histories = (
+                {name: make_history("cuda") for name in names} if recipe == "delayed" else {}
+            )
+            for weights in ((gate, up), (merged, None), (plain, None)):
+                for _ in range(2):
+                    y = fp8.ops.mlp(x, *weights, down, recipe=recipe, **histories)
+                    y.backward(torch.randn_like(y))
+                    calls += 1
     torch.cuda.synchronize()
     return calls
 

@@ -20,6 +20,10 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw Error(std::string("fp8: ") + message);
 }
 
+inline bool on_16_bytes(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
 }  // namespace fp8::core
 
 #define FP8_CUDA_CHECK(call)                                                \

@@ -57,10 +57,6 @@ __device__ __forceinline__ int exclusive_scan(int value, int* total, int* scratc
   return before + sum - value;
 }
 
-inline bool on_16_bytes(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 inline void check_gate(const GateArgs& a) {
   require(a.rows > 0 && a.features > 0 && a.features % 16 == 0,
           "gated activations take rows, and features in sixteens");

@@ -128,6 +128,25 @@ struct BlockwiseParams {
 void launch_blockwise(const BlockwiseParams& params, Dtype x_dtype, Dtype dtype,
                       Granularity granularity, cudaStream_t stream);
 
+// The launchers above, for elements from anywhere: core::quantize has those of a matrix in memory,
+// a producer (core/mlp) its own. Parameters that say where x lies mean nothing to the latter.
+class QuantizePasses {
+ public:
+  virtual ~QuantizePasses() = default;
+  virtual void statistics(const StatisticsParams& params, cudaStream_t stream) const = 0;
+  virtual void cast(const CastParams& params, Dtype dtype, Granularity granularity,
+                    cudaStream_t stream) const = 0;
+  virtual void settle_delayed(const CastParams& params, unsigned blocks, Dtype dtype,
+                              cudaStream_t stream) const = 0;
+  virtual void rowwise(const RowwiseParams& params, Dtype dtype, cudaStream_t stream) const = 0;
+  virtual void blockwise(const BlockwiseParams& params, Dtype dtype, Granularity granularity,
+                         cudaStream_t stream) const = 0;
+};
+
+// core::quantize with these launchers. Of args, x, ld and x_dtype mean nothing to a producer; ld is
+// -1 there, which keeps the matrix from being folded, and whole_gpu false.
+void quantize_with(const QuantizePasses& passes, const QuantizeArgs& args, Stream stream);
+
 // Adds up what launch_blockwise left in col_sum.
 struct ColumnSumParams {
   const float* col_sum;  // [parts, cols]

@@ -134,7 +134,35 @@ void check(const QuantizeArgs& a) {
           "maxima of columns are those of groups of rows, of at most 32 KB a row");
 }
 
+// Of a matrix in memory.
+class MatrixPasses : public QuantizePasses {
+ public:
+  explicit MatrixPasses(Dtype x_dtype) : x_dtype_(x_dtype) {}
+  void statistics(const StatisticsParams& params, cudaStream_t stream) const override {
+    launch_statistics(params, x_dtype_, stream);
+  }
+  void cast(const CastParams& params, Dtype dtype, Granularity granularity,
+            cudaStream_t stream) const override {
+    launch_cast(params, x_dtype_, dtype, granularity, stream);
+  }
+  void settle_delayed(const CastParams& params, unsigned blocks, Dtype dtype,
+                      cudaStream_t stream) const override {
+    launch_settle_delayed(params, blocks, x_dtype_, dtype, stream);
+  }
+  void rowwise(const RowwiseParams& params, Dtype dtype, cudaStream_t stream) const override {
+    launch_rowwise(params, x_dtype_, dtype, stream);
+  }
+  void blockwise(const BlockwiseParams& params, Dtype dtype, Granularity granularity,
+                 cudaStream_t stream) const override {
+    launch_blockwise(params, x_dtype_, dtype, granularity, stream);
+  }
+
+ private:
+  Dtype x_dtype_;
+};
+
 struct Launch {
+  const QuantizePasses& passes;
   const DeviceInfo& device;
   bool vectorized;
   bool pdl;
@@ -152,20 +180,20 @@ void quantize_blockwise(const QuantizeArgs& args, const QuantizePlan& plan, cons
   }
   auto* col_sum = plan.col_sum ? static_cast<float*>(args.workspace) : nullptr;
   require(!plan.col_sum || col_sum != nullptr, "quantize expects a workspace");
-  launch_blockwise({.x = args.x,
-                    .rows = args.rows,
-                    .cols = args.cols,
-                    .ld = args.ld,
-                    .vectorized = how.vectorized,
-                    .pdl = how.pdl,
-                    .plan = tiles,
-                    .data = args.data,
-                    .data_t = args.data_t,
-                    .power_of_two = args.power_of_two,
-                    .scale = args.scale,
-                    .scale_t = args.scale_t,
-                    .col_sum = col_sum},
-                   args.x_dtype, args.dtype, args.granularity, how.stream);
+  how.passes.blockwise({.x = args.x,
+                        .rows = args.rows,
+                        .cols = args.cols,
+                        .ld = args.ld,
+                        .vectorized = how.vectorized,
+                        .pdl = how.pdl,
+                        .plan = tiles,
+                        .data = args.data,
+                        .data_t = args.data_t,
+                        .power_of_two = args.power_of_two,
+                        .scale = args.scale,
+                        .scale_t = args.scale_t,
+                        .col_sum = col_sum},
+                       args.dtype, args.granularity, how.stream);
   if (!plan.col_sum) return;
   launch_column_sum({.col_sum = col_sum,
                      .parts = blocks_of(args.rows),
@@ -191,7 +219,7 @@ void quantize_rows(const QuantizeArgs& args, const Launch& how) {
   QuantizeFacts facts{.rowwise = &params.plan};
   if (args.column_amax == nullptr) {
     if (printing_plans()) print_plan(args, how.device.index, facts, 0);
-    return launch_rowwise(params, args.x_dtype, args.dtype, how.stream);
+    return how.passes.rowwise(params, args.dtype, how.stream);
   }
   const ColumnAmaxPlan plan =
       plan_column_amax(args.rows, args.group_rows, args.cols, kRowwiseThreads, how.device.sm_count);
@@ -294,25 +322,24 @@ void quantize_tiles(const QuantizeArgs& args, const QuantizePlan& plan, const La
     // A folded matrix starts its rows every kStatisticsCols elements, always on 16 bytes if x does.
     const bool folded = plan.first.ld != args.ld || plan.first.cols != args.cols;
     const bool vectorized = folded ? reinterpret_cast<uintptr_t>(args.x) % 16 == 0 : how.vectorized;
-    launch_statistics({.x = args.x,
-                       .vectorized = vectorized,
-                       .pdl = how.pdl,
-                       .from_below = rowwise || args.data_t.data == nullptr,
-                       .plan = plan.first,
-                       .tensor_amax = tensor_amax,
-                       .row_amax = row_amax,
-                       .col_amax = col_amax,
-                       .col_sum = col_sum},
-                      args.x_dtype, how.stream);
+    how.passes.statistics({.x = args.x,
+                           .vectorized = vectorized,
+                           .pdl = how.pdl,
+                           .from_below = rowwise || args.data_t.data == nullptr,
+                           .plan = plan.first,
+                           .tensor_amax = tensor_amax,
+                           .row_amax = row_amax,
+                           .col_amax = col_amax,
+                           .col_sum = col_sum},
+                          how.stream);
     if (!rowwise) {
       cast.tensor_parts = static_cast<int>(plan.first.row_chunks * plan.first.col_tiles);
     }
   }
-  launch_cast(cast, args.x_dtype, args.dtype, args.granularity, how.stream);
+  how.passes.cast(cast, args.dtype, args.granularity, how.stream);
   if (!is_delayed(args)) return;
   cast.pdl = can_overlap;
-  launch_settle_delayed(cast, static_cast<unsigned>(settle_blocks), args.x_dtype, args.dtype,
-                        how.stream);
+  how.passes.settle_delayed(cast, static_cast<unsigned>(settle_blocks), args.dtype, how.stream);
 }
 
 }  // namespace
@@ -322,6 +349,10 @@ size_t quantize_workspace_bytes(const QuantizeArgs& args) {
 }
 
 void quantize(const QuantizeArgs& args, Stream stream) {
+  quantize_with(MatrixPasses(args.x_dtype), args, stream);
+}
+
+void quantize_with(const QuantizePasses& passes, const QuantizeArgs& args, Stream stream) {
   check(args);
   const DeviceInfo device = current_device(args.device);
   const QuantizePlan plan = plan_quantize(args, device);
@@ -329,10 +360,10 @@ void quantize(const QuantizeArgs& args, Stream stream) {
   const bool vectorized = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                           (args.rows == 1 || args.ld * dtype_bytes(args.x_dtype) % 16 == 0);
   if (is_blockwise(args.granularity)) {
-    return quantize_blockwise(args, plan, {device, vectorized, pdl, stream});
+    return quantize_blockwise(args, plan, {passes, device, vectorized, pdl, stream});
   }
-  if (plan.one_pass) return quantize_rows(args, {device, vectorized, pdl, stream});
-  quantize_tiles(args, plan, {device, vectorized, pdl, stream});
+  if (plan.one_pass) return quantize_rows(args, {passes, device, vectorized, pdl, stream});
+  quantize_tiles(args, plan, {passes, device, vectorized, pdl, stream});
 }
 
 }  // namespace fp8::core

@@ -12,6 +12,15 @@
 //   load(row, col, valid): a Vec8<Element> from `col`, a multiple of 8. `valid` of the eight are
 //   there (of_eight); the others are zeros.
 //
+// One that computes may split load, so that several eights are on their way before the first is
+// computed, and say how many blocks of 256 threads its registers leave a multiprocessor:
+//
+//   Raw, fetch(row, col): what an eight is made of; in bounds whatever the column.
+//
+//   finish(raw, valid): the eight itself.
+//
+//   kMinBlocks
+//
 // It is copied into the kernel with its other parameters. It may read only what was complete
 // before the launch that the kernel overlaps (dispatch.cuh).
 #pragma once
@@ -38,6 +47,31 @@ struct MatrixSource {
     return load8(row + col, valid, vectorized);
   }
 };
+
+template <typename Source>
+concept Fetches = requires { typename Source::Raw; };
+
+// Eights of one row, `step` columns from one to the next; zeros from column `cols` on.
+template <typename Source, typename Row, int kCount>
+__device__ __forceinline__ void load_vectors(const Source& source, const Row& row, int64_t col,
+                                             int64_t step, int64_t cols,
+                                             Vec8<typename Source::Element> (&v)[kCount]) {
+  if constexpr (Fetches<Source>) {
+    typename Source::Raw raw[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) raw[i] = source.fetch(row, col + i * step);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      v[i] = source.finish(raw[i], of_eight(cols - col - i * step));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t at = col + i * step;
+      v[i] = source.load(row, at, of_eight(cols - at));
+    }
+  }
+}
 
 // A kernel's parameters: where elements come from, and what is made of them.
 template <typename Source, typename Params>

@@ -28,10 +28,21 @@ template <typename Source>
 __device__ __forceinline__ void load_tile(const Source& source, int64_t row0, int64_t rows,
                                           int64_t col, int valid_cols,
                                           Vec8<typename Source::Element> (&v)[kRowsPerThread]) {
+  if constexpr (Fetches<Source>) {
+    typename Source::Raw raw[kRowsPerThread];
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    const bool exists = r < rows;
-    v[r] = source.load(source.row(exists ? row0 + r : 0), col, exists ? valid_cols : 0);
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      raw[r] = source.fetch(source.row(r < rows ? row0 + r : 0), col);
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r)
+      v[r] = source.finish(raw[r], r < rows ? valid_cols : 0);
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const bool exists = r < rows;
+      v[r] = source.load(source.row(exists ? row0 + r : 0), col, exists ? valid_cols : 0);
+    }
   }
 }
 

@@ -133,6 +133,32 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& input_scale = std::nullopt,
                              const std::optional<at::Tensor>& history = std::nullopt);
 
+// The MLP of a transformer as one node: y = down(h) with h = act(gate(x)) * up(x), or act(gate(x))
+// without up; each product a fused_linear, each step between them rounded as PyTorch's own
+// activations round. x [..., K], gate and up [I, K], down [H, I] -> y [..., H]. Merged, gate is
+// [2 I, K] without up, the gate's half first, or second with gate_second. activation: "silu",
+// "gelu", "gelu_tanh", "relu", "relu_squared", and with a gate "clamped_silu" (see moe_experts,
+// alpha and limit of it). save: "bf16" keeps the products of gate and up for the backward,
+// "recompute" makes them again. Histories: one for each layer, with "delayed"; x is quantized once,
+// with gate's. Values and gradients are those of the composition, bit for bit, but that dx through
+// two weights is summed inside the second product. Differentiable once.
+struct MlpOptions {
+  std::string_view activation = "silu";
+  std::string_view recipe = "tensorwise";
+  std::optional<at::Tensor> gate_bias = std::nullopt;  // [I] or [2 I]
+  std::optional<at::Tensor> up_bias = std::nullopt;    // [I]
+  std::optional<at::Tensor> down_bias = std::nullopt;  // [H]
+  std::string_view save = "bf16";
+  bool gate_second = false;
+  double alpha = 1.702;
+  double limit = 7.0;
+  std::optional<at::Tensor> gate_history = std::nullopt;  // make_history
+  std::optional<at::Tensor> up_history = std::nullopt;
+  std::optional<at::Tensor> down_history = std::nullopt;
+};
+at::Tensor mlp(const at::Tensor& x, const at::Tensor& gate, const std::optional<at::Tensor>& up,
+               const at::Tensor& down, const MlpOptions& options = {});
+
 // x [T, K] sorted by group, weight [E, N, K] (stored so, or as [E, K, N]), offsets [E] int32, the
 // row that ends each group, bias [E, N] -> y [T, N] with y[r] = x[r] W[g]^T + b[g] for the rows r
 // of group g, zeros for rows past the last offset. All but offsets of one high-precision dtype; E

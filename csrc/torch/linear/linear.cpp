@@ -18,25 +18,43 @@
 #include "host/launch.h"
 #include "torch/common/recipe.h"
 #include "torch/common/tensors.h"
+#include "torch/linear/steps.h"
 #include "torch/matmul/matmul.h"
 #include "torch/quantize/memory.h"
 
 namespace fp8 {
-namespace {
 
 using core::Granularity;
+using linear::BackwardArgs;
+using linear::Gradients;
+using linear::Role;
+
+Scaling linear::scaling_of(const OptionalTensor& history, Role role) {
+  if (!history) return Scaling::dynamic();
+  return Scaling::of_history(*history, static_cast<int64_t>(role));
+}
+
+Operand linear::quantize_weight(const at::Tensor& weight, const Recipe& recipe,
+                                const OptionalTensor& history, bool keep_amax, bool pdl) {
+  return operand::remembered_weight(weight, {.dtype = recipe.forward_dtype,
+                                             .granularity = recipe.weight_granularity,
+                                             .power_of_two = recipe.power_of_two,
+                                             .scaling = scaling_of(history, Role::kWeight),
+                                             .keep_amax = keep_amax,
+                                             .pdl = pdl && is_matrix(weight)});
+}
+
+at::Tensor linear::forward_product(const Side& x, const Side& weight, const OptionalTensor& bias,
+                                   at::ScalarType dtype, const Recipe& recipe) {
+  return matmul(
+      x, weight,
+      {.dtype = dtype, .fast_accum = recipe.fast_fprop, .bias = bias.value_or(at::Tensor())});
+}
+
+namespace {
 
 Scaling given_scaling(const at::Tensor& scale) {  // one element
   return Scaling::given(scale.dim() == 0 ? scale : scale.reshape({}));
-}
-
-// The rows of a history.
-enum class Role : uint8_t { kInput, kWeight, kGradOutput };
-
-// Dynamic without a history, which a recipe that is not delayed has not.
-Scaling delayed_scaling(const std::optional<at::Tensor>& history, Role role) {
-  if (!history) return Scaling::dynamic();
-  return Scaling::of_history(*history, static_cast<int64_t>(role));
 }
 
 template <typename Sizes>
@@ -48,7 +66,7 @@ auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
 
 at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const Side& qx, const Side& qw,
-                           bool fast_accum) {
+                           const Recipe& recipe) {
   const int64_t features = weight.size(0);
   const std::vector<int64_t> shape = with_last(x.sizes(), features);
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
@@ -56,9 +74,7 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
     at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
   }
-  const at::Tensor y = matmul(
-      qx, qw,
-      {.dtype = x.scalar_type(), .fast_accum = fast_accum, .bias = bias.value_or(at::Tensor())});
+  const at::Tensor y = linear::forward_product(qx, qw, bias, x.scalar_type(), recipe);
   return x.dim() == 2 ? y : y.view(shape);
 }
 
@@ -99,28 +115,6 @@ void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
   }
 }
 
-struct BackwardArgs {
-  const at::Tensor& dy;                          // [..., N]
-  const std::optional<at::Tensor>& x;            // x^T in FP8, or x
-  const std::optional<at::Tensor>& x_t_scale;    // fp32: [], or scale_sizes(x_t's sizes)
-  const std::optional<at::Tensor>& weight;       // [N, K]
-  const std::optional<at::Tensor>& weight_amax;  // [] fp32
-  int64_t k;
-  Recipe recipe;
-  bool needs_dx;
-  bool needs_dweight;
-  bool needs_dbias;
-  at::Tensor main_grad;                      // [N, K], optional: takes dweight
-  bool overwrite;                            // else main_grad is added to
-  const std::optional<at::Tensor>& history;  // [3, kAmaxHistorySize] int32
-};
-
-struct Gradients {  // undefined where not asked for; dweight where main_grad took it
-  at::Tensor dx;
-  at::Tensor dweight;
-  at::Tensor dbias;
-};
-
 const at::Tensor& required(const char* name, const std::optional<at::Tensor>& t,
                            const Recipe& recipe) {
   FP8_CHECK_VALUE(t.has_value(), "fp8::_linear_backward: expected ", name, " with the recipe '",
@@ -140,20 +134,6 @@ Gradients zero_gradients(const BackwardArgs& args, const at::Tensor& dy) {  // [
   return grads;
 }
 
-// dy as the products read it, and the bias gradient on the way: a rowwise quantization takes two
-// passes for it, of no more bytes than its one pass and a sum.
-Operand quantize_dy(const BackwardArgs& args, const at::Tensor& dy) {  // [M, N]
-  const Recipe& recipe = args.recipe;
-  const bool sums = args.needs_dbias && dy.size(0) <= core::kMaxRowsPerAxisPass;
-  return operand::make(dy, {.dtype = recipe.grad_dtype,
-                            .granularity = recipe.granularity,
-                            .along_cols = args.needs_dx,
-                            .along_rows = args.needs_dweight && recipe.fp8_wgrad,
-                            .power_of_two = recipe.power_of_two,
-                            .scaling = delayed_scaling(args.history, Role::kGradOutput),
-                            .column_sum = sums ? std::optional(dy.scalar_type()) : std::nullopt});
-}
-
 // [M, K]
 at::Tensor input_gradient(const BackwardArgs& args, const Operand& dy) {
   const Recipe& recipe = args.recipe;
@@ -170,8 +150,9 @@ at::Tensor input_gradient(const BackwardArgs& args, const Operand& dy) {
                                                          .power_of_two = recipe.power_of_two,
                                                          .scaling = scaling,
                                                          .pdl = dy.launched && is_matrix(weight)});
-  return matmul(dy.along_cols, qw.along_rows,
-                {.dtype = args.dy.scalar_type(), .fast_accum = recipe.fast_dgrad});
+  return matmul(
+      dy.along_cols, qw.along_rows,
+      {.dtype = args.dy.scalar_type(), .fast_accum = recipe.fast_dgrad, .into = args.dx_into});
 }
 
 // [N, K], undefined where main_grad takes it.
@@ -197,33 +178,42 @@ at::Tensor weight_gradient(const BackwardArgs& args,
   return into.defined() ? at::Tensor() : dweight;
 }
 
-Gradients backward(const BackwardArgs& args) {
-  const c10::DeviceGuard guard(args.dy.device());
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      c10::autocast_dispatch_keyset);  // for at::mm
-  memory::drop_inputs();
-  const at::Tensor dy = as_matrix(args.dy);
+}  // namespace
+
+// The bias gradient comes on the way: a rowwise quantization takes two passes for it, of no more
+// bytes than its one pass and a sum.
+QuantizeRequest linear::request_of_dy(const BackwardArgs& args) {
+  const Recipe& recipe = args.recipe;
+  const bool sums = args.needs_dbias && args.dy.size(0) <= core::kMaxRowsPerAxisPass;
+  return {.dtype = recipe.grad_dtype,
+          .granularity = recipe.granularity,
+          .along_cols = args.needs_dx,
+          .along_rows = args.needs_dweight && recipe.fp8_wgrad,
+          .power_of_two = recipe.power_of_two,
+          .scaling = scaling_of(args.history, Role::kGradOutput),
+          .column_sum = sums ? std::optional(args.dy.scalar_type()) : std::nullopt};
+}
+
+Gradients linear::backward(const BackwardArgs& args) {
+  const at::Tensor& dy = args.dy;
   const bool empty = dy.size(0) == 0 || dy.size(1) == 0 || args.k == 0;
   Gradients grads;
   if (empty) {
     grads = zero_gradients(args, dy);
   } else {
     Operand qdy;
-    if (args.needs_dx || (args.needs_dweight && args.recipe.fp8_wgrad)) {
-      qdy = quantize_dy(args, dy);
+    if (args.quantized_dy != nullptr) {
+      qdy = *args.quantized_dy;
+    } else if (args.needs_dx || (args.needs_dweight && args.recipe.fp8_wgrad)) {
+      qdy = operand::make(dy, request_of_dy(args));
     }
     grads.dbias = qdy.column_sum;
     if (args.needs_dx) grads.dx = input_gradient(args, qdy);
     if (args.needs_dweight) grads.dweight = weight_gradient(args, dy, qdy.along_rows);
   }
   if (args.needs_dbias && !grads.dbias.defined()) grads.dbias = at::sum(dy, 0);
-  if (grads.dx.defined() && args.dy.dim() != 2) {
-    grads.dx = grads.dx.view(with_last(args.dy.sizes(), args.k));
-  }
   return grads;
 }
-
-}  // namespace
 
 namespace kernel {
 
@@ -243,16 +233,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
           .granularity = recipe.granularity,
           .along_rows = x_t,
           .power_of_two = recipe.power_of_two,
-          .scaling =
-              input_scale ? given_scaling(*input_scale) : delayed_scaling(history, Role::kInput)});
-  const Operand qw =
-      operand::remembered_weight(weight, {.dtype = recipe.forward_dtype,
-                                          .granularity = recipe.weight_granularity,
-                                          .power_of_two = recipe.power_of_two,
-                                          .scaling = delayed_scaling(history, Role::kWeight),
-                                          .keep_amax = keep_amax,
-                                          .pdl = qx.launched && is_matrix(weight)});
-  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols, recipe.fast_fprop);
+          .scaling = input_scale ? given_scaling(*input_scale)
+                                 : linear::scaling_of(history, Role::kInput)});
+  const Operand qw = linear::quantize_weight(weight, recipe, history, keep_amax, qx.launched);
+  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols, recipe);
   return {y, x_t ? qx.along_rows.codes : none_like(x), x_t ? qx.along_rows.scales : none_like(x),
           keep_amax ? qw.amax : none_like(x)};
 }
@@ -265,19 +249,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     bool overwrite, const std::optional<at::Tensor>& history) {
   if (main_grad) check_main_grad(*main_grad, dy.sym_size(-1), in_features, dy);
   if (history) check_history(*history, recipe_at(recipe), dy);
-  const auto [dx, dweight, dbias] = backward({.dy = dy,
-                                              .x = x,
-                                              .x_t_scale = x_t_scale,
-                                              .weight = weight,
-                                              .weight_amax = weight_amax,
-                                              .k = in_features.expect_int(),
-                                              .recipe = recipe_at(recipe),
-                                              .needs_dx = needs_dx,
-                                              .needs_dweight = needs_dweight,
-                                              .needs_dbias = needs_dbias,
-                                              .main_grad = main_grad.value_or(at::Tensor()),
-                                              .overwrite = overwrite,
-                                              .history = history});
+  const c10::DeviceGuard guard(dy.device());
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      c10::autocast_dispatch_keyset);  // for at::mm
+  memory::drop_inputs();
+  const at::Tensor matrix = as_matrix(dy);
+  auto [dx, dweight, dbias] = linear::backward({.dy = matrix,
+                                                .x = x,
+                                                .x_t_scale = x_t_scale,
+                                                .weight = weight,
+                                                .weight_amax = weight_amax,
+                                                .k = in_features.expect_int(),
+                                                .recipe = recipe_at(recipe),
+                                                .needs_dx = needs_dx,
+                                                .needs_dweight = needs_dweight,
+                                                .needs_dbias = needs_dbias,
+                                                .main_grad = main_grad.value_or(at::Tensor()),
+                                                .overwrite = overwrite,
+                                                .history = history});
+  if (dx.defined() && dy.dim() != 2) dx = dx.view(with_last(dy.sizes(), in_features.expect_int()));
   return {or_none(dx, dy), or_none(dweight, dy), or_none(dbias, dy)};
 }
 

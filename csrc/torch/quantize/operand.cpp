@@ -62,20 +62,6 @@ core::Destination destination(const Side& side) {
   return {side.codes.mutable_data_ptr(), side.codes.size(0), side.codes.size(1)};
 }
 
-core::Scaling core_scaling(const Scaling& scaling) {
-  switch (scaling.source) {
-    case Scaling::Source::kGiven:
-      return core::StaticScale{scaling.tensor.const_data_ptr<float>()};
-    case Scaling::Source::kKnownAmax:
-      return core::KnownAmax{scaling.tensor.const_data_ptr<float>()};
-    case Scaling::Source::kHistory:
-      return core::Delayed{static_cast<uint32_t*>(scaling.tensor.mutable_data_ptr()) +
-                           scaling.row * core::kAmaxHistorySize};
-    default:
-      return core::OwnAmax{};
-  }
-}
-
 core::QuantizeArgs quantize_args(const at::Tensor& x, const Operand& out,
                                  const QuantizeRequest& request) {
   core::QuantizeArgs args{.x = x.const_data_ptr(),

@@ -57,6 +57,21 @@ struct Scaling {
   }
 };
 
+// The same of pointers. A history is written.
+inline core::Scaling core_scaling(const Scaling& scaling) {
+  switch (scaling.source) {
+    case Scaling::Source::kGiven:
+      return core::StaticScale{scaling.tensor.const_data_ptr<float>()};
+    case Scaling::Source::kKnownAmax:
+      return core::KnownAmax{scaling.tensor.const_data_ptr<float>()};
+    case Scaling::Source::kHistory:
+      return core::Delayed{static_cast<uint32_t*>(scaling.tensor.mutable_data_ptr()) +
+                           scaling.row * core::kAmaxHistorySize};
+    default:
+      return core::OwnAmax{};
+  }
+}
+
 struct QuantizeRequest {
   at::ScalarType dtype = at::kFloat8_e4m3fn;
   core::Granularity granularity = core::Granularity::kTensorwise;

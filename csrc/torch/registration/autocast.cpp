@@ -8,6 +8,7 @@
 #include "torch/common/recipe.h"
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
+#include "torch/mlp/mlp.h"
 
 namespace fp8::autocast {
 namespace {
@@ -76,11 +77,29 @@ at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weig
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor mlp(const at::Tensor& x, const at::Tensor& gate, const std::optional<at::Tensor>& up,
+               const at::Tensor& down, std::string_view activation, std::string_view recipe,
+               const std::optional<at::Tensor>& gate_bias, const std::optional<at::Tensor>& up_bias,
+               const std::optional<at::Tensor>& down_bias, std::string_view save, bool gate_second,
+               double alpha, double limit, const std::optional<at::Tensor>& gate_history,
+               const std::optional<at::Tensor>& up_history,
+               const std::optional<at::Tensor>& down_history) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
+  static const auto op = find<decltype(composite::mlp)>("fp8::mlp");
+  return op.call(cast(x), cast(gate), cast(up), cast(down), activation, recipe, cast(gate_bias),
+                 cast(up_bias), cast(down_bias), save, gate_second, alpha, limit, gate_history,
+                 up_history, down_history);
+}
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
 void register_kernels(torch::Library& m) {
   m.impl("fused_linear", TORCH_FN((fused_linear<kDevice, kKey>)));
   m.impl("_fused_linear_into", TORCH_FN((_fused_linear_into<kDevice, kKey>)));
   m.impl("grouped_linear", TORCH_FN((grouped_linear<kDevice, kKey>)));
   m.impl("moe_experts", TORCH_FN((moe_experts<kDevice, kKey>)));
+  m.impl("mlp", TORCH_FN((mlp<kDevice, kKey>)));
 }
 
 }  // namespace

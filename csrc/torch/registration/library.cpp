@@ -10,6 +10,7 @@
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
+#include "torch/mlp/mlp.h"
 #include "torch/norm/norm_ops.h"
 #include "torch/quantize/memory.h"
 #include "torch/quantize/quantize_ops.h"
@@ -76,6 +77,13 @@ TORCH_LIBRARY(fp8, m) {
             .c_str(),
         tags);
   m.def(
+      "mlp(Tensor x, Tensor gate, Tensor? up, Tensor down, *, str activation=\"silu\","
+      " str recipe=\"tensorwise\", Tensor? gate_bias=None, Tensor? up_bias=None,"
+      " Tensor? down_bias=None, str save=\"bf16\", bool gate_second=False, float alpha=1.702,"
+      " float limit=7.0, Tensor(a!)? gate_history=None, Tensor(b!)? up_history=None,"
+      " Tensor(c!)? down_history=None) -> Tensor",
+      tags);
+  m.def(
       "rms_norm(Tensor x, Tensor? weight=None, float? eps=None, str form=\"scale_then_round\")"
       " -> Tensor",
       tags);
@@ -122,6 +130,24 @@ TORCH_LIBRARY(fp8, m) {
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
       " bool overwrite, Tensor? stand_in, *, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> Tensor",
+      tags);
+  // What mlp is differentiated through, and mlp out of place.
+  m.def(
+      "_mlp_forward(Tensor x, Tensor gate, Tensor? up, Tensor down, Tensor? gate_bias,"
+      " Tensor? up_bias, Tensor? down_bias, int activation, bool gate_second, float alpha,"
+      " float limit, int recipe, int needs, *, Tensor(a!)? gate_history=None,"
+      " Tensor(b!)? up_history=None, Tensor(c!)? down_history=None)"
+      " -> (Tensor y, Tensor gate_out, Tensor up_out, Tensor x_t, Tensor x_t_scale, Tensor x_amax,"
+      " Tensor gate_amax, Tensor up_amax, Tensor down_amax, Tensor h_amax)",
+      tags);
+  m.def(
+      "_mlp_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? gate_out, Tensor? up_out,"
+      " Tensor? gate, Tensor? up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? x_amax,"
+      " Tensor? gate_amax, Tensor? up_amax, Tensor? down_amax, Tensor? h_amax, SymInt in_features,"
+      " SymInt features, int form, int activation, bool gate_second, float alpha, float limit,"
+      " int recipe, int needs, *, Tensor(a!)? gate_history=None, Tensor(b!)? up_history=None,"
+      " Tensor(c!)? down_history=None) -> (Tensor dx, Tensor dgate, Tensor dup, Tensor ddown,"
+      " Tensor dgate_bias, Tensor dup_bias, Tensor ddown_bias)",
       tags);
   // What grouped_linear and moe_experts are differentiated through.
   m.def(
@@ -174,6 +200,7 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, fused_linear);
   FP8_KERNEL(composite, _fused_linear_into);
   FP8_KERNEL(composite, _fused_linear_functional);
+  FP8_KERNEL(composite, mlp);
   FP8_KERNEL(composite, grouped_linear);
   FP8_KERNEL(composite, moe_experts);
   FP8_KERNEL(composite, rms_norm);
@@ -198,6 +225,8 @@ void register_kernels(torch::Library& m) {
   FP8_KERNEL(kernel, _scaled_mm_accumulate);
   FP8_KERNEL(kernel, _linear_forward);
   FP8_KERNEL(kernel, _linear_backward);
+  FP8_KERNEL(kernel, _mlp_forward);
+  FP8_KERNEL(kernel, _mlp_backward);
   FP8_KERNEL(kernel, _grouped_forward);
   FP8_KERNEL(kernel, _grouped_backward);
   FP8_KERNEL(kernel, _moe_forward);
@@ -233,6 +262,8 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
+  m.impl("_mlp_forward", TORCH_FN(fp8::meta::_mlp_forward));
+  m.impl("_mlp_backward", TORCH_FN(fp8::meta::_mlp_backward));
   m.impl("_grouped_forward", TORCH_FN(fp8::meta::_grouped_forward));
   m.impl("_grouped_backward", TORCH_FN(fp8::meta::_grouped_backward));
   m.impl("_moe_forward", TORCH_FN(fp8::meta::_moe_forward));
@@ -241,8 +272,8 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_norm_backward", TORCH_FN(fp8::meta::_norm_backward));
 }
 
-// Only the linear ops, moe_experts and the norms have a gradient. The others say so when a backward
-// reaches them.
+// Only the linear ops, mlp, moe_experts and the norms have a gradient. The others say so when a
+// backward reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
@@ -253,13 +284,27 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("layer_norm", TORCH_FN(fp8::autograd::layer_norm));
   m.impl("add_rms_norm", TORCH_FN(fp8::autograd::add_rms_norm));
   m.impl("_norm_backward", TORCH_FN(fp8::autograd::_norm_backward));
-  for (const char* op :
-       {"quantize_tensorwise", "quantize_rowwise", "quantize_tensorwise_transpose",
-        "quantize_rowwise_transpose", "quantize_blockwise_1x128",
-        "quantize_blockwise_1x128_transpose", "quantize_blockwise_128x128",
-        "quantize_blockwise_128x128_transpose", "dequantize", "scaled_mm", "scaled_mm_accumulate_",
-        "_scaled_mm_accumulate", "_linear_forward", "_grouped_forward", "_grouped_backward",
-        "_moe_forward", "_moe_backward", "_norm_forward"}) {
+  m.impl("mlp", TORCH_FN(fp8::autograd::mlp));
+  for (const char* op : {"quantize_tensorwise",
+                         "quantize_rowwise",
+                         "quantize_tensorwise_transpose",
+                         "quantize_rowwise_transpose",
+                         "quantize_blockwise_1x128",
+                         "quantize_blockwise_1x128_transpose",
+                         "quantize_blockwise_128x128",
+                         "quantize_blockwise_128x128_transpose",
+                         "dequantize",
+                         "scaled_mm",
+                         "scaled_mm_accumulate_",
+                         "_scaled_mm_accumulate",
+                         "_linear_forward",
+                         "_grouped_forward",
+                         "_grouped_backward",
+                         "_moe_forward",
+                         "_moe_backward",
+                         "_mlp_forward",
+                         "_mlp_backward",
+                         "_norm_forward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }
@@ -267,5 +312,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
 // Counts the in-place write, so that autograd sees a changed tensor.
 TORCH_LIBRARY_IMPL(fp8, ADInplaceOrView, m) {
   m.impl("_linear_forward", TORCH_FN(fp8::in_place::_linear_forward));
+  m.impl("_mlp_forward", TORCH_FN(fp8::in_place::_mlp_forward));
+  m.impl("_mlp_backward", TORCH_FN(fp8::in_place::_mlp_backward));
   m.impl("scaled_mm_accumulate_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }

@@ -9,6 +9,7 @@
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
+#include "torch/mlp/mlp.h"
 #include "torch/norm/norm_ops.h"
 #include "torch/quantize/quantize_ops.h"
 
@@ -112,6 +113,15 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
 
 at::Tensor make_history(const at::TensorOptions& options) {
   return at::zeros({3, core::kAmaxHistorySize}, options.dtype(at::kInt));
+}
+
+at::Tensor mlp(const at::Tensor& x, const at::Tensor& gate, const std::optional<at::Tensor>& up,
+               const at::Tensor& down, const MlpOptions& options) {
+  static const auto op = find<decltype(composite::mlp)>("fp8::mlp");
+  return op.call(x, gate, up, down, options.activation, options.recipe, options.gate_bias,
+                 options.up_bias, options.down_bias, options.save, options.gate_second,
+                 options.alpha, options.limit, options.gate_history, options.up_history,
+                 options.down_history);
 }
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,

@@ -6,6 +6,7 @@ it is not imported here.
 """
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -98,6 +99,25 @@ def _moe_backward(dy: Shape, x: Shape, top_k_index: Shape, *args: Any, **kwargs:
     return 2 * top_k_index.numel() * (of_gate_up * _size(gate_up) + of_down * _size(down))
 
 
+def _mlp(x: Shape, gate: Shape, up: Shape | None, down: Shape, *_: Any, **__: Any) -> int:
+    rows: int = math.prod(x[:-1])
+    return 2 * rows * sum(weight.numel() for weight in (gate, up, down) if weight is not None)
+
+
+# Bits of `needs` in _mlp_backward (csrc/torch/mlp/mlp.h), by layer: what its products are for.
+def _mlp_backward(dy: Shape, *args: Any, **kwargs: Any) -> int:
+    in_features, features, form, needs = *args[14:17], args[-1]
+    x, gate, up, down, gate_bias, up_bias, _, recompute = (bool(needs >> i & 1) for i in range(8))
+    rows: int = math.prod(dy[:-1])
+    inner: int = in_features * features
+    to_h = x or gate or up or gate_bias or up_bias
+    layers = {0: (gate,), 1: (gate, up), 2: (gate, gate)}[form]
+    again = recompute and (to_h or down)
+    of_layers = sum(x + wgrad + again for wgrad in layers)
+    of_down: int = dy[-1] * features * (to_h + down)
+    return 2 * rows * (inner * of_layers + of_down)
+
+
 def _size(weight: Shape) -> int:
     """Elements of one expert's matrix."""
     return weight[1] * weight[2]
@@ -118,6 +138,9 @@ FORMULAS = {
     _ops.moe_experts: _moe,
     _ops._moe_forward: _moe,
     _ops._moe_backward: _moe_backward,
+    _ops.mlp: _mlp,
+    _ops._mlp_forward: _mlp,
+    _ops._mlp_backward: _mlp_backward,
 }
 
 

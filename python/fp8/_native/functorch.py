@@ -20,7 +20,7 @@ _BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 def batching_rule(op: Any) -> Callable[..., Any]:
     """The kernel of `op`, an OpOverload, for batched tensors."""
     arguments = op._schema.arguments
-    written = [i for i, a in enumerate(arguments) if a.is_write and a.name != "history"]
+    written = [i for i, a in enumerate(arguments) if a.is_write and not a.name.endswith("history")]
     returns = op._schema.returns
     in_place = len(returns) == 1 and returns[0].alias_info is not None
 

@@ -252,6 +252,21 @@ TEST_CASE("moe_experts follows the exact one") {
   REQUIRE(gate_up.grad().sizes() == gate_up.sizes());
 }
 
+TEST_CASE("mlp has the bits of its layers") {
+  at::manual_seed(3);
+  const at::Tensor x = at::randn({20, 32}).requires_grad_();
+  const at::Tensor gate = at::randn({48, 32}).div_(6).requires_grad_();
+  const at::Tensor up = at::randn({48, 32}).div_(6).requires_grad_();
+  const at::Tensor down = at::randn({24, 48}).div_(7).requires_grad_();
+  const at::Tensor y = fp8::mlp(x, gate, up, down, {.recipe = "rowwise", .save = "recompute"});
+  const at::Tensor h = at::silu(fp8::fused_linear(x, gate, std::nullopt, "rowwise")) *
+                       fp8::fused_linear(x, up, std::nullopt, "rowwise");
+  REQUIRE(at::equal(y, fp8::fused_linear(h, down, std::nullopt, "rowwise")));
+  y.sum().backward();
+  REQUIRE(x.grad().isfinite().all().item<bool>());
+  REQUIRE(up.grad().sizes() == up.sizes());
+}
+
 TEST_CASE("autocast decides the dtype") {
   Problem p;
   at::autocast::set_autocast_enabled(at::kCPU, true);

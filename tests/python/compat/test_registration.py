@@ -27,6 +27,11 @@ SCHEMAS = {
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
     "fused_linear": ("x weight bias recipe input_scale history", 1),
+    "mlp": (
+        "x gate up down activation recipe gate_bias up_bias down_bias save gate_second alpha limit"
+        " gate_history up_history down_history",
+        1,
+    ),
     "grouped_linear": ("x weight offsets bias recipe", 1),
     "rms_norm": ("x weight eps form", 1),
     "layer_norm": ("x weight bias eps", 1),
@@ -98,6 +103,8 @@ def test_registration_only_accumulation_and_histories_modify():
         "_linear_backward": ["main_grad", "history"],
         "_fused_linear_into": ["history"],
     }
+    for name in ("mlp", "_mlp_forward", "_mlp_backward"):
+        written[name] = ["gate_history", "up_history", "down_history"]
     for name in samples.namespace():
         modified = [a.name for a in schema(name).arguments if a.is_write]
         assert modified == written.get(name, []), name

@@ -206,5 +206,5 @@ def test_vmap_of_every_operator(name, index):
     loop = [call(*example) for example in examples]
     if isinstance(got, Tensor):
         got, loop = (got,), [(result,) for result in loop]
-    assert set(written) <= {"out", "main_grad", "history"}
+    assert {name for name in written if not name.endswith("history")} <= {"out", "main_grad"}
     assert_same(got, [torch.stack(parts) for parts in zip(*loop, strict=True)])

@@ -79,7 +79,10 @@ def test_names_of_the_packages_are_those_of_fp8():
             assert getattr(package, name) is getattr(fp8, name)
 
 
-@pytest.mark.parametrize("module", [fp8.Linear(16, 16), fp8.GroupedLinear(1, 16, 16)])
+@pytest.mark.parametrize(
+    "module",
+    [fp8.Linear(16, 16), fp8.GroupedLinear(1, 16, 16), fp8.GatedMLP(16, 16), fp8.MLP(16, 16)],
+)
 def test_pickles_name_public_modules(module):
     data = pickle.dumps(module, protocol=0)
     assert b"fp8.nn" in data

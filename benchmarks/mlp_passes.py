@@ -1,0 +1,84 @@
+"""The passes between the products of ops.mlp, gated with two weights, by their names in a profile
+of whole steps, as passes.py has those of experts."""
+
+from __future__ import annotations
+
+import kernel_times
+import passes
+import timing
+import torch
+
+import fp8
+
+HIDDEN, FEATURES = 4096, 14336  # Llama-3-8B's
+
+# By recipe: the pass, its kernels, bytes an element of [rows, FEATURES].
+PASSES = {
+    "tensorwise": (
+        ("mlp forward, amax", ("statistics_kernel", "UnitSource"), 4),
+        ("mlp forward, cast", ("cast_kernel", "UnitSource"), 5),
+        ("mlp backward, amax", ("unit_amax_kernel",), 6),
+        ("mlp backward, cast", ("unit_cast_kernel",), 11),
+    ),
+    "rowwise": (
+        ("mlp rows, forward", ("computed_row_kernel", "UnitRows"), 5),
+        ("mlp backward, values", ("unit_values_kernel",), 12),
+    ),
+    "delayed": (("mlp forward, delayed", ("cast_kernel", "UnitSource"), 5),),
+    "blockwise": (("mlp blocks, forward", ("blockwise_kernel", "UnitSource"), 5),),
+}
+
+
+def step_of(rows: int, recipe: str):
+    """A training step of one MLP on `rows` tokens."""
+
+    def normal(*size: int) -> torch.Tensor:
+        made = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        return (made * size[-1] ** -0.5).requires_grad_()
+
+    gate, up = normal(FEATURES, HIDDEN), normal(FEATURES, HIDDEN)
+    down = normal(HIDDEN, FEATURES)
+    x = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    dy = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    leaves = (x, gate, up, down)
+    names = ("gate_history", "up_history", "down_history") if recipe == "delayed" else ()
+    histories = {name: fp8.ops.make_history("cuda") for name in names}
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        fp8.ops.mlp(*leaves, recipe=recipe, **histories).backward(dy)
+
+    return step
+
+
+def measure(repeats: int, sizes: tuple[int, ...] = passes.INPUT_MB) -> list[dict]:
+    """One row for each pass and size, as passes.measure has them."""
+    found: list[dict] = []
+    for input_mb in sizes:
+        rows = round(input_mb * 1e6 / (4 * FEATURES))
+        for recipe, table in PASSES.items():
+            step = step_of(rows, recipe)
+            for _ in range(2):
+                step()
+            kernels = kernel_times.profile(step, repeats)
+            del step
+            torch.cuda.empty_cache()
+            for op, needles, bytes_per_element in table:
+                us = passes.total_us(kernels, needles, repeats)
+                moved = rows * FEATURES * bytes_per_element
+                copied = passes.copy_us(moved, repeats)
+                found.append(
+                    {
+                        "op": op,
+                        "m": rows,
+                        "k": FEATURES,
+                        "input_mb": input_mb,
+                        "bytes_per_element": "",
+                        "time_us": timing.summarize([us]).as_dict(),
+                        "copy_us": timing.summarize([copied]).as_dict(),
+                        "gb_per_s": moved / us / 1e3,
+                        "of_copy": copied / us,
+                    }
+                )
+    return found

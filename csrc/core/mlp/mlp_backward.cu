@@ -1,0 +1,168 @@
+// The backward of an MLP's unit, tensorwise: from gate, up and dh the gradients of gate and up in
+// FP8, row-major and transposed, and h transposed with the scale that it had in the forward. An
+// amax pass, then a cast pass over tiles (backward_tile.cuh) that computes the three anew.
+// Bound by bandwidth: 6 bytes, then 6 + 5 an element (bf16). With scales that are delayed,
+// mlp_backward_delayed.cu has one pass.
+#include <algorithm>
+
+#include "core/device/device.h"
+#include "core/device/dispatch.cuh"
+#include "core/mlp/backward_tile.cuh"
+#include "core/mlp/plan.h"
+
+namespace fp8::core {
+namespace {
+
+template <typename T>
+constexpr int kAmaxBlocks = sizeof(T) == 4 ? 1 : 3;
+
+template <typename T, bool kGated>
+__global__ void __launch_bounds__(kThreads, kAmaxBlocks<T>)
+    unit_amax_kernel(const BackwardParams p) {
+  __shared__ uint32_t scratch[2][kWarps];
+  let_next_start();
+  const MlpBackwardArgs& a = p.args;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t col = blockIdx.x * kUnitAmaxCols + threadIdx.x % 32 * 8;
+  const int64_t begin = blockIdx.y * p.plan.rows_per_chunk;
+  const int64_t end = min(begin + p.plan.rows_per_chunk, a.unit.rows);
+  uint32_t gate_bits = 0;
+  uint32_t up_bits = 0;
+  if (col < a.unit.features) {
+    PackedAmax<T> of_gate;
+    PackedAmax<T> of_up;
+    of_gate.clear();
+    of_up.clear();
+    for (int64_t row = begin + warp; row < end; row += kUnitAmaxRows) {
+      UnitInputs<T> in[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // the last row again where there is none
+        in[i] = fetch_unit<T, kGated>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1), col);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const UnitResults<T> d = unit_backward<T, kGated>(in[i].gate, in[i].up, in[i].dh, a.unit);
+        of_gate.update(d.gate);
+        if constexpr (kGated) of_up.update(d.up);
+      }
+    }
+    gate_bits = of_gate.max_float_bits();
+    up_bits = of_up.max_float_bits();
+  }
+  gate_bits = block_max<kWarps>(gate_bits, scratch[0]);
+  up_bits = block_max<kWarps>(up_bits, scratch[1]);
+  wait_for_previous();
+  if (threadIdx.x != 0) return;
+  const int64_t part = blockIdx.y * p.plan.col_tiles + blockIdx.x;
+  p.gate_amax[part] = gate_bits;
+  p.up_amax[part] = up_bits;
+}
+
+// The maximum of the first pass's results, in every thread.
+__device__ __forceinline__ uint32_t reduce_parts(const uint32_t* amax, int64_t parts,
+                                                 uint32_t* scratch) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int count = (static_cast<int>(parts) - thread + kThreads - 1) / kThreads;
+  return block_max<kWarps>(max_of<8>(amax + thread, kThreads, count), scratch);
+}
+
+template <typename T, typename Format, bool kGated>
+__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
+    unit_cast_kernel(const BackwardParams p) {
+  __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
+  __shared__ uint32_t scratch[2][kWarps];
+  let_next_start();
+  const MlpBackwardArgs& a = p.args;
+  // From below: the amax pass ended there, and part of its input is in L2 still.
+  const UnitTile at(p.row_tiles - 1 - blockIdx.x / p.col_tiles, blockIdx.x % p.col_tiles);
+  UnitInputs<T> in[kRowsPerThread];
+  fetch_tile<T, kGated>(a, at, in);
+  wait_for_previous();
+
+  const bool writes_scales = blockIdx.x == 0 && threadIdx.x == 0;
+  UnitMultipliers multipliers;
+  if (a.dh != nullptr) {
+    uint32_t gate_bits = reduce_parts(p.gate_amax, p.plan.parts, scratch[0]);
+    uint32_t up_bits = 0;
+    if constexpr (kGated) {
+      up_bits = reduce_parts(p.up_amax, p.plan.parts, scratch[1]);
+      if (a.joint) gate_bits = up_bits = max(gate_bits, up_bits);
+    }
+    const GroupScale of_gate = scale_from_amax(gate_bits, Format::kMax, a.power_of_two);
+    const GroupScale of_up = scale_from_amax(up_bits, Format::kMax, a.power_of_two);
+    multipliers.gate = of_gate.quant_multiplier;
+    multipliers.up = of_up.quant_multiplier;
+    if (writes_scales) {
+      if (a.gate_scale != nullptr) *a.gate_scale = of_gate.scale;
+      if (a.up_scale != nullptr) *a.up_scale = of_up.scale;
+    }
+  }
+  multipliers.h = h_multiplier(a, writes_scales);
+  cast_unit_tile<T, Format, kGated>(a, at, in, multipliers, turning, [](UnitResults<T>&) {});
+}
+
+template <typename T, typename Format, bool kGated>
+void launch_backward(const BackwardParams& params, bool overlap, Stream stream) {
+  const UnitAmaxPlan& plan = params.plan;
+  const bool gradients = params.args.dh != nullptr;
+  if (gradients) {
+    const dim3 grid(static_cast<unsigned>(plan.col_tiles), static_cast<unsigned>(plan.row_chunks));
+    launch(unit_amax_kernel<T, kGated>, grid, kThreads, stream, params);
+  }
+  launch(unit_cast_kernel<T, Format, kGated>, params.col_tiles * params.row_tiles, kThreads, stream,
+         params, {.pdl = overlap && gradients});
+}
+
+}  // namespace
+
+size_t mlp_backward_workspace_bytes(const MlpBackwardArgs& args) {
+  const UnitAmaxPlan plan = plan_unit_amax(args.unit, current_device(args.unit.device).sm_count);
+  if (args.granularity == Granularity::kRowwise) {
+    return rowwise_workspace_words(args, plan) * sizeof(uint32_t);
+  }
+  if (args.dh == nullptr) return 0;
+  if (args.delayed) return delayed_workspace_words(args) * sizeof(uint32_t);
+  return 2 * sizeof(uint32_t) * static_cast<size_t>(plan.parts);
+}
+
+void mlp_backward(const MlpBackwardArgs& args, Stream stream) {
+  const MlpUnitArgs& unit = args.unit;
+  check_unit(unit);
+  require(args.h_dtype == Dtype::kE4M3, "mlp_backward makes h in e4m3");
+  require(on_16_bytes(args.dh) && args.dh_ld % 8 == 0, "mlp_backward expects aligned rows of dh");
+  require(args.dh == nullptr || args.workspace != nullptr, "mlp_backward expects a workspace");
+  for (const Destination& to : {args.gate, args.up, args.gate_t, args.up_t, args.h_t}) {
+    require(on_16_bytes(to.data) && to.ld % kPad == 0, "mlp_backward expects aligned rows");
+  }
+  const DeviceInfo device = current_device(unit.device);
+  const UnitTiles tiles = plan_unit_tiles(args);
+  require(tiles.cols * tiles.rows <= kMaxGridX, "mlp_backward expects fewer elements");
+  BackwardParams params{.args = args,
+                        .col_tiles = static_cast<unsigned>(tiles.cols),
+                        .row_tiles = static_cast<unsigned>(tiles.rows)};
+  params.plan = plan_unit_amax(unit, device.sm_count);
+  if (args.granularity == Granularity::kRowwise) {
+    require(args.workspace != nullptr, "mlp_backward expects a workspace");
+    return launch_backward_rowwise(params, device, stream);
+  }
+  require(args.granularity == Granularity::kTensorwise, "mlp_backward has no such scales");
+  if (args.delayed && args.dh != nullptr) {
+    return launch_backward_delayed(params, device, stream);
+  }
+  params.gate_amax = static_cast<uint32_t*>(args.workspace);
+  if (args.dh != nullptr) params.up_amax = params.gate_amax + params.plan.parts;
+  const bool overlap = has_hopper_launches(device);
+  dispatch_input(unit.dtype, [&](auto input) {
+    dispatch_format(args.dtype, [&](auto format) {
+      using T = typename decltype(input)::type;
+      using Format = typename decltype(format)::type;
+      if (unit.up != nullptr) {
+        launch_backward<T, Format, true>(params, overlap, stream);
+      } else {
+        launch_backward<T, Format, false>(params, overlap, stream);
+      }
+    });
+  });
+}
+
+}  // namespace fp8::core

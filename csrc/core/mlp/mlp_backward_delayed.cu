@@ -1,0 +1,210 @@
+// The backward of an MLP's unit with delayed scales: one cast pass with guesses from the histories
+// (as core/quantize/cast.cuh has it of one matrix), then a launch that looks whether the guesses
+// were right, moves the histories on, and casts again where they were not (settle_delayed.cuh).
+// Bound by bandwidth: 6 + 5 bytes an element (bf16).
+#include <algorithm>
+
+#include "core/device/device.h"
+#include "core/device/dispatch.cuh"
+#include "core/mlp/backward_tile.cuh"
+#include "core/quantize/settle_delayed.cuh"
+
+namespace fp8::core {
+namespace {
+
+constexpr int kSettleBlocks = 2;  // to a multiprocessor
+
+// Whether a gradient is made at all: gate's is part 0, up's 1.
+template <bool kGated>
+__device__ __forceinline__ bool is_made(const MlpBackwardArgs& a, int part) {
+  if (part == 0) return a.gate.data != nullptr || a.gate_t.data != nullptr;
+  return kGated && (a.up.data != nullptr || a.up_t.data != nullptr);
+}
+__device__ __forceinline__ const uint32_t* history_of(const MlpBackwardArgs& a, int part) {
+  return part == 0 || a.joint ? a.gate_history : a.up_history;
+}
+
+// What a thread saw of its rows of one gradient: the amax of finite values.
+template <typename T>
+struct Seen {
+  PackedAmax<T> amax;
+
+  // Inf becomes NaN, and neither counts.
+  __device__ __forceinline__ void look(Vec8<T>& v) {
+#pragma unroll
+    for (int i = 0; i < Vec8<T>::kWords; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        const uint32_t size = v.words[i] & 0x7FFFFFFFU;
+        if (size < kExponentBits) amax.words[i] = max(amax.words[i], size);
+      } else {
+        constexpr uint32_t kInf = std::is_same_v<T, __half> ? 0x7C007C00U : 0x7F807F80U;
+        const uint32_t size = v.words[i] & 0x7FFF7FFFU;
+        amax.words[i] = __vmaxu2(amax.words[i], size & __vcmpltu2(size, kInf));
+      }
+    }
+    infinite_to_nan(v);
+  }
+  // amax and fingerprint over the warp, as examine (cast.cuh) has them.
+  __device__ __forceinline__ uint2 report(uint32_t place) const {
+    const uint32_t print = warp_add(mix_bits(amax.fold() ^ place * 0x9E3779B1U));
+    return make_uint2(warp_max(amax.max_float_bits()), print);
+  }
+};
+
+template <typename T, typename Format, bool kGated>
+__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
+    unit_cast_delayed_kernel(const BackwardParams p) {
+  constexpr int kParts = kGated ? 2 : 1;
+  __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
+  __shared__ uint2 warp_report[kParts][kWarps];
+  let_next_start();
+  const MlpBackwardArgs& a = p.args;
+  const unsigned strip = blockIdx.x / p.col_tiles;
+  const unsigned tile_col = blockIdx.x % p.col_tiles;
+  const UnitTile at(strip, tile_col);
+  UnitInputs<T> in[kRowsPerThread];
+  fetch_tile<T, kGated>(a, at, in);
+  wait_for_previous();
+
+  const int64_t tiles = static_cast<int64_t>(p.col_tiles) * p.row_tiles;
+  UnitMultipliers multipliers;
+  multipliers.h = h_multiplier(a, blockIdx.x == 0 && threadIdx.x == 0);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    if (!is_made<kGated>(a, part)) continue;
+    const uint32_t* history = history_of(a, part);
+    const uint32_t guess = guessed_amax(history);
+    const GroupScale scale = scale_from_amax(guess, Format::kMax, a.power_of_two);
+    (part == 0 ? multipliers.gate : multipliers.up) = scale.quant_multiplier;
+    if (threadIdx.x == 0) p.tile_guess[part * tiles + blockIdx.x] = guess;
+    if (blockIdx.x == 0 && threadIdx.x < kAmaxHistorySize) {
+      p.history_before[part * kAmaxHistorySize + threadIdx.x] = __ldcg(history + threadIdx.x);
+    }
+  }
+
+  Seen<T> seen[kParts];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) seen[part].amax.clear();
+  cast_unit_tile<T, Format, kGated>(a, at, in, multipliers, turning, [&](UnitResults<T>& d) {
+    seen[0].look(d.gate);
+    if constexpr (kGated) seen[1].look(d.up);
+  });
+
+  // A tile's number in the matrix that a gradient is part of.
+  const unsigned across = a.joint ? 2 * p.col_tiles : p.col_tiles;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const bool second = a.joint && (part == 1) != a.gate_second;
+    const unsigned tile = strip * across + tile_col + (second ? p.col_tiles : 0);
+    const uint2 of_warp = seen[part].report(tile * kThreads + threadIdx.x);
+    if (threadIdx.x % 32 == 0) warp_report[part][threadIdx.x / 32] = of_warp;
+  }
+  __syncthreads();
+  if (threadIdx.x >= kParts) return;
+  uint2 all = warp_report[threadIdx.x][0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) {
+    all.x = max(all.x, warp_report[threadIdx.x][i].x);
+    all.y += warp_report[threadIdx.x][i].y;
+  }
+  p.tile_report[threadIdx.x * tiles + blockIdx.x] = all;
+}
+
+struct Settled {
+  float quant_multiplier;
+  uint32_t used;
+};
+
+// What makes the scale of a gradient with `reports` tiles; by the first block the history moves on.
+template <typename Format>
+__device__ __forceinline__ Settled settle(const BackwardParams& p, int part, int64_t reports,
+                                          uint32_t* history, float* scale_out, uint32_t* scratch) {
+  const int64_t tiles = static_cast<int64_t>(p.col_tiles) * p.row_tiles;
+  const uint2 own = whole_report(p.tile_report + part * tiles, reports, scratch);
+  const uint32_t* before = p.history_before + part * kAmaxHistorySize;
+  const SettledAmax settled = settled_amax(before, own);
+  const GroupScale scale = scale_from_amax(settled.used, Format::kMax, p.args.power_of_two);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *scale_out = scale.scale;
+    if (!settled.repeats) {
+      leave_record(history, __ldcg(before + kHistoryCount), own.x, settled.used, own.y);
+    }
+    history[kHistoryGuess] = settled.repeats ? settled.used : 0;
+  }
+  return {scale.quant_multiplier, settled.used};
+}
+
+template <typename T, typename Format, bool kGated>
+__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
+    unit_settle_kernel(const BackwardParams p) {
+  __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
+  __shared__ uint32_t scratch[2][2 * kWarps];
+  let_next_start();
+  wait_for_previous();
+  const MlpBackwardArgs& a = p.args;
+  const int64_t tiles = static_cast<int64_t>(p.col_tiles) * p.row_tiles;
+  UnitMultipliers multipliers;
+  multipliers.h = h_multiplier(a, /*writes_scale=*/false);
+  bool again = false;
+  if (is_made<kGated>(a, 0)) {
+    const Settled of_gate =
+        settle<Format>(p, 0, a.joint ? 2 * tiles : tiles, a.gate_history, a.gate_scale, scratch[0]);
+    multipliers.gate = of_gate.quant_multiplier;
+    again = cast_otherwise(p.tile_guess, tiles, of_gate.used);
+    if (kGated && a.joint) {
+      multipliers.up = of_gate.quant_multiplier;
+      again = cast_otherwise(p.tile_guess + tiles, tiles, of_gate.used) || again;
+    }
+  }
+  if (!a.joint && is_made<kGated>(a, 1)) {
+    const Settled of_up = settle<Format>(p, 1, tiles, a.up_history, a.up_scale, scratch[1]);
+    multipliers.up = of_up.quant_multiplier;
+    again = cast_otherwise(p.tile_guess + tiles, tiles, of_up.used) || again;
+  }
+  if (!again) return;
+
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const UnitTile at(tile / p.col_tiles, tile % p.col_tiles);
+    UnitInputs<T> in[kRowsPerThread];
+    fetch_tile<T, kGated>(a, at, in);
+    __syncthreads();  // the tile before has left
+    cast_unit_tile<T, Format, kGated>(a, at, in, multipliers, turning, [](UnitResults<T>& d) {
+      infinite_to_nan(d.gate);
+      if constexpr (kGated) infinite_to_nan(d.up);
+    });
+  }
+}
+
+}  // namespace
+
+size_t delayed_workspace_words(const MlpBackwardArgs& args) {
+  const UnitTiles tiles = plan_unit_tiles(args);
+  return static_cast<size_t>(6 * tiles.cols * tiles.rows + 2 * kAmaxHistorySize);
+}
+
+void launch_backward_delayed(BackwardParams params, const DeviceInfo& device, cudaStream_t stream) {
+  const MlpBackwardArgs& a = params.args;
+  const int64_t tiles = static_cast<int64_t>(params.col_tiles) * params.row_tiles;
+  params.tile_report = static_cast<uint2*>(a.workspace);
+  params.tile_guess = reinterpret_cast<uint32_t*>(params.tile_report + 2 * tiles);
+  params.history_before = params.tile_guess + 2 * tiles;
+  const auto settle_blocks =
+      static_cast<unsigned>(std::min<int64_t>(tiles, int64_t{device.sm_count} * kSettleBlocks));
+  const auto go = [&](auto cast, auto settle) {
+    launch(cast, static_cast<unsigned>(tiles), kThreads, stream, params);
+    launch(settle, settle_blocks, kThreads, stream, params, {.pdl = has_hopper_launches(device)});
+  };
+  dispatch_input(a.unit.dtype, [&](auto input) {
+    dispatch_format(a.dtype, [&](auto format) {
+      using T = typename decltype(input)::type;
+      using Format = typename decltype(format)::type;
+      if (a.unit.up != nullptr) {
+        go(unit_cast_delayed_kernel<T, Format, true>, unit_settle_kernel<T, Format, true>);
+      } else {
+        go(unit_cast_delayed_kernel<T, Format, false>, unit_settle_kernel<T, Format, false>);
+      }
+    });
+  });
+}
+
+}  // namespace fp8::core

@@ -1,0 +1,104 @@
+// An MLP's h in FP8: the passes of a quantization (core/quantize), each of which computes h from
+// gate and up as it reads them. Tensorwise 4 and 4 + 1 bytes an element (bf16), delayed 4 + 1; rows
+// and blocks are in mlp_rows.cu and mlp_blockwise.cu. Bound by bandwidth.
+#include <algorithm>
+#include <variant>
+
+#include "core/device/device.h"
+#include "core/mlp/forward_launchers.h"
+#include "core/mlp/plan.h"
+#include "core/mlp/unit.cuh"
+#include "core/quantize/cast.cuh"
+#include "core/quantize/settle_delayed.cuh"
+#include "core/quantize/statistics.cuh"
+
+namespace fp8::core {
+namespace {
+
+class UnitPasses : public QuantizePasses {
+ public:
+  explicit UnitPasses(const MlpUnitArgs& unit) : unit_(unit) {}
+
+  void statistics(const StatisticsParams& params, cudaStream_t stream) const override {
+    const auto cx = static_cast<unsigned>(params.plan.cluster_x);
+    const auto cy = static_cast<unsigned>(params.plan.cluster_y);
+    const dim3 grid(static_cast<unsigned>(round_up(params.plan.col_tiles, cx)),
+                    static_cast<unsigned>(round_up(params.plan.row_chunks, cy)));
+    with_unit_source(unit_, [&](auto source) {
+      using Source = decltype(source);
+      launch(statistics_kernel<Source, kTensorAmax>, grid, kThreads, stream,
+             From<Source, StatisticsParams>{source, params},
+             {.cluster = dim3(cx, cy), .pdl = params.pdl});
+    });
+  }
+
+  void cast(const CastParams& params, Dtype /*dtype*/, Granularity /*granularity*/,
+            cudaStream_t stream) const override {
+    const auto grid = static_cast<unsigned>(params.plan.col_tiles * params.plan.strips);
+    const bool delayed = params.static_scale == nullptr && params.tensor_amax == nullptr;
+    with_unit_source(unit_, [&](auto source) {
+      using Source = decltype(source);
+      const auto go = [&](auto kernel) {
+        launch(kernel, grid, kThreads, stream, From<Source, CastParams>{source, params},
+               {.pdl = params.pdl});
+      };
+      if (delayed) {
+        go(cast_kernel<Source, E4M3, ScaleOf::kDelayed, true, false>);
+      } else {
+        go(cast_kernel<Source, E4M3, ScaleOf::kTensorwise, true, false>);
+      }
+    });
+  }
+
+  void settle_delayed(const CastParams& params, unsigned blocks, Dtype /*dtype*/,
+                      cudaStream_t stream) const override {
+    with_unit_source(unit_, [&](auto source) {
+      using Source = decltype(source);
+      launch(settle_delayed_kernel<Source, E4M3, true, false>, blocks, kThreads, stream,
+             From<Source, CastParams>{source, params}, {.pdl = params.pdl});
+    });
+  }
+
+  void rowwise(const RowwiseParams& params, Dtype /*dtype*/, cudaStream_t stream) const override {
+    launch_unit_rowwise(unit_, params, stream);
+  }
+  void blockwise(const BlockwiseParams& params, Dtype /*dtype*/, Granularity granularity,
+                 cudaStream_t stream) const override {
+    require(granularity == Granularity::kBlock1x128, "mlp_forward makes blocks of 1 x 128");
+    launch_unit_blockwise(unit_, params, stream);
+  }
+
+ private:
+  MlpUnitArgs unit_;
+};
+
+QuantizeArgs of_unit(const MlpForwardArgs& args) {
+  require(args.dtype == Dtype::kE4M3, "mlp_forward makes e4m3");
+  return {.x = args.unit.gate,
+          .x_dtype = args.unit.dtype,
+          .rows = args.unit.rows,
+          .cols = args.unit.features,
+          .ld = -1,
+          .dtype = args.dtype,
+          .granularity = args.granularity,
+          .power_of_two = args.power_of_two,
+          .data = args.data,
+          .scale = args.scale,
+          .scaling = args.scaling,
+          .amax_out = args.amax_out,
+          .workspace = args.workspace,
+          .device = args.unit.device};
+}
+
+}  // namespace
+
+size_t mlp_forward_workspace_bytes(const MlpForwardArgs& args) {
+  return quantize_workspace_bytes(of_unit(args));
+}
+
+void mlp_forward(const MlpForwardArgs& args, Stream stream) {
+  check_unit(args.unit);
+  quantize_with(UnitPasses(args.unit), of_unit(args), stream);
+}
+
+}  // namespace fp8::core

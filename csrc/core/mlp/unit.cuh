@@ -1,0 +1,136 @@
+// An MLP's unit eight features at a time: h as a source of quantize kernels
+// (core/quantize/source.cuh), and its gradients.
+#pragma once
+
+#include "core/device/dispatch.cuh"
+#include "core/mlp/activations.cuh"
+#include "core/quantize/source.cuh"
+
+namespace fp8::core {
+
+template <typename T, bool kGated>
+__device__ __forceinline__ Vec8<T> unit_forward(const Vec8<T>& gate, const Vec8<T>& up,
+                                                const MlpUnitArgs& args) {
+  Vec8<T> h;
+  with_mlp_activation(args.activation, [&](auto activation) {
+    using U = Unit<typename decltype(activation)::type, T, kGated>;
+    const auto compute = [&](bool* usual) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const auto unit = [&](int i) {
+          return U::h(gate.get(i), kGated ? up.get(i) : 0.0F, args, usual);
+        };
+        set_pair(h, j, unit(2 * j), unit(2 * j + 1));
+      }
+    };
+    bool usual = true;
+    compute(&usual);
+    if (!usual) compute(nullptr);
+  });
+  return h;
+}
+
+template <typename T>
+struct UnitResults {
+  Vec8<T> gate;  // gradients
+  Vec8<T> up;
+  Vec8<T> h;
+};
+
+template <typename T, bool kGated>
+__device__ __forceinline__ UnitResults<T> unit_backward(const Vec8<T>& gate, const Vec8<T>& up,
+                                                        const Vec8<T>& dh,
+                                                        const MlpUnitArgs& args) {
+  UnitResults<T> out;
+  with_mlp_activation(args.activation, [&](auto activation) {
+    using U = Unit<typename decltype(activation)::type, T, kGated>;
+    const auto compute = [&](bool* usual) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const auto unit = [&](int i) {
+          return U::backward(gate.get(i), kGated ? up.get(i) : 0.0F, dh.get(i), args, usual);
+        };
+        const UnitGradients low = unit(2 * j);
+        const UnitGradients high = unit(2 * j + 1);
+        set_pair(out.gate, j, low.gate, high.gate);
+        set_pair(out.up, j, low.up, high.up);
+        set_pair(out.h, j, low.h, high.h);
+      }
+    };
+    bool usual = true;
+    compute(&usual);
+    if (!usual) compute(nullptr);
+  });
+  return out;
+}
+
+template <typename T>
+struct UnitInputs {
+  Vec8<T> gate;
+  Vec8<T> up;
+  Vec8<T> dh;
+};
+
+// Eight features of a row, which exist; dh: [rows, features], or nullptr for zeros.
+template <typename T, bool kGated>
+__device__ __forceinline__ UnitInputs<T> fetch_unit(const MlpUnitArgs& unit, const void* dh,
+                                                    int64_t dh_ld, int64_t row, int64_t col) {
+  const int64_t at = row * unit.ld + col;
+  UnitInputs<T> in;
+  in.gate = load8(static_cast<const T*>(unit.gate) + at, 8, true);
+  if constexpr (kGated) in.up = load8(static_cast<const T*>(unit.up) + at, 8, true);
+  in.dh =
+      dh == nullptr ? zero8<T>() : load8(static_cast<const T*>(dh) + row * dh_ld + col, 8, true);
+  return in;
+}
+
+// h of [rows, features].
+template <typename T, bool kGated>
+struct UnitSource {
+  using Element = T;
+  static constexpr bool kIsGated = kGated;
+  static constexpr int kMinBlocks = sizeof(T) == 4 ? 1 : 3;
+  static constexpr int kBlockwiseMinBlocks = sizeof(T) == 4 ? 1 : 2;
+  MlpUnitArgs args;
+
+  __device__ __forceinline__ int64_t cols_of(int64_t index) const {
+    return index < args.rows ? args.features : 0;
+  }
+  // A row that is not there is fetched, too: without a branch around it, fetches run ahead.
+  __device__ __forceinline__ int64_t row(int64_t index) const {
+    return index < args.rows ? index * args.ld : 0;
+  }
+  struct Raw {
+    Vec8<T> gate;
+    Vec8<T> up;
+  };
+  __device__ __forceinline__ Raw fetch(int64_t row, int64_t col) const {
+    const int64_t at = row + min(col, args.features - 8);
+    Raw raw;
+    raw.gate = load8(static_cast<const T*>(args.gate) + at, 8, true);
+    if constexpr (kGated) raw.up = load8(static_cast<const T*>(args.up) + at, 8, true);
+    return raw;
+  }
+  // All eight are there, or none: features come in sixteens.
+  __device__ __forceinline__ Vec8<T> finish(const Raw& raw, int valid) const {
+    return valid > 0 ? unit_forward<T, kGated>(raw.gate, raw.up, args) : zero8<T>();
+  }
+  __device__ __forceinline__ Vec8<T> load(int64_t row, int64_t col, int valid) const {
+    return finish(fetch(row, col), valid);
+  }
+};
+
+// f(source) with the source of h of these arguments.
+template <typename F>
+void with_unit_source(const MlpUnitArgs& unit, const F& f) {
+  dispatch_input(unit.dtype, [&](auto input) {
+    using T = typename decltype(input)::type;
+    if (unit.up != nullptr) {
+      f(UnitSource<T, true>{unit});
+    } else {
+      f(UnitSource<T, false>{unit});
+    }
+  });
+}
+
+}  // namespace fp8::core
