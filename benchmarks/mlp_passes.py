@@ -22,10 +22,17 @@ PASSES = {
     ),
     "rowwise": (
         ("mlp rows, forward", ("computed_row_kernel", "UnitRows"), 5),
+        ("mlp rows, backward, maxima", ("unit_axis_amax_kernel",), 6),
+        ("mlp rows, backward, cast", ("unit_axis_cast_kernel",), 11),
+    ),
+    "delayed": (
+        ("mlp forward, delayed", ("cast_kernel", "UnitSource"), 5),
+        ("mlp backward, delayed", ("unit_cast_delayed_kernel",), 11),
+    ),
+    "blockwise": (
+        ("mlp blocks, forward", ("blockwise_kernel", "UnitSource"), 5),
         ("mlp backward, values", ("unit_values_kernel",), 12),
     ),
-    "delayed": (("mlp forward, delayed", ("cast_kernel", "UnitSource"), 5),),
-    "blockwise": (("mlp blocks, forward", ("blockwise_kernel", "UnitSource"), 5),),
 }
 
 

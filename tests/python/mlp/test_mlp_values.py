@@ -111,13 +111,15 @@ def test_mlp_power_of_two(device, recipe):
 @pytest.mark.parametrize("save", ["bf16", "recompute"])
 def test_mlp_delayed(device, form, save):
     """More steps than a window has, each with other values of other sizes, through histories of
-    their own: scales of the steps before, and own ones where those would saturate."""
+    their own: scales of the steps before, and own ones where those would saturate. A fingerprint is
+    one of tiles of 64 columns: that of a merged gradient, which is made in halves, is the
+    composition's where a half is whole tiles."""
     names = ("gate", "up", "down") if form == "separate" else ("gate", "down")
     histories = [
         {f"{name}_history": fp8.ops.make_history(device) for name in names} for _ in range(2)
     ]
     for step in range(22):
-        case = problem(device, form=form, recipe="delayed")
+        case = problem(device, features=128, form=form, recipe="delayed")
         case.leaves["x"] *= 1 + step % 5
         case.dy *= 4 ** (step % 3)
         fused = run(case.fused, case.fresh(), case.dy, save=save, **histories[0])
