@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import kernel_times
 import passes
-import timing
 import torch
 
 import fp8
@@ -73,19 +72,6 @@ def measure(repeats: int, sizes: tuple[int, ...] = passes.INPUT_MB) -> list[dict
             torch.cuda.empty_cache()
             for op, needles, bytes_per_element in table:
                 us = passes.total_us(kernels, needles, repeats)
-                moved = rows * FEATURES * bytes_per_element
-                copied = passes.copy_us(moved, repeats)
-                found.append(
-                    {
-                        "op": op,
-                        "m": rows,
-                        "k": FEATURES,
-                        "input_mb": input_mb,
-                        "bytes_per_element": "",
-                        "time_us": timing.summarize([us]).as_dict(),
-                        "copy_us": timing.summarize([copied]).as_dict(),
-                        "gb_per_s": moved / us / 1e3,
-                        "of_copy": copied / us,
-                    }
-                )
+                moved = (rows * FEATURES * bytes_per_element,)
+                found.append(passes.result(op, rows, input_mb, us, moved, repeats))
     return found

@@ -112,6 +112,22 @@ def step_kernels(rows: int, features: int, repeats: int) -> list[kernel_times.Ke
     return found
 
 
+def result(op: str, rows: int, input_mb: int, us: float, moved: tuple[int, ...], repeats: int):
+    """A row of the JSON: a pass whose launches move so many bytes each takes `us` in all."""
+    copied = sum(copy_us(size, repeats) for size in moved)
+    return {
+        "op": op,
+        "m": rows,
+        "k": FEATURES,
+        "input_mb": input_mb,
+        "bytes_per_element": "",
+        "time_us": timing.summarize([us]).as_dict(),
+        "copy_us": timing.summarize([copied]).as_dict(),
+        "gb_per_s": sum(moved) / us / 1e3,
+        "of_copy": copied / us,
+    }
+
+
 def measure(repeats: int, sizes: tuple[int, ...] = INPUT_MB) -> list[dict]:
     """One row for each pass and size: as bench_quantize's, with the profile's times. Where a pass
     has several launches in a step, against a copy for each of them."""
@@ -133,18 +149,5 @@ def measure(repeats: int, sizes: tuple[int, ...] = INPUT_MB) -> list[dict]:
         timed.append(("rows of a matrix", rows, total_us(dense, TWIN, repeats), (3 * x.numel(),)))
         del x
         for op, rows, us, moved in timed:
-            copied = sum(copy_us(size, repeats) for size in moved)
-            found.append(
-                {
-                    "op": op,
-                    "m": rows,
-                    "k": FEATURES,
-                    "input_mb": input_mb,
-                    "bytes_per_element": "",
-                    "time_us": timing.summarize([us]).as_dict(),
-                    "copy_us": timing.summarize([copied]).as_dict(),
-                    "gb_per_s": sum(moved) / us / 1e3,
-                    "of_copy": copied / us,
-                }
-            )
+            found.append(result(op, rows, input_mb, us, moved, repeats))
     return found
