@@ -27,22 +27,37 @@ class Fusion(NamedTuple):
     name: str  # as `fuse` of fp8.convert takes it
     find: Callable[[nn.Module], list[Fusable]]  # in a model; changes nothing
     is_fused: Callable[[nn.Module], bool]
-    apply: Callable[[Fusable], None]
+    apply: Callable[[Fusable], None]  # after the linears; it may leave the module as it is
     undo: Callable[[nn.Module], str | None]  # why it could not be undone
     describe: Callable[[Fusable], tuple[str, str]]  # size, and what it computes
+    unable: Callable[[Fusable], str | None] = lambda _: None  # why it runs as it did before
+    by_default: bool = True  # fuse=True means it; else it is to be asked for
 
 
 def fusions() -> tuple[Fusion, ...]:
     """All of them, in the order in which they are applied."""
+    from . import _mlp_fusion as mlp
     from . import _norm_fusion as norms
 
-    return (Fusion("norms", norms.find, norms.is_fused, norms.apply, norms.undo, norms.describe),)
+    return (
+        Fusion("norms", norms.find, norms.is_fused, norms.apply, norms.undo, norms.describe),
+        Fusion(
+            "mlp",
+            mlp.find,
+            mlp.is_fused,
+            mlp.apply,
+            mlp.undo,
+            mlp.describe,
+            mlp.unable,
+            by_default=False,
+        ),
+    )
 
 
 def chosen(fuse: bool | Iterable[str]) -> tuple[Fusion, ...]:
     """The fusions that `fuse` of fp8.convert names. Raises TypeError or ValueError."""
     if isinstance(fuse, bool):
-        return fusions() if fuse else ()
+        return tuple(fusion for fusion in fusions() if fuse and fusion.by_default)
     names = [fusion.name for fusion in fusions()]
     if isinstance(fuse, str) or not isinstance(fuse, Iterable):
         raise TypeError(
@@ -81,17 +96,17 @@ Row = tuple[nn.Module, tuple[str, str, str, str]]
 
 
 def rows(model: nn.Module) -> list[Row]:
-    """For the summary: a line for each module that a fusion knows, where the model has a fused
-    one."""
+    """For the summary: a line for each module that a fusion knows, where the model has one that is
+    fused by it."""
     lines: list[Row] = []
-    if not fused(model):
-        return lines
+    applied = {fusion.name for fusion, _ in fused(model)}
     for fusion in fusions():
-        for found in fusion.find(model):
+        for found in fusion.find(model) if fusion.name in applied else ():
             size, what = fusion.describe(found)
             state = f"fused: {what}"
-            if not fusion.is_fused(found.module):
-                state = f"- ({found.refused or f'not fused: {what}'})"
+            why = found.refused or fusion.unable(found)
+            if why is not None or not fusion.is_fused(found.module):
+                state = f"- ({why or f'not fused: {what}'})"
             dtype = next(
                 (str(p.dtype).removeprefix("torch.") for p in found.module.parameters()), "-"
             )

@@ -1,12 +1,16 @@
 """Modules that compute in FP8: `Linear`, `GroupedLinear` for groups of rows, and the blocks
 `GatedMLP` and `MLP`; and `RMSNorm`, fused."""
 
-# What pickles of fused norms name.
+# What pickles of fused modules name.
+from ._fused_mlps import Notes as _MLPNotes  # noqa: F401
+from ._fused_mlps import fused_mlp as _fused_mlp  # noqa: F401
 from ._fused_norms import NormSpec as _NormSpec  # noqa: F401
 from ._fused_norms import fused_norm as _fused_norm  # noqa: F401
 from ._grouped import GroupedLinear
 from ._linear import Linear
 from ._mlp import MLP, GatedMLP
+from ._mlp_probe import Form as _MLPForm  # noqa: F401
+from ._mlp_probe import MLPSpec as _MLPSpec  # noqa: F401
 from ._norms import RMSNorm
 
 __all__ = ["MLP", "GatedMLP", "GroupedLinear", "Linear", "RMSNorm"]

@@ -1,9 +1,8 @@
 """The forward of a norm that `fp8.convert` recognized: one fused operator where nothing is in the
 way, else that of the module's own class.
 
-A fused module has a subclass of its class, made once for each class. It keeps that one's names, so
-that code which looks at them finds what it knows; pickles name the original class, and
-`fused_norm`, which takes it.
+A fused module has a subclass of its class, made once for each class: see _fused_classes.py. Pickles
+name the original class, and `fused_norm`, which takes it.
 """
 
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ._fused_classes import made_from, subclass
 
 _rms_norm = torch.ops.fp8.rms_norm.default
 _layer_norm = torch.ops.fp8.layer_norm.default
@@ -41,8 +42,7 @@ _MARK = "_fp8_fused_from"
 
 def original(kind: type) -> type[nn.Module] | None:
     """The class that a fused class was made from; None for any other."""
-    found: type[nn.Module] | None = vars(kind).get(_MARK)
-    return found
+    return made_from(kind, _MARK)
 
 
 def fused_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -101,16 +101,4 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
             return _layer_norm(args[0], weight, bias, spec.eps)
         return _rms_norm(args[0], weight, spec.eps, spec.form)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        reduced = super(kind, self).__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and len(reduced) > 1 and reduced[1][:1] == (kind,):
-            return (fused_norm, (base, *reduced[1][1:]), *reduced[2:])
-        return reduced
-
-    forward.__doc__ = own.__doc__
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    body = {"forward": forward, "__reduce_ex__": reduce, "__doc__": base.__doc__, _MARK: base}
-    metaclass: Any = type(base)  # not `type` of a model that keeps a register of its classes
-    kind = metaclass(base.__name__, (base,), body | names)
-    result: type[nn.Module] = kind
-    return result
+    return subclass(base, _MARK, forward, fused_norm)

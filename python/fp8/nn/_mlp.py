@@ -18,6 +18,7 @@ from ..recipe import Recipe
 from . import _histories
 from ._calls import CALLED, has_own_forward
 from ._linear import Linear
+from ._watched import WatchedParameter
 
 _mlp = torch.ops.fp8.mlp.default
 _has_any_global_hook: Any = nn.modules.module._has_any_global_hook
@@ -39,17 +40,41 @@ _HOOKS = (
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` does nothing but fused_linear on its parameters."""
-    if type(layer) is not Linear or has_own_forward(layer):
-        return False
+    return more_than_plain(layer) is None
+
+
+def more_than_plain(layer: nn.Module) -> str | None:
+    """What a call of `layer` does beside fused_linear on its parameters; None for nothing."""
+    if type(layer) is not Linear:
+        return "is no fp8.Linear"
+    if has_own_forward(layer):
+        return "has a forward of its own"
     state = vars(layer)
-    if any(state[hooks] for hooks in _HOOKS) or state.get("_compiled_call_impl") is not None:
-        return False
+    if any(state[hooks] for hooks in _HOOKS):
+        return "has hooks"
+    if state.get("_compiled_call_impl") is not None:
+        return "is compiled"
     weight = layer._parameters.get("weight")  # none where it is parametrized
-    return (
-        type(weight) is nn.Parameter
-        and getattr(weight, "main_grad", None) is None
-        and layer._buffers.get("input_scale") is None
-    )
+    if type(weight) is not nn.Parameter and type(weight) is not WatchedParameter:
+        return "has a weight that is no plain parameter"
+    if getattr(weight, "main_grad", None) is not None:
+        return "has a main_grad"
+    if layer._buffers.get("input_scale") is not None:
+        return "has a static input_scale"
+    return None
+
+
+def differ(layers: Sequence[Any]) -> str | None:
+    """In what plain layers differ that one node must have in common; None for nothing."""
+    first = layers[0]
+    for layer in layers[1:]:
+        if layer.recipe != first.recipe:
+            return "recipe"
+        if layer.weight.dtype is not first.weight.dtype:
+            return "dtype"
+        if layer.weight.device != first.weight.device:
+            return "device"
+    return None
 
 
 def fused(
@@ -59,13 +84,16 @@ def fused(
     down: nn.Module,
     activation: str,
     save: str = "bf16",
+    **options: Any,
 ) -> Tensor | None:
-    """The block as one node, or None where a layer must be called itself, or their recipes or
-    devices differ."""
+    """The block as one node, or None where a layer must be called itself, or their recipes, dtypes
+    or devices differ. options: further ones of `fp8.ops.mlp`."""
     layers: Sequence[Any] = [gate, down] if up is None else [gate, up, down]
     if type(x) is not Tensor or not all(map(is_plain, layers)):
         return None
-    if len({layer.recipe for layer in layers}) > 1 or _has_any_global_hook():
+    if differ(layers) is not None or _has_any_global_hook():
+        return None
+    if x.device != layers[0].weight.device:
         return None
     histories = {}
     if layers[0].recipe[:7] == "delayed":
@@ -90,6 +118,7 @@ def fused(
         up_bias=None if up is None else up.bias,
         down_bias=layers[-1].bias,
         save=save,
+        **options,
         **histories,
     )
     return y

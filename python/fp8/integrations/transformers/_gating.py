@@ -153,8 +153,8 @@ def _gated(gate: Gate, gate_up: Tensor) -> Tensor:
 
 
 def _recognize(probe: Tensor, values: Tensor, module: nn.Module) -> Gate | None:
-    alpha = _number(module, ("alpha", "swiglu_alpha"), 1.702)
-    limit = _number(module, ("limit", "swiglu_limit"), 7.0)
+    alpha = number_of(module, ("alpha", "swiglu_alpha"), 1.702)
+    limit = number_of(module, ("limit", "swiglu_limit"), 7.0)
     for interleaved in (False, True):
         for activation in ("silu", "gelu", "gelu_tanh", "clamped_silu"):
             gate = Gate(activation, interleaved, alpha, limit)
@@ -183,7 +183,8 @@ def _has_gradient_of(gate: Gate, apply: Any, probe: Tensor) -> bool:
     return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def _number(module: nn.Module, names: tuple[str, ...], default: float) -> float:
+def number_of(module: nn.Module, names: tuple[str, ...], default: float) -> float:
+    """The first of these attributes of `module` that is a finite number, or the default."""
     for name in names:
         value = getattr(module, name, None)
         if isinstance(value, int | float) and math.isfinite(value):

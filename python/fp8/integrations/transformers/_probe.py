@@ -9,7 +9,7 @@ grad or inference mode, or on modes such as FakeTensorMode.
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from operator import is_
 from typing import Any
@@ -126,9 +126,16 @@ class State:
     The module itself is not referred to, so it may refer to the State without a cycle.
     """
 
-    def __init__(self, root: nn.Module, method: str, own: tuple[str, ...] = ()) -> None:
-        """method: what was asked. own: attributes of `root` that are the caller's and do not count;
-        one may hold this State."""
+    def __init__(
+        self,
+        root: nn.Module,
+        method: str | Callable[..., Any],
+        own: tuple[str, ...] = (),
+        apart: Iterable[nn.Module] = (),
+    ) -> None:
+        """method: what was asked, or its name. own: attributes of `root` that are the caller's and
+        do not count; one may hold this State. apart: modules that are not looked into; only which
+        ones they are counts."""
         # A mapping (None: the root's attributes), its keys and values from an index on, the index.
         self._mappings: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], int]] = []
         self._lists: list[tuple[Any, tuple[Any, ...]]] = []
@@ -140,10 +147,10 @@ class State:
         self._root_kind = type(root)
         self._root_training = root.training
         self._own = own
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, Any] = {id(module): module for module in apart}
         self._root: nn.Module | None = root
         self._visit(root, 0)
-        self._visit(getattr(root, method, None), 0)
+        self._visit(getattr(root, method, None) if isinstance(method, str) else method, 0)
         self._root, self._seen = None, {}
         self.hooked = any(self._hooks)
 

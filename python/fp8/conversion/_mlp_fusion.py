@@ -1,0 +1,81 @@
+"""The fusion `mlp`: feed-forward modules whose linears run in FP8 are one node, `fp8.ops.mlp`."""
+
+from torch import nn
+
+from ..nn._calls import has_own_forward
+from ..nn._fused_mlps import NOTES, Notes, fused_class, obstacle, original, own_class
+from ..nn._linear import Linear
+from ..nn._mlp import MLP, GatedMLP
+from ..nn._mlp_probe import MLPSpec, linears_of, probe
+from ._fusions import Fusable
+
+
+def find(model: nn.Module) -> list[Fusable]:
+    """Every module of the model that is an MLP of linears, fused ones included."""
+    found = []
+    for name, module in model.named_modules():
+        if is_fused(module):
+            notes: Notes | None = vars(module).get(NOTES)
+            found.append(Fusable(module, name, notes and notes.spec))
+            continue
+        if isinstance(module, GatedMLP | MLP) or linears_of(module) is None:
+            continue
+        spec = probe(module, type(module))
+        if spec is None:
+            continue
+        refused = None
+        if has_own_forward(module):
+            refused = "its forward was replaced on the instance; convert before that"
+        found.append(Fusable(module, name, spec, refused))
+    return found
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the module has a fused class, or one that something made of that."""
+    return own_class(type(module)) is not None
+
+
+def apply(found: Fusable) -> None:
+    """Changes the module's class, if its linears run in FP8; one that is fused stays as it is."""
+    module = found.module
+    linears = linears_of(module) or {}
+    if is_fused(module) or not all(isinstance(linear, Linear) for linear in linears.values()):
+        return
+    base = type(module)
+    notes = vars(module)[NOTES] = Notes()
+    vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
+    module.__class__ = fused_class(base)
+    notes.know(module, base, found.what)
+
+
+def undo(module: nn.Module) -> str | None:
+    """Gives the module its class back; why not, if that cannot be."""
+    base = original(type(module))
+    if base is None:
+        return f"its class is {type(module).__name__}, made of a fused one"
+    vars(module).pop(NOTES, None)
+    module.__class__ = base
+    return None
+
+
+def unable(found: Fusable) -> str | None:
+    """Why the module runs layer by layer, whatever it is called with; None if it does not."""
+    if is_fused(found.module):
+        why = obstacle(found.module)
+        return None if why is None else f"layer by layer: {why}"
+    for name, linear in (linears_of(found.module) or {}).items():
+        if not isinstance(linear, Linear):
+            return f"not fused: {name} is not in FP8"
+    return None
+
+
+def describe(found: Fusable) -> tuple[str, str]:
+    """Its sizes and what it computes, for the summary."""
+    spec: MLPSpec | None = found.what
+    layers = linears_of(found.module)
+    if spec is None or layers is None or not {spec.form.gate, spec.form.down} <= layers.keys():
+        return "-", "mlp"
+    down = layers[spec.form.down]
+    size = f"{layers[spec.form.gate].in_features} -> {down.in_features} -> {down.out_features}"
+    gated = "merged, " if spec.form.merged else "gated, " if spec.form.up else ""
+    return size, f"mlp, {gated}{spec.form.activation}"

@@ -1,0 +1,40 @@
+"""The subclass that a module takes whose forward `fp8.convert` fuses.
+
+It keeps the names of the class that it is made of, so that code which looks at them finds what it
+knows. Pickles and copies name that class, and a function that makes the subclass of it again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def made_from(kind: type, mark: str) -> type[nn.Module] | None:
+    """The class that `subclass` made `kind` of, with this mark; None for any other."""
+    found: type[nn.Module] | None = vars(kind).get(mark)
+    return found
+
+
+def subclass(
+    base: type[nn.Module], mark: str, forward: Callable[..., Any], begin: Callable[..., nn.Module]
+) -> type[nn.Module]:
+    """A new subclass of `base` with this forward.
+
+    mark: the attribute that has `base`. begin: begin(base, *args) is a module of the subclass
+    without attributes, what pickles and copies begin with; a public name.
+    """
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        reduced = super(kind, self).__reduce_ex__(protocol)
+        if isinstance(reduced, tuple) and len(reduced) > 1 and reduced[1][:1] == (kind,):
+            return (begin, (base, *reduced[1][1:]), *reduced[2:])
+        return reduced
+
+    forward.__doc__ = base.forward.__doc__
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    body = {"forward": forward, "__reduce_ex__": reduce, "__doc__": base.__doc__, mark: base}
+    metaclass: Any = type(base)  # not `type` of a model that keeps a register of its classes
+    kind = metaclass(base.__name__, (base,), body | names)
+    result: type[nn.Module] = kind
+    return result
