@@ -9,7 +9,7 @@ from ._fused_norms import fused_norm as _fused_norm  # noqa: F401
 from ._grouped import GroupedLinear
 from ._linear import Linear
 from ._mlp import MLP, GatedMLP
-from ._mlp_probe import Form as _MLPForm  # noqa: F401
+from ._mlp_forms import Form as _MLPForm  # noqa: F401
 from ._mlp_probe import MLPSpec as _MLPSpec  # noqa: F401
 from ._norms import RMSNorm
 

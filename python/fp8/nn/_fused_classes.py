@@ -17,9 +17,13 @@ def made_from(kind: type, mark: str) -> type[nn.Module] | None:
 
 
 def subclass(
-    base: type[nn.Module], mark: str, forward: Callable[..., Any], begin: Callable[..., nn.Module]
+    base: type[nn.Module],
+    mark: str,
+    forward: Callable[..., Any],
+    begin: Callable[..., nn.Module],
+    **methods: Callable[..., Any],
 ) -> type[nn.Module]:
-    """A new subclass of `base` with this forward.
+    """A new subclass of `base` with this forward and these further methods.
 
     mark: the attribute that has `base`. begin: begin(base, *args) is a module of the subclass
     without attributes, what pickles and copies begin with; a public name.
@@ -32,9 +36,10 @@ def subclass(
         return reduced
 
     forward.__doc__ = base.forward.__doc__
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # whose signature it has
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     body = {"forward": forward, "__reduce_ex__": reduce, "__doc__": base.__doc__, mark: base}
     metaclass: Any = type(base)  # not `type` of a model that keeps a register of its classes
-    kind = metaclass(base.__name__, (base,), body | names)
+    kind = metaclass(base.__name__, (base,), body | names | methods)
     result: type[nn.Module] = kind
     return result

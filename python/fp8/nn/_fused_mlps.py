@@ -193,14 +193,11 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
                 return y
         return base.forward(self, *args, **kwargs)
 
-    kind = subclass(base, _MARK, forward, fused_mlp)
-
     def setstate(self: Any, state: Any) -> None:
-        super(kind, self).__setstate__(state)  # type: ignore[misc]
+        base.__setstate__(self, state)  # type: ignore[no-untyped-call]
         notes: Notes | None = vars(self).get(NOTES)
         if notes is not None:  # a shallow copy has the other one's
             vars(self)[NOTES] = own_notes = Notes(notes.spec)
             own_notes.belong_to(self)
 
-    kind.__setstate__ = setstate  # type: ignore[attr-defined]
-    return kind
+    return subclass(base, _MARK, forward, fused_mlp, __setstate__=setstate)

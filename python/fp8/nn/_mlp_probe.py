@@ -19,25 +19,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..integrations.transformers._gating import number_of
 from ..integrations.transformers._probe import State, undisturbed, values_of
 from ._linear import Linear
-from ._mlp import _ACTIVATIONS
+from ._mlp_forms import Form, expected, forms, numbers, same
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DIMS = (3, 2, 4, 1)  # of x, the usual ones first
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
 _LEAST = 2048  # numbers in an answer, so that all signs and sizes meet
-
-
-class Form(NamedTuple):
-    """Which child does what, and the arguments of `fp8.ops.mlp`."""
-
-    gate: str  # names of children
-    up: str | None  # None: merged, or a plain MLP
-    down: str
-    merged: bool
-    activation: str
-    gate_second: bool
-    alpha: float
-    limit: float
 
 
 class MLPSpec(NamedTuple):
@@ -52,7 +39,6 @@ class MLPSpec(NamedTuple):
 
 
 MLPSpec.__module__, MLPSpec.__qualname__ = "fp8.nn", "_MLPSpec"  # what pickles name
-Form.__module__, Form.__qualname__ = "fp8.nn", "_MLPForm"
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear] | None:
@@ -190,23 +176,11 @@ class _Question:
         return [] if made is None else [name for name, _ in self.calls]
 
     def _forms(self) -> Iterator[Form]:
-        *first, down = (name for name, _ in self.calls)
-        features, layers = self.layers[down].in_features, [self.layers[name] for name in first]
+        layers = [self.layers[name] for name, _ in self.calls]
+        sizes = [(layer.in_features, layer.out_features) for layer in layers]
         alpha = number_of(self.clone, ("alpha", "swiglu_alpha"), 1.702)
         limit = number_of(self.clone, ("limit", "swiglu_limit"), 7.0)
-        width = layers[0].out_features
-        if len({(layer.in_features, layer.out_features) for layer in layers}) > 1 or features == 0:
-            return
-        gated = len(first) == 2 or width == 2 * features
-        if width not in ((features,) if len(first) == 2 else (features, 2 * features)):
-            return
-        for activation in (*_ACTIVATIONS, *(("clamped_silu",) if gated else ())):
-            for turned in (False, True) if gated else (False,):
-                if len(first) == 2:
-                    gate, up = first[::-1] if turned else first
-                    yield Form(gate, up, down, False, activation, False, alpha, limit)
-                else:
-                    yield Form(first[0], None, down, gated, activation, turned, alpha, limit)
+        return forms([name for name, _ in self.calls], sizes, alpha, limit)
 
     def _inputs(self, dims: int, dtype: torch.dtype) -> list[Tensor]:
         """x, and an answer for each layer."""
@@ -216,8 +190,9 @@ class _Question:
 
     def _make_inputs(self, dims: int) -> list[Tensor]:
         generator = torch.Generator("cpu").manual_seed(1234)
-        numbers = _numbers()
-        sizes = [n for layer in self.layers.values() for n in (layer.in_features, layer.out_features)]
+        values = numbers()
+        layers = self.layers.values()
+        sizes = [n for layer in layers for n in (layer.in_features, layer.out_features)]
         rows = max(2, min(_LEAST // max(min(sizes), 1) + 1, 2**18 // max(*sizes, 1)))
         shape = {1: (), 2: (rows,), 3: (1, rows), 4: (1, 1, rows)}[dims]
         first = next(iter(self.layers.values()))
@@ -225,13 +200,11 @@ class _Question:
         inputs = [torch.randn(*shape, first.in_features, **kind)]
         for layer in self.layers.values():
             size = (*shape, layer.out_features)
-            index = torch.randint(len(numbers), size, generator=generator)
-            inputs.append(numbers[index])
+            index = torch.randint(len(values), size, generator=generator)
+            inputs.append(values[index])
         return inputs
 
-    def _is(
-        self, form: Form, dims: int, dtype: torch.dtype, training: bool, graded: bool
-    ) -> bool:
+    def _is(self, form: Form, dims: int, dtype: torch.dtype, training: bool, graded: bool) -> bool:
         """Whether values, and gradients, have the bits of this form's."""
         return self._agrees(form, self._inputs(dims, dtype), training, graded)
 
@@ -247,7 +220,7 @@ class _Question:
             wanted = expected(form, leaves[form.gate], None if form.up is None else leaves[form.up])
             if all(self.autocast):
                 made = made.to(wanted.dtype)  # as the last layer does
-            if not _same(made, wanted) or made.requires_grad is not graded:
+            if not same(made, wanted) or made.requires_grad is not graded:
                 return False
             if not graded:
                 return True
@@ -256,7 +229,7 @@ class _Question:
             dh = torch.randn(made.shape, generator=generator, dtype=torch.float32).to(made.dtype)
             ours = torch.autograd.grad(made, first, dh, allow_unused=True)
             theirs = torch.autograd.grad(wanted, first, dh)
-        return all(a is not None and _same(a, b) for a, b in zip(ours, theirs, strict=True))
+        return all(a is not None and same(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def _is_in_autocast(self, form: Form, dims: int) -> bool:
         """Whether it is so, too, where autocast casts x, and it stays on for every layer."""
@@ -293,29 +266,3 @@ class _Question:
             if name[0] != "_" and callable(value) and name != "forward":
                 vars(self.clone)[name] = noting(name, value)
         return tuple(called) if self._order(dims, dtype) else None
-
-
-def expected(form: Form, gate: Tensor, up: Tensor | None) -> Tensor:
-    """h in PyTorch's own functions, of what the first layers answer."""
-    if form.merged:
-        gate, up = gate.chunk(2, dim=-1)[:: -1 if form.gate_second else 1]
-    if form.activation == "clamped_silu" and up is not None:
-        gate = gate.clamp(max=form.limit)
-        return gate * torch.sigmoid(form.alpha * gate) * (up.clamp(-form.limit, form.limit) + 1)
-    h = _ACTIVATIONS[form.activation](gate)
-    return h if up is None else h * up
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype is not b.dtype:
-        return False
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _numbers() -> Tensor:
-    """Both sides of every bend and limit in use (6 to 10), of any other below float16's maximum,
-    near 0, and 0."""
-    near = torch.linspace(-20, 20, 400, dtype=torch.float32)
-    far = torch.logspace(1.3, 4.8, 64, dtype=torch.float32)
-    small = torch.logspace(-6, 0, 64, dtype=torch.float32)
-    return torch.cat([near, far, -far, small, -small, torch.zeros(8, dtype=torch.float32)])

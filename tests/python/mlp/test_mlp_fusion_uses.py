@@ -185,7 +185,7 @@ def test_mlp_summary():
     model[2].one.register_forward_hook(lambda *_: None)
     model(data(torch.float32)).sum().backward()
     lines = {line.split()[0]: line for line in fp8.summary(model).splitlines()}
-    assert lines["0"].split()[1:6] == "32 -> 48 -> 32".split()
+    assert lines["0"].split()[1:6] == ["32", "->", "48", "->", "32"]
     assert lines["0"].endswith("float32  fused: mlp, gated, silu")
     assert lines["1"].endswith("fused: mlp, merged, silu")
     assert lines["2"].endswith("- (layer by layer: one has hooks)")

@@ -1,0 +1,157 @@
+"""Faults in the fusion of MLPs: what is recognized, and when a call is no node."""
+
+from __future__ import annotations
+
+from fault import MLP, Fault
+
+FUSION = f"{MLP}/test_mlp_fusion.py"
+CHANGES = f"{MLP}/test_mlp_fusion_changes.py"
+SAFETY = f"{MLP}/test_mlp_fusion_safety.py"
+UNLIKE = f"{MLP}/test_mlp_fusion_unlike.py"
+USES = f"{MLP}/test_mlp_fusion_uses.py"
+PROBE = "python/fp8/nn/_mlp_probe.py"
+FUSED = "python/fp8/nn/_fused_mlps.py"
+LAYERS = "python/fp8/nn/_mlp.py"
+
+MLPS = [
+    Fault(
+        "what happens after the last layer is not looked at",
+        PROBE,
+        "if y is not self.answers[last] or any(",
+        "if any(",
+        UNLIKE,
+    ),
+    Fault(
+        "the first layers may have another input",
+        PROBE,
+        "y is not self.answers[last] or any(given is not x for _, given in first)",
+        "y is not self.answers[last]",
+        UNLIKE,
+    ),
+    Fault(
+        "what is written in place is not looked at",
+        PROBE,
+        "if x._version != before or y._version != 0:",
+        "if False:",
+        UNLIKE,
+    ),
+    Fault(
+        "an MLP that drops in training is fused",
+        PROBE,
+        "for training in (True, False) for graded in (True, False)]",
+        "for training in (False,) for graded in (True, False)]",
+        UNLIKE,
+    ),
+    Fault(
+        "an activation of another gradient is fused",
+        PROBE,
+        "            if not graded:\n",
+        "            if True:\n",
+        UNLIKE,
+    ),
+    Fault(
+        "an MLP that counts its calls is fused",
+        PROBE,
+        "if not state.same(self.clone):",
+        "if False:",
+        UNLIKE,
+    ),
+    Fault(
+        "an MLP that rounds otherwise in bfloat16 is fused",
+        FUSED,
+        "if x.dtype not in dtypes or",
+        "if",
+        UNLIKE,
+    ),
+    Fault(
+        "hooks of checkpoints see what the probe saves",
+        PROBE,
+        "with undisturbed(), saved_tensors_hooks(lambda t: t, lambda t: t):",
+        "with undisturbed():",
+        USES,
+    ),
+    Fault(
+        "an MLP that was recognized once is never looked at again",
+        FUSED,
+        "if owner() is module and state.same(module):",
+        "if owner() is module:",
+        CHANGES,
+    ),
+    Fault(
+        "compiled code does not depend on the activation",
+        FUSED,
+        "        getattr(module, name)(x.new_empty((0, 2)))\n",
+        "        pass\n",
+        USES,
+    ),
+    Fault(
+        "compiled code does not depend on attributes",
+        FUSED,
+        "    for name, value in attributes:\n",
+        "    for name, value in ():\n",
+        USES,
+    ),
+    Fault(
+        "a second argument of an MLP is dropped",
+        FUSED,
+        "if len(args) == 1 and not kwargs and",
+        "if args and",
+        SAFETY,
+    ),
+    Fault(
+        "an MLP's forward replaced in the class is bypassed",
+        FUSED,
+        " and base.forward is own:",
+        ":",
+        SAFETY,
+    ),
+    Fault(
+        "autocast that a module turns off stays on",
+        FUSED,
+        "if not autocast or powers or",
+        "if powers or",
+        FUSION,
+    ),
+    Fault(
+        "hooks on a layer are passed over",
+        LAYERS,
+        'return "has hooks"',
+        "pass",
+        CHANGES,
+    ),
+    Fault(
+        "an MLP whose layers differ in recipe is one node",
+        LAYERS,
+        'return "recipe"',
+        "pass",
+        CHANGES,
+    ),
+    Fault(
+        "an MLP whose layers differ in dtype is one node",
+        LAYERS,
+        'return "dtype"',
+        "pass",
+        SAFETY,
+    ),
+    Fault(
+        "a layer's main_grad is passed over",
+        LAYERS,
+        'return "has a main_grad"',
+        "pass",
+        SAFETY,
+    ),
+    Fault(
+        "layers of a node are never called",
+        LAYERS,
+        "            layer.__dict__[CALLED] = True\n",
+        "            pass\n",
+        USES,
+    ),
+    Fault(
+        "hooks of all modules do not see the layers of an MLP",
+        LAYERS,
+        " or _has_any_global_hook():",
+        ":",
+        SAFETY,
+    ),
+]
