@@ -328,8 +328,8 @@ CPU = [
     Fault(
         "a hook of a layer is passed by",
         "python/fp8/nn/_mlp.py",
-        "if any(state[hooks] for hooks in _HOOKS) or",
-        "if",
+        "if any(state[hooks] for hooks in _HOOKS):",
+        "if False:",
         f"{MLP}/test_mlp_modules.py",
     ),
 ]

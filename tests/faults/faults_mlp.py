@@ -113,13 +113,6 @@ MLPS = [
         FUSION,
     ),
     Fault(
-        "hooks on a layer are passed over",
-        LAYERS,
-        'return "has hooks"',
-        "pass",
-        CHANGES,
-    ),
-    Fault(
         "an MLP whose layers differ in recipe is one node",
         LAYERS,
         'return "recipe"',
