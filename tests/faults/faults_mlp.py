@@ -99,11 +99,11 @@ MLPS = [
         SAFETY,
     ),
     Fault(
-        "an MLP's forward replaced in the class is bypassed",
+        "compiled code bypasses a forward replaced in the class",
         FUSED,
         " and base.forward is own:",
         ":",
-        SAFETY,
+        USES,
     ),
     Fault(
         "autocast that a module turns off stays on",
@@ -145,6 +145,6 @@ MLPS = [
         LAYERS,
         " or _has_any_global_hook():",
         ":",
-        SAFETY,
+        f"{MLP}/test_mlp_modules.py",
     ),
 ]

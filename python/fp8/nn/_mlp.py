@@ -57,6 +57,9 @@ def more_than_plain(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")  # none where it is parametrized
     if type(weight) is not nn.Parameter and type(weight) is not WatchedParameter:
         return "has a weight that is no plain parameter"
+    bias = layer._parameters.get("bias", layer)
+    if bias is not None and type(bias) is not nn.Parameter:
+        return "has a bias that is no plain parameter"
     if getattr(weight, "main_grad", None) is not None:
         return "has a main_grad"
     if layer._buffers.get("input_scale") is not None:
@@ -67,12 +70,14 @@ def more_than_plain(layer: nn.Module) -> str | None:
 def differ(layers: Sequence[Any]) -> str | None:
     """In what plain layers differ that one node must have in common; None for nothing."""
     first = layers[0]
+    weight = first._parameters["weight"]  # an attribute of a module takes longer
     for layer in layers[1:]:
+        other = layer._parameters["weight"]
         if layer.recipe != first.recipe:
             return "recipe"
-        if layer.weight.dtype is not first.weight.dtype:
+        if other.dtype is not weight.dtype:
             return "dtype"
-        if layer.weight.device != first.weight.device:
+        if other.device != weight.device:
             return "device"
     return None
 
@@ -93,7 +98,8 @@ def fused(
         return None
     if differ(layers) is not None or _has_any_global_hook():
         return None
-    if x.device != layers[0].weight.device:
+    weights = [layer._parameters["weight"] for layer in layers]
+    if x.device != weights[0].device:
         return None
     histories = {}
     if layers[0].recipe[:7] == "delayed":
@@ -109,14 +115,14 @@ def fused(
             layer.__dict__[CALLED] = True
     y: Tensor = _mlp(
         x,
-        layers[0].weight,
-        None if up is None else up.weight,
-        layers[-1].weight,
+        weights[0],
+        None if up is None else weights[1],
+        weights[-1],
         activation=activation,
         recipe=layers[0].recipe,
-        gate_bias=layers[0].bias,
-        up_bias=None if up is None else up.bias,
-        down_bias=layers[-1].bias,
+        gate_bias=layers[0]._parameters["bias"],
+        up_bias=None if up is None else layers[1]._parameters["bias"],
+        down_bias=layers[-1]._parameters["bias"],
         save=save,
         **options,
         **histories,

@@ -84,6 +84,12 @@ def tensor_subclass(module):
     module.a._parameters["weight"] = module.a.weight.detach().as_subclass(Mine)
 
 
+def tensor_bias(module):
+    layer = module.a
+    del layer.bias
+    layer.bias = torch.ones(models.FEATURES, dtype=torch.bfloat16)
+
+
 def other_recipe(module):
     module.a.recipe = "rowwise"
 
@@ -147,6 +153,7 @@ CHANGES = {  # whether the call is one node after it
     reverted: False,
     parametrization: False,
     tensor_subclass: False,
+    tensor_bias: False,
     other_recipe: False,
     static_scale: False,
     activation: False,

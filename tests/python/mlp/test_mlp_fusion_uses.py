@@ -88,6 +88,14 @@ def test_mlp_compiled_depends_on_attributes():
     assert_same_bits(compiled(3 * data()), fused(3 * data()))
 
 
+def test_mlp_compiled_depends_on_the_classs_forward(monkeypatch):
+    fused, _ = pair(models.Gated())
+    compiled, seen = targets(fused, data())
+    assert "fp8.mlp.default" in seen
+    monkeypatch.setattr(models.Gated, "forward", lambda self, x: x + 1)
+    assert_same_bits(compiled(data()), data() + 1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_mlp_pickles_and_copies(form):
     module = nn.Sequential(fuse(FORMS[form](nn.SiLU())))

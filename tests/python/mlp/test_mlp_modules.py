@@ -143,6 +143,16 @@ def test_block_calls_layers_that_are_more_than_that(change):
     assert_same_bits(block(x).detach(), by_layers(twin, x).detach())
 
 
+def test_hooks_of_all_modules_see_the_layers_of_a_block():
+    block, seen = gated("cpu"), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        assert not is_one_node(block, torch.randn(8, 64, dtype=torch.bfloat16))
+    finally:
+        handle.remove()
+    assert set(block.children()) <= set(seen)
+
+
 def test_block_counts_its_layers_as_called():
     block = gated("cpu")
     block(torch.randn(8, 64, dtype=torch.bfloat16)).sum().backward()
