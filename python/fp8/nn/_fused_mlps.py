@@ -126,8 +126,18 @@ def obstacle(module: nn.Module) -> str | None:
             return f"{name} {why}"  # a sharded weight is whole when the module is called
     if layers is None or notes.look(module) is None:
         return "it does not compute what it did"
-    what = differ([*layers.values()])
-    return None if what is None else f"its layers differ in {what}"
+    if (what := differ([*layers.values()])) is not None:
+        return f"its layers differ in {what}"
+    fit = _fit(module._modules, *notes.spec.form[:4])
+    return None if fit else "its weights have other shapes"
+
+
+def _fit(children: Any, gate: str, up: str | None, down: str, merged: bool) -> bool:
+    """Whether weights have the shapes of the layers that were recognized: others may be there now,
+    which are broadcast, or would be taken for another form."""
+    first, last = children[gate].weight.shape, children[down].weight.shape
+    same = up is None or children[up].weight.shape == first
+    return same and bool(first[0] == (2 if merged else 1) * last[1])
 
 
 def _run(module: Any, x: Any) -> Tensor | None:
@@ -153,6 +163,8 @@ def _run(module: Any, x: Any) -> Tensor | None:
         if not autocast or powers or torch.get_autocast_dtype(device) not in dtypes:
             return None
     elif x.dtype is not getattr(children[gate].weight, "dtype", None):
+        return None
+    if not _fit(children, gate, up, down, merged):
         return None
     if is_compiling() and not _holds_in_trace(module, x, attributes, activations):
         return None

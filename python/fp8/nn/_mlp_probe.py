@@ -59,7 +59,9 @@ def _tensors(module: nn.Module) -> bool:
 
 
 def state_of(module: nn.Module, base: type[nn.Module], own: tuple[str, ...] = ()) -> State:
-    """What a module whose own class is `base` is made of, its linears left out."""
+    """What a module whose own class is `base` is made of: not its linears, nor what no class's code
+    reads under its name (fully_shard keeps its books in such attributes)."""
+    own = (*own, *(name for name in vars(module) if name.startswith("__")))
     return State(module, base.forward, own, (linears_of(module) or {}).values())
 
 
@@ -117,6 +119,8 @@ class _Question:
         """It shares nothing that a forward usually writes: no child, and no container."""
         clone: nn.Module = self.base.__new__(self.base)
         for name, value in vars(module).items():
+            if name.startswith("__"):  # as state_of
+                continue
             usual = isinstance(value, list | dict | set)
             vars(clone)[name] = value.copy() if usual else value
         children = vars(clone)["_modules"]

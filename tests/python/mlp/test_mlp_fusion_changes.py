@@ -90,6 +90,11 @@ def tensor_bias(module):
     layer.bias = torch.ones(models.FEATURES, dtype=torch.bfloat16)
 
 
+def other_shape(module):
+    """up is one number a row, which is broadcast."""
+    module.a.weight = nn.Parameter(module.a.weight.detach()[:1].clone())
+
+
 def other_recipe(module):
     module.a.recipe = "rowwise"
 
@@ -154,6 +159,7 @@ CHANGES = {  # whether the call is one node after it
     parametrization: False,
     tensor_subclass: False,
     tensor_bias: False,
+    other_shape: False,
     other_recipe: False,
     static_scale: False,
     activation: False,

@@ -226,28 +226,56 @@ def test_mlp_calibrate_sees_every_layer():
     assert_same_step(fused, plain, data(), two=True)
 
 
-DDP = """
-import sys, torch, warnings
+PROCESS = """
+import sys, torch
 import torch.distributed as dist
-sys.path.insert(0, {folder!r})
-sys.path.insert(0, {above!r})
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+sys.path[:0] = {folders!r}
 import mlp_models as models
 dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
 torch.manual_seed(0)
+x = models.data()
+"""
+DDP = """
 fused, plain = models.pair(models.Plain())
 wrapped = torch.nn.parallel.DistributedDataParallel(fused)
-assert models.nodes(wrapped, models.data()) == 1
-(y, grads), (expected, theirs) = (models.step(m, models.data()) for m in (wrapped, plain))
+assert models.nodes(wrapped, x) == 1
+(y, grads), (expected, theirs) = (models.step(m, x) for m in (wrapped, plain))
 assert torch.equal(y, expected)
 for name, grad in theirs.items():
     assert torch.equal(grads[name if name == "x" else "module." + name], grad), name
-dist.destroy_process_group()
+"""
+FSDP2 = """
+mesh = init_device_mesh("cpu", (1,))
+for sharded, count in ((0, 1), (1, 1), (2, 0)):  # what is sharded by itself beside the model
+    fused, plain = models.pair(models.Plain())
+    model = nn.Sequential(fused)
+    for module in ((), (fused,), (fused.one,))[sharded]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert models.nodes(model, x) == count, sharded
+    asked = []
+    probe = models._fused_mlps.probe
+    models._fused_mlps.probe = lambda *args: asked.append(args) or probe(*args)
+    for _ in range(3):
+        (y, grads), (expected, theirs) = (models.step(m, x) for m in (model, plain))
+        assert torch.equal(y, expected)
+        for name, grad in theirs.items():
+            found = grads["x"] if name == "x" else grads["0." + name].full_tensor()
+            assert torch.equal(found, grad), name
+    models._fused_mlps.probe = probe
+    assert not asked, sharded
 """
 
 
-def test_mlp_distributed_data_parallel(tmp_path):
+@pytest.mark.parametrize("program", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_mlp_in_a_process_group(tmp_path, program):
     folder = os.path.dirname(__file__)
-    program = DDP.format(folder=folder, above=os.path.dirname(folder), file=tmp_path / "store")
+    folders = [folder, os.path.dirname(folder)]
+    program = PROCESS.format(folders=folders, file=tmp_path / "store") + program
+    program += "dist.destroy_process_group()\n"
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
     )
