@@ -147,4 +147,25 @@ MLPS = [
         ":",
         f"{MLP}/test_mlp_modules.py",
     ),
+    Fault(
+        "an MLP takes weights of other shapes",
+        FUSED,
+        "    if not _fit(children, gate, up, down, merged):\n",
+        "    if False:\n",
+        CHANGES,
+    ),
+    Fault(
+        "what fully_shard notes of an MLP counts",
+        PROBE,
+        """(name for name in vars(module) if name.startswith("__"))""",
+        "()",
+        USES,
+    ),
+    Fault(
+        "an MLP is fused whose layers are not in FP8",
+        "python/fp8/conversion/_mlp_fusion.py",
+        " or not all(isinstance(linear, Linear) for linear in linears.values()):",
+        ":",
+        FUSION,
+    ),
 ]
