@@ -65,8 +65,8 @@ NORM = [
     Fault(
         "a norm of another gradient is fused",
         PROBE,
-        "            if _same_gradients(clone, candidate, parameters, x, dtypes):",
-        "            if dtypes:",
+        "            if _same_gradients(asked, candidate, now):",
+        "            if now:",
         FUSION,
     ),
     Fault(
@@ -79,8 +79,8 @@ NORM = [
     Fault(
         "the probe draws from the caller's generator",
         PROBE,
-        'with torch.random.fork_rng(devices=[]), torch.device("cpu"):',
-        'with torch.device("cpu"):',
+        "with torch.random.fork_rng(devices=[]), undisturbed()",
+        "with undisturbed()",
         FUSION,
     ),
     Fault(
@@ -93,15 +93,15 @@ NORM = [
     Fault(
         "a second argument is dropped",
         FUSED,
-        "if len(args) != 1 or kwargs or",
-        "if",
+        "if len(args) != 1 or kwargs or base.forward is not own or",
+        "if base.forward is not own or",
         FUSION,
     ),
     Fault(
         "a forward replaced in the class is bypassed",
         FUSED,
-        "base.forward is not own or ",
-        "",
+        "or kwargs or base.forward is not own or spec",
+        "or kwargs or spec",
         FUSION,
     ),
     Fault(
