@@ -8,6 +8,9 @@ VALUES = "tests/python/norm/test_norm_values.py"
 AUTOGRAD = "tests/python/norm/test_norm_autograd.py"
 INPUTS = "tests/python/norm/test_norm_inputs.py"
 FUSION = "tests/python/norm/test_norm_fusion.py"
+FUSION_PROBE = "tests/python/norm/test_norm_fusion_probe.py"
+FUSION_CHANGES = "tests/python/norm/test_norm_fusion_changes.py"
+FUSION_CONTEXTS = "tests/python/norm/test_norm_fusion_contexts.py"
 GPU = "tests/python/norm/test_norm_cuda.py"
 PROBE = "python/fp8/conversion/_norm_probe.py"
 FUSED = "python/fp8/nn/_fused_norms.py"
@@ -110,6 +113,62 @@ NORM = [
         "if has_own_forward(module):",
         "if False:",
         FUSION,
+    ),
+    Fault(
+        "norms that differ in a private attribute count as one",
+        "python/fp8/conversion/_norm_key.py",
+        "if name in _INTERNAL or name in _NOTES:",
+        'if name.startswith("_") or name in _NOTES:',
+        FUSION_PROBE,
+    ),
+    Fault(
+        "a norm of images' channels is fused",
+        FUSED,
+        "if x.dim() not in spec.ranks:",
+        "if x.dim() == 0:",
+        FUSION_PROBE,
+    ),
+    Fault(
+        "rows do not show a small eps",
+        PROBE,
+        "_SCALES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6,",
+        "_SCALES = (1e-4, 1e-4, 1e-4, 1e-4, 1e-4,",
+        FUSION_PROBE,
+    ),
+    Fault(
+        "gradients are those of evaluation",
+        PROBE,
+        "for training in (False, True):",
+        "for training in (False,):",
+        FUSION_PROBE,
+    ),
+    Fault(
+        "a method that the forward calls is replaced unnoticed",
+        FUSED,
+        "if obstacle(self, x) or (rest and not unchanged(self, spec)):",
+        "if obstacle(self, x):",
+        FUSION_CHANGES,
+    ),
+    Fault(
+        "y of a transposed x is contiguous",
+        FUSED,
+        "if not spec.keeps_order or x.is_contiguous()",
+        "if True or x.is_contiguous()",
+        FUSION_CHANGES,
+    ),
+    Fault(
+        "the probe waits for other processes",
+        PROBE,
+        'if "c10d" in func.namespace:',
+        "if False:",
+        FUSION_CONTEXTS,
+    ),
+    Fault(
+        "autocast changes the dtype of a norm's output",
+        FUSED,
+        "if not spec.under_autocast and",
+        "if False and",
+        FUSION_CONTEXTS,
     ),
     Fault(
         "slots of a block are not all added up",

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..integrations.transformers._probe import undisturbed
-from ..nn._fused_norms import NormSpec
+from ..nn._fused_norms import LAYER, NormSpec
 from ._norm_forms import Candidate, candidates, expected
 from ._norm_key import DTYPES, Key
 
@@ -86,6 +88,23 @@ class _Trial(NamedTuple):
                 return False
         return True
 
+    def follows_autocast(self, x: Tensor) -> bool:
+        """Whether it returns what F.layer_norm returns under autocast on a GPU."""
+        with _LayerNormInFloat32():
+            made: Tensor = self(x)
+        return made.dtype is torch.float32
+
+
+class _LayerNormInFloat32(TorchFunctionMode):
+    """In here F.layer_norm casts as autocast on a GPU does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm or func is torch.layer_norm:
+            args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
+            kwargs = {k: x.float() if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+        return func(*args, **kwargs)
+
 
 def _probe(module: nn.Module, key: Key) -> NormSpec | None:
     kind, shapes, names, attributes = key
@@ -116,7 +135,13 @@ def _probe(module: nn.Module, key: Key) -> NormSpec | None:
         any_width = not shapes and asked.agrees(best, made(7, width + 8))
         keeps = 3 in ranks and not asked(made(5, 3, width).transpose(0, 1)).is_contiguous()
         return NormSpec(
-            *best, tuple(pairs), None if any_width else width, (2, *ranks), keeps, attributes
+            *best,
+            dtypes=tuple(pairs),
+            width=None if any_width else width,
+            ranks=(2, *ranks),
+            under_autocast=best[0] != LAYER or asked.follows_autocast(made(3, width)),
+            keeps_order=keeps,
+            attributes=attributes,
         )
     return None
 

@@ -36,6 +36,7 @@ class NormSpec(NamedTuple):
     dtypes: tuple[tuple[torch.dtype | None, torch.dtype], ...]  # of parameters and input
     width: int | None  # of rows; None: any
     ranks: tuple[int, ...]  # of inputs, for which that was found
+    under_autocast: bool  # y is float32 then on a GPU, as F.layer_norm's is; RMSNorm's is not
     keeps_order: bool  # y's dimensions lie in memory in the order of x's
     attributes: tuple[tuple[str, Any], ...]  # all that it has beside parameters, as found
 
@@ -109,6 +110,12 @@ def obstacle(module: Any, x: Any) -> str | None:
             return f"its {parameter_name} is on another device"
     if (dtype, x.dtype) not in spec.dtypes:
         return f"its input is {str(x.dtype).removeprefix('torch.')}, its parameters {dtype}"
+    if (
+        not spec.under_autocast
+        and x.dtype is not torch.float32
+        and torch.is_autocast_enabled("cuda")
+    ):
+        return "autocast would make its output float32"
     return None
 
 

@@ -5,28 +5,15 @@ from __future__ import annotations
 import abc
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
+from fused_norms import WIDTH, fuse, is_fused
 from reference import assert_same_bits
 from torch import nn
 from torch.nn.utils import parametrize
 
 import fp8
-from fp8.nn import _fused_norms
-
-WIDTH = 32
-
-
-def fuse(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nothing in FP8
-        return fp8.convert(model, filter=lambda *_: False, fuse={"norms"})
-
-
-def is_fused(module):
-    return _fused_norms.original(type(module)) is not None
 
 
 class Norm(nn.Module):

@@ -3,45 +3,14 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
+from fused_norms import WIDTH, Weighted, fuse, is_fused, normed
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import fp8
 from fp8.nn import _fused_norms
-
-WIDTH = 32
-
-
-def fuse(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nothing in FP8
-        return fp8.convert(model, filter=lambda *_: False, fuse={"norms"})
-
-
-def is_fused(module):
-    return _fused_norms.original(type(module)) is not None
-
-
-def normed(x, eps, dim=-1):
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(dim, keepdim=True) + eps)).to(x.dtype)
-
-
-class Weighted(nn.Module):
-    def __init__(self, eps=1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(1 + 0.1 * torch.randn(WIDTH))
-        self._eps = eps
-
-    def forward(self, x):
-        return (self.weight * normed(x.float(), self._eps)).to(x.dtype)
 
 
 def assert_as_before(module, x):
@@ -143,63 +112,6 @@ def test_parameters_of_another_dtype_are_fused_too(kind, monkeypatch):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert converted.to(dtype)(torch.randn(3, WIDTH, dtype=dtype)).dtype is dtype
     assert seen == [torch.bfloat16, torch.float16, torch.float32]
-
-
-def in_default_dtype(dtype):
-    class Context:
-        def __enter__(self):
-            self.before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-
-        def __exit__(self, *_):
-            torch.set_default_dtype(self.before)
-
-    return Context()
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        torch.inference_mode,
-        torch.no_grad,
-        FakeTensorMode,
-        lambda: torch.device("meta"),
-        lambda: torch.autocast("cpu", torch.bfloat16),
-        lambda: in_default_dtype(torch.float64),
-        lambda: in_default_dtype(torch.bfloat16),
-    ],
-)
-def test_where_convert_is_called_does_not_matter(context):
-    norms = nn.Sequential(Weighted(), nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH, None, False))
-    with context():
-        fuse(norms)
-    assert all(map(is_fused, norms))
-    assert {d for _, d in norms[0].fp8_norm.dtypes} == {
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    }
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
-def test_the_probe_waits_for_no_other_process():
-    calls = []
-
-    class Reduced(nn.Module):
-        def forward(self, x):
-            dist.all_reduce(x)
-            calls.append(x)
-            return x
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        norms = fuse(nn.Sequential(Weighted(), Reduced(), nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)))
-        fp8.summary(norms)
-    finally:
-        dist.destroy_process_group()
-    assert not calls
-    assert [is_fused(module) for module in norms] == [True, False, True, True]
-    assert len(norms[3].fp8_norm.dtypes) == len(fuse(nn.RMSNorm(WIDTH)).fp8_norm.dtypes)
 
 
 def test_a_class_that_makes_others_is_copied_as_it_is():
