@@ -105,13 +105,13 @@ NORM = [
         FUSED,
         "or kwargs or base.forward is not own or spec",
         "or kwargs or spec",
-        FUSION,
+        FUSION_CHANGES,
     ),
     Fault(
         "a forward on the instance is bypassed",
         "python/fp8/conversion/_norm_fusion.py",
-        "if has_own_forward(module):",
-        "if False:",
+        'if has_own_forward(module):\n        return "its forward was replaced on the instance; c',
+        'if False:\n        return "its forward was replaced on the instance; c',
         FUSION,
     ),
     Fault(
@@ -147,6 +147,13 @@ NORM = [
         FUSED,
         "if obstacle(self, x) or (rest and not unchanged(self, spec)):",
         "if obstacle(self, x):",
+        FUSION_CHANGES,
+    ),
+    Fault(
+        "a bias that a norm is given later is dropped",
+        FUSED,
+        "if parameter is not None and name != spec.weight and name != spec.bias:",
+        "if False:",
         FUSION_CHANGES,
     ),
     Fault(

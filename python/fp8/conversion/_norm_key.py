@@ -14,6 +14,7 @@ _TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _INTERNAL = frozenset(vars(nn.Module()))
 # What others leave on a module, and take away, which no forward reads.
 _NOTES = frozenset(("fp8_norm", "forward", "_old_forward", "_hf_hook", "_is_hf_initialized"))
+_LOOKS = frozenset(("getattr", "hasattr", "vars", "__dict__"))  # may see what comes later
 
 
 class Key(tuple[Any, ...]):
@@ -38,6 +39,8 @@ def key_of(module: nn.Module, kind: type[nn.Module]) -> Key | None:
             return None
     attributes = attributes_of(module, kind)
     if attributes is None or not _takes_one_tensor(kind):
+        return None
+    if names_read(kind) & _LOOKS:
         return None
     shapes = tuple((name, p.shape[0], p.dtype) for name, p in parameters)
     return Key((kind, shapes, tuple(module._parameters), attributes))

@@ -25,15 +25,14 @@ class Held(NamedTuple):
 
 
 def names_read(kind: type[nn.Module]) -> frozenset[str]:
-    """All names in the code of its forward and of the methods that this names, and all strings
-    there, which getattr may take."""
+    """All names in the code of its forward and of the methods that this names."""
     names: set[str] = set()
     todo, seen = ["forward"], {"forward"}
     while todo:
         method = todo.pop()
         for base in _bases(kind):
             for code in _codes(vars(base).get(method)):
-                names.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
+                names.update(code.co_names)
         new = {n for n in names - seen if any(n in vars(base) for base in _bases(kind))}
         todo += new
         seen |= new

@@ -92,8 +92,8 @@ def obstacle(module: Any, x: Any) -> str | None:
         return f"its input has {x.dim()} dimensions"
     if spec.width is not None and x.shape[-1] != spec.width:
         return "its input has rows of another size"
-    if (changed := changed_attribute(module, spec)) is not None:
-        return f"its {changed} has changed"
+    if (changed := _changed(module, spec)) is not None:
+        return changed
     dtype = None
     for parameter_name in (spec.weight, spec.bias):
         if parameter_name is None:
@@ -119,12 +119,19 @@ def obstacle(module: Any, x: Any) -> str | None:
     return None
 
 
-def changed_attribute(module: nn.Module, spec: NormSpec) -> str | None:
-    """The first attribute that is not as it was found."""
+def _changed(module: nn.Module, spec: NormSpec) -> str | None:
+    """What the module has beside its own parameters that is not as it was found."""
     attributes = vars(module)
     for name, value in spec.attributes:
         if attributes.get(name, _MARK) != value:
-            return name
+            return f"its {name} has changed"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and name != spec.weight and name != spec.bias:
+            return f"it has a parameter {name} now"
+    if module._modules:
+        return "it has modules now"
+    if any(buffer is not None for buffer in module._buffers.values()):
+        return "it has buffers now"
     return None
 
 
@@ -225,8 +232,8 @@ def stale(module: nn.Module) -> str | None:
         return "made of a fused class; convert again"
     if not kind._fp8_intact():
         return "its class's forward was replaced"
-    if (changed := changed_attribute(module, spec)) is not None:
-        return f"its {changed} has changed"
+    if (changed := _changed(module, spec)) is not None:
+        return changed
     names = [name for name in (spec.weight, spec.bias) if name is not None]
     dtypes = {p.dtype for p in (parameter_of(module, name) for name in names) if p is not None}
     if len(dtypes) > 1 or not {d for d, _ in spec.dtypes} & (dtypes or {None}):

@@ -213,3 +213,35 @@ def test_transforms_of_torch_func():
         dual = torch.autograd.forward_ad.make_dual(x, t)
         results = [torch.autograd.forward_ad.unpack_dual(m(dual)).tangent for m in (module, eager)]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["bias", "mask", "child"])
+def test_what_a_norm_is_given_later_counts(name):
+    class More(nn.LayerNorm):
+        def __init__(self):
+            super().__init__(WIDTH, bias=False)
+            self.register_buffer("mask", None)
+
+        def forward(self, x):
+            y = super().forward(x)
+            y = y if self.mask is None else y * self.mask
+            return [y, *(child(y) for child in self.children())][-1]
+
+    module = fuse(More())
+    x = torch.randn(3, WIDTH)
+    assert is_fused(module)
+    setattr(module, name, nn.Parameter(torch.ones(WIDTH)) if name == "bias" else None)
+    if name == "mask":
+        module.mask = torch.zeros(WIDTH)
+    elif name == "child":
+        module.child = nn.Linear(WIDTH, WIDTH)
+    assert torch.equal(module(x), More.forward(module, x))
+    assert "- (not fused: it has" in fp8.summary(module)
+
+
+def test_a_forward_that_looks_for_what_may_come_is_left_alone():
+    class Looking(Norm):
+        def forward(self, x):
+            return super().forward(x) * getattr(self, "scale", 1.0)
+
+    assert not is_fused(fuse(Looking()))
