@@ -173,8 +173,8 @@ NORM = [
     Fault(
         "autocast changes the dtype of a norm's output",
         FUSED,
-        "if not spec.under_autocast and",
-        "if False and",
+        "not spec.under_autocast",
+        "False",
         FUSION_CONTEXTS,
     ),
     Fault(
