@@ -27,6 +27,7 @@ class Fusion(NamedTuple):
     name: str  # as `fuse` of fp8.convert takes it
     find: Callable[[nn.Module], list[Fusable]]  # in a model; changes nothing
     is_fused: Callable[[nn.Module], bool]
+    stale: Callable[[nn.Module], str | None]  # why a fused one runs its class's own forward
     apply: Callable[[Fusable], None]
     undo: Callable[[nn.Module], str | None]  # why it could not be undone
     describe: Callable[[Fusable], tuple[str, str]]  # size, and what it computes
@@ -36,7 +37,17 @@ def fusions() -> tuple[Fusion, ...]:
     """All of them, in the order in which they are applied."""
     from . import _norm_fusion as norms
 
-    return (Fusion("norms", norms.find, norms.is_fused, norms.apply, norms.undo, norms.describe),)
+    return (
+        Fusion(
+            name="norms",
+            find=norms.find,
+            is_fused=norms.is_fused,
+            stale=norms.stale,
+            apply=norms.apply,
+            undo=norms.undo,
+            describe=norms.describe,
+        ),
+    )
 
 
 def chosen(fuse: bool | Iterable[str]) -> tuple[Fusion, ...]:
@@ -92,6 +103,8 @@ def rows(model: nn.Module) -> list[Row]:
             state = f"fused: {what}"
             if not fusion.is_fused(found.module):
                 state = f"- ({found.refused or f'not fused: {what}'})"
+            elif (why := fusion.stale(found.module)) is not None:
+                state = f"- (not fused: {why})"
             dtype = next(
                 (str(p.dtype).removeprefix("torch.") for p in found.module.parameters()), "-"
             )
@@ -104,7 +117,7 @@ def totals(model: nn.Module) -> list[str]:
     lines = []
     modules = fused(model)
     for fusion in fusions():
-        count = sum(1 for f, _ in modules if f.name == fusion.name)
+        count = sum(1 for f, m in modules if f.name == fusion.name and f.stale(m) is None)
         if count:
             lines.append(f"{count} {fusion.name} fused")
     return lines
