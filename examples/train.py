@@ -159,7 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variants = make_variants(job, options.recipes, schedule, options.seed, device)
     print(describe(job, text, variants[0].model, device, schedule.steps))
     for variant in variants[1:]:
-        print(f"linears {fp8.summary(variant.model).splitlines()[-1]}")
+        for line in fp8.summary(variant.model).splitlines()[-2:]:  # of linears, and of norms
+            print(f"{variant.name:12} {line}")
     if job.small and options.recipes:
         print("        (too small for fp8.convert's size rule: a filter takes all but lm_head)")
 

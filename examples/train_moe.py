@@ -155,7 +155,8 @@ def describe(family: str, job: Job, variants: Sequence[Variant], steps: int) -> 
         f"steps   {steps} of {job.batch} x {job.length} bytes, AdamW, eager mode",
     ]
     for variant in variants[1:]:
-        lines += [f"fp8     {line}" for line in fp8.summary(variant.model).splitlines()[-2:]]
+        # Of linears, experts and norms.
+        lines += [f"fp8     {line}" for line in fp8.summary(variant.model).splitlines()[-3:]]
     return "\n".join(lines)
 
 

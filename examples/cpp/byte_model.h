@@ -1,10 +1,11 @@
 // The demo's model, as in examples/byte_model.py: a small transformer over bytes with RMSNorm,
-// rotary attention and SwiGLU. The linears of its blocks are fp8::nn::Linear, or
-// torch::nn::Linear where the recipe is empty; names and initial values are those of the Python
-// model under the same seed.
+// rotary attention and SwiGLU. The linears of its blocks are fp8::nn::Linear and its norms
+// fp8::rms_norm, as fp8.convert makes them, or torch's where the recipe is empty; names and initial
+// values are those of the Python model under the same seed.
 #pragma once
 
 #include <fp8/nn.h>
+#include <fp8/ops.h>
 #include <torch/torch.h>
 
 #include <cmath>
@@ -44,9 +45,12 @@ inline torch::Tensor rotate(const torch::Tensor& x, const torch::Tensor& tables)
 
 struct NormImpl : torch::nn::Module {
   torch::Tensor weight;
-  explicit NormImpl(int64_t width) { weight = register_parameter("weight", torch::ones({width})); }
+  bool fused;
+  NormImpl(int64_t width, const std::string& recipe) : fused(!recipe.empty()) {
+    weight = register_parameter("weight", torch::ones({width}));
+  }
   torch::Tensor forward(const torch::Tensor& x) {
-    return torch::rms_norm(x, weight.sizes(), weight);
+    return fused ? fp8::rms_norm(x, weight) : torch::rms_norm(x, weight.sizes(), weight);
   }
 };
 TORCH_MODULE(Norm);
@@ -107,9 +111,9 @@ struct BlockImpl : torch::nn::Module {
   Mlp mlp{nullptr};
 
   BlockImpl(const ModelSize& size, const std::string& recipe) {
-    attention_norm = register_module("attention_norm", Norm(size.width));
+    attention_norm = register_module("attention_norm", Norm(size.width, recipe));
     attention = register_module("attention", Attention(size, recipe));
-    mlp_norm = register_module("mlp_norm", Norm(size.width));
+    mlp_norm = register_module("mlp_norm", Norm(size.width, recipe));
     mlp = register_module("mlp", Mlp(size, recipe));
   }
 
@@ -132,7 +136,7 @@ struct ByteModelImpl : torch::nn::Module {
     embedding = register_module("embedding", torch::nn::Embedding(size.vocabulary, size.width));
     register_module("blocks", blocks);
     for (int64_t i = 0; i < size.layers; ++i) blocks->push_back(Block(size, recipe));
-    norm = register_module("norm", Norm(size.width));
+    norm = register_module("norm", Norm(size.width, recipe));
     lm_head = register_module(
         "lm_head",
         torch::nn::Linear(torch::nn::LinearOptions(size.width, size.vocabulary).bias(false)));

@@ -8,6 +8,9 @@ VALUES = "tests/python/norm/test_norm_values.py"
 AUTOGRAD = "tests/python/norm/test_norm_autograd.py"
 INPUTS = "tests/python/norm/test_norm_inputs.py"
 FUSION = "tests/python/norm/test_norm_fusion.py"
+FUSION_PROBE = "tests/python/norm/test_norm_fusion_probe.py"
+FUSION_CHANGES = "tests/python/norm/test_norm_fusion_changes.py"
+FUSION_CONTEXTS = "tests/python/norm/test_norm_fusion_contexts.py"
 GPU = "tests/python/norm/test_norm_cuda.py"
 PROBE = "python/fp8/conversion/_norm_probe.py"
 FUSED = "python/fp8/nn/_fused_norms.py"
@@ -65,8 +68,8 @@ NORM = [
     Fault(
         "a norm of another gradient is fused",
         PROBE,
-        "            if _same_gradients(clone, candidate, parameters, x, dtypes):",
-        "            if dtypes:",
+        "            if _same_gradients(asked, candidate, now):",
+        "            if now:",
         FUSION,
     ),
     Fault(
@@ -79,8 +82,8 @@ NORM = [
     Fault(
         "the probe draws from the caller's generator",
         PROBE,
-        'with torch.random.fork_rng(devices=[]), torch.device("cpu"):',
-        'with torch.device("cpu"):',
+        "with torch.random.fork_rng(devices=[]), undisturbed()",
+        "with undisturbed()",
         FUSION,
     ),
     Fault(
@@ -93,23 +96,86 @@ NORM = [
     Fault(
         "a second argument is dropped",
         FUSED,
-        "if len(args) != 1 or kwargs or",
-        "if",
+        "if len(args) != 1 or kwargs or base.forward is not own or",
+        "if base.forward is not own or",
         FUSION,
     ),
     Fault(
         "a forward replaced in the class is bypassed",
         FUSED,
-        "base.forward is not own or ",
-        "",
-        FUSION,
+        "or kwargs or base.forward is not own or spec",
+        "or kwargs or spec",
+        FUSION_CHANGES,
     ),
     Fault(
         "a forward on the instance is bypassed",
         "python/fp8/conversion/_norm_fusion.py",
-        "if has_own_forward(module):",
-        "if False:",
+        'if has_own_forward(module):\n        return "its forward was replaced on the instance; c',
+        'if False:\n        return "its forward was replaced on the instance; c',
         FUSION,
+    ),
+    Fault(
+        "norms that differ in a private attribute count as one",
+        "python/fp8/conversion/_norm_key.py",
+        "if name in _INTERNAL or name in _NOTES:",
+        'if name.startswith("_") or name in _NOTES:',
+        FUSION_PROBE,
+    ),
+    Fault(
+        "a norm of images' channels is fused",
+        FUSED,
+        "if x.dim() not in spec.ranks:",
+        "if x.dim() == 0:",
+        FUSION_PROBE,
+    ),
+    Fault(
+        "rows do not show a small eps",
+        PROBE,
+        "_SCALES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6,",
+        "_SCALES = (1e-4, 1e-4, 1e-4, 1e-4, 1e-4,",
+        FUSION_PROBE,
+    ),
+    Fault(
+        "gradients are those of evaluation",
+        PROBE,
+        "for training in (False, True):",
+        "for training in (False,):",
+        FUSION_PROBE,
+    ),
+    Fault(
+        "a method that the forward calls is replaced unnoticed",
+        FUSED,
+        "if obstacle(self, x) or (rest and not unchanged(self, spec)):",
+        "if obstacle(self, x):",
+        FUSION_CHANGES,
+    ),
+    Fault(
+        "a bias that a norm is given later is dropped",
+        FUSED,
+        "if parameter is not None and name != spec.weight and name != spec.bias:",
+        "if False:",
+        FUSION_CHANGES,
+    ),
+    Fault(
+        "y of a transposed x is contiguous",
+        FUSED,
+        "if not spec.keeps_order or x.is_contiguous()",
+        "if True or x.is_contiguous()",
+        FUSION_CHANGES,
+    ),
+    Fault(
+        "the probe waits for other processes",
+        PROBE,
+        'if "c10d" in func.namespace:',
+        "if False:",
+        FUSION_CONTEXTS,
+    ),
+    Fault(
+        "autocast changes the dtype of a norm's output",
+        FUSED,
+        "not spec.under_autocast",
+        "False",
+        FUSION_CONTEXTS,
     ),
     Fault(
         "slots of a block are not all added up",

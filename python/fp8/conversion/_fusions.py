@@ -28,9 +28,10 @@ class Fusion(NamedTuple):
     find: Callable[[nn.Module], list[Fusable]]  # in a model; changes nothing
     is_fused: Callable[[nn.Module], bool]
     apply: Callable[[Fusable], None]  # after the linears; it may leave the module as it is
+    stale: Callable[[nn.Module], str | None]  # why a fused one runs its class's own forward
     undo: Callable[[nn.Module], str | None]  # why it could not be undone
     describe: Callable[[Fusable], tuple[str, str]]  # size, and what it computes
-    unable: Callable[[Fusable], str | None] = lambda _: None  # why it runs as it did before
+    unable: Callable[[Fusable], str | None] = lambda _: None  # why one found is not fused
     by_default: bool = True  # fuse=True means it; else it is to be asked for
 
 
@@ -40,15 +41,24 @@ def fusions() -> tuple[Fusion, ...]:
     from . import _norm_fusion as norms
 
     return (
-        Fusion("norms", norms.find, norms.is_fused, norms.apply, norms.undo, norms.describe),
         Fusion(
-            "mlp",
-            mlp.find,
-            mlp.is_fused,
-            mlp.apply,
-            mlp.undo,
-            mlp.describe,
-            mlp.unable,
+            name="norms",
+            find=norms.find,
+            is_fused=norms.is_fused,
+            stale=norms.stale,
+            apply=norms.apply,
+            undo=norms.undo,
+            describe=norms.describe,
+        ),
+        Fusion(
+            name="mlp",
+            find=mlp.find,
+            is_fused=mlp.is_fused,
+            stale=mlp.stale,
+            apply=mlp.apply,
+            undo=mlp.undo,
+            describe=mlp.describe,
+            unable=mlp.unable,
             by_default=False,
         ),
     )
@@ -104,9 +114,11 @@ def rows(model: nn.Module) -> list[Row]:
         for found in fusion.find(model) if fusion.name in applied else ():
             size, what = fusion.describe(found)
             state = f"fused: {what}"
-            why = found.refused or fusion.unable(found)
-            if why is not None or not fusion.is_fused(found.module):
+            if not fusion.is_fused(found.module):
+                why = found.refused or fusion.unable(found)
                 state = f"- ({why or f'not fused: {what}'})"
+            elif (why := fusion.stale(found.module)) is not None:
+                state = f"- (not fused: {why})"
             dtype = next(
                 (str(p.dtype).removeprefix("torch.") for p in found.module.parameters()), "-"
             )
@@ -119,7 +131,7 @@ def totals(model: nn.Module) -> list[str]:
     lines = []
     modules = fused(model)
     for fusion in fusions():
-        count = sum(1 for f, _ in modules if f.name == fusion.name)
+        count = sum(1 for f, m in modules if f.name == fusion.name and f.stale(m) is None)
         if count:
             lines.append(f"{count} {fusion.name} fused")
     return lines

@@ -58,11 +58,13 @@ def undo(module: nn.Module) -> str | None:
     return None
 
 
+def stale(module: nn.Module) -> str | None:
+    """Why a fused module runs layer by layer, whatever it is called with; None if it does not."""
+    return obstacle(module)
+
+
 def unable(found: Fusable) -> str | None:
-    """Why the module runs layer by layer, whatever it is called with; None if it does not."""
-    if is_fused(found.module):
-        why = obstacle(found.module)
-        return None if why is None else f"layer by layer: {why}"
+    """Why a module that is not fused cannot be, for now."""
     for name, linear in (linears_of(found.module) or {}).items():
         if not isinstance(linear, Linear):
             return f"not fused: {name} is not in FP8"

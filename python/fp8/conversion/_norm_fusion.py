@@ -6,31 +6,40 @@ from torch import nn
 
 from ..nn._calls import has_own_forward
 from ..nn._fused_norms import LAYER, SPEC, NormSpec, fused_class, original
+from ..nn._fused_norms import stale as _stale
 from ._fusions import Fusable
-from ._norm_probe import Key, key_of, probe
+from ._norm_key import Key, key_of
+from ._norm_probe import probe
 
 
 def find(model: nn.Module) -> list[Fusable]:
-    """Every module of the model that is a norm, fused ones included."""
+    """Every module of the model that is a norm, fused ones included, as they are now."""
     known: dict[Key, NormSpec | None] = {}
     found = []
     for name, module in model.named_modules():
-        if is_fused(module):
-            found.append(Fusable(module, name, vars(module)[SPEC]))
-            continue
-        key = key_of(module)
-        if key is None:
-            continue
-        if key not in known:
-            known[key] = probe(module, key)
-        spec = known[key]
-        if spec is None:
-            continue
-        refused = None
-        if has_own_forward(module):
-            refused = "its forward was replaced on the instance; convert before that"
-        found.append(Fusable(module, name, spec, refused))
+        fused, kind = is_fused(module), type(module)
+        spec = vars(module).get(SPEC) if fused else None
+        if not fused or original(kind) is not None:
+            key = key_of(module, original(kind) or kind)
+            if key is not None:
+                if key not in known:
+                    known[key] = probe(module, key)
+                spec = known[key] or spec
+        if spec is not None:
+            found.append(Fusable(module, name, spec, _refused(module)))
     return found
+
+
+def _refused(module: nn.Module) -> str | None:
+    if is_fused(module):
+        return None
+    if has_own_forward(module):
+        return "its forward was replaced on the instance; convert before that"
+    try:
+        fused_class(type(module))
+    except Exception as error:  # of what the class does when a subclass is made
+        return f"its class takes no subclass: {error}"
+    return None
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -38,13 +47,23 @@ def is_fused(module: nn.Module) -> bool:
     return any(original(kind) is not None for kind in type(module).__mro__)
 
 
+def stale(module: nn.Module) -> str | None:
+    """Why a fused module runs its class's own forward, whatever its input; None if it does not."""
+    if has_own_forward(module):
+        return "its forward was replaced on the instance"
+    return _stale(module)
+
+
 def apply(found: Fusable) -> None:
-    """Changes the module's class; one that is fused stays as it is."""
-    if is_fused(found.module):
-        return
-    vars(found.module)[SPEC] = found.what
-    vars(found.module).pop("forward", None)  # that of the class it was: see has_own_forward
-    found.module.__class__ = fused_class(type(found.module))
+    """Changes the module's class; one that is fused stays, and is known anew."""
+    module = found.module
+    vars(module)[SPEC] = found.what
+    kind = type(module)
+    if is_fused(module) and original(kind) is None:
+        return  # something made of a fused one
+    if not has_own_forward(module):
+        vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
+    module.__class__ = fused_class(original(kind) or kind)
 
 
 def undo(module: nn.Module) -> str | None:
@@ -53,6 +72,8 @@ def undo(module: nn.Module) -> str | None:
     if base is None:
         return f"its class is {type(module).__name__}, made of a fused one"
     vars(module).pop(SPEC, None)
+    if not has_own_forward(module):
+        vars(module).pop("forward", None)
     module.__class__ = base
     return None
 

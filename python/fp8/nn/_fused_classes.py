@@ -21,7 +21,7 @@ def subclass(
     mark: str,
     forward: Callable[..., Any],
     begin: Callable[..., nn.Module],
-    **methods: Callable[..., Any],
+    **methods: Any,
 ) -> type[nn.Module]:
     """A new subclass of `base` with this forward and these further methods.
 
@@ -31,15 +31,28 @@ def subclass(
 
     def reduce(self: Any, protocol: Any) -> Any:
         reduced = super(kind, self).__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and len(reduced) > 1 and reduced[1][:1] == (kind,):
-            return (begin, (base, *reduced[1][1:]), *reduced[2:])
+        if isinstance(reduced, tuple) and len(reduced) > 1:
+            if reduced[1][:1] == (kind,):
+                return (begin, (base, *reduced[1][1:]), *reduced[2:])
+            if reduced[0] is kind:  # by a __reduce__ of the class: one that is not fused
+                return (base, *reduced[1:])
         return reduced
 
     forward.__doc__ = base.forward.__doc__
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # whose signature it has
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    body = {"forward": forward, "__reduce_ex__": reduce, "__doc__": base.__doc__, mark: base}
-    metaclass: Any = type(base)  # not `type` of a model that keeps a register of its classes
-    kind = metaclass(base.__name__, (base,), body | names | methods)
+    body: dict[str, Any] = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__doc__": base.__doc__,
+        mark: base,
+    }
+    body |= names | methods
+    metaclass: Any = type(base)
+    if hasattr(base.__init_subclass__, "__func__"):  # may keep a register, by name say: not of this
+        kind = metaclass(base.__name__, (nn.Module,), body)
+        kind.__bases__ = (base,)
+    else:
+        kind = metaclass(base.__name__, (base,), body)
     result: type[nn.Module] = kind
     return result

@@ -23,7 +23,7 @@ NOTES = "fp8_mlp"
 """The attribute of a fused module that holds its Notes."""
 
 _MARK = "_fp8_mlp_from"
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}
 
 
 class Notes:
@@ -98,9 +98,10 @@ def original(kind: type) -> type[nn.Module] | None:
 
 def fused_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` whose forward is fused."""
-    if base not in _classes:
-        _classes[base] = _make(base)
-    return _classes[base]
+    key = (base, base.forward)
+    if key not in _classes:
+        _classes[key] = _make(base)
+    return _classes[key]
 
 
 def fused_mlp(base: type[nn.Module], *args: Any) -> nn.Module:

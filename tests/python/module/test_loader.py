@@ -179,8 +179,10 @@ def test_public_names():
         *(
             "GROUPED_RECIPES",
             "RECIPES",
+            "GatedMLP",
             "GroupedLinear",
             "Linear",
+            "MLP",
             "RMSNorm",
             "Recipe",
             "__version__",
