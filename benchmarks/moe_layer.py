@@ -62,14 +62,31 @@ def make_experts(shape: MoeShape) -> nn.Module:
     return module
 
 
-def ours(module: nn.Module, recipe: str, fused: bool = True) -> nn.Module:
+def ours(module: nn.Module, recipe: str) -> nn.Module:
     """The same parameters in FP8."""
     fp8 = import_fp8()
     made = copy.copy(module)  # shares them
     fp8.convert(made, filter=lambda module, name: True, experts_recipe=recipe)
-    if not fused:
-        vars(made)["fp8_gate"] = None  # as if its gating were one that no operator has
     return made
+
+
+class Composed(nn.Module):
+    """Two grouped_linear and the module's own gating: what experts run whose gating no operator
+    has."""
+
+    def __init__(self, module: nn.Module, recipe: str) -> None:
+        super().__init__()
+        self.inner = module
+        self.recipe = recipe
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        from fp8.integrations.transformers import _experts
+
+        up, up_bias, down, down_bias = _experts.weights_of(self.inner)
+        gate = self.inner._apply_gate
+        return _experts.mixture(
+            x, index, weights, up, down, up_bias, down_bias, gate, self.recipe
+        ).to(x.dtype)
 
 
 class Torchao(nn.Module):
@@ -99,7 +116,7 @@ def variants(module: nn.Module, recipes: tuple[str, ...], peers: bool) -> tuple[
     made: dict[str, nn.Module] = {"bf16": module}
     for recipe in recipes:
         made[f"fp8 {recipe}"] = ours(module, recipe)
-    made[f"fp8 {recipes[0]}, composed"] = ours(module, recipes[0], fused=False)
+    made[f"fp8 {recipes[0]}, composed"] = Composed(module, recipes[0])
     left_out = Peers()
     if peers:
         try:

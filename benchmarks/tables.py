@@ -53,10 +53,13 @@ def pivot(
     column: Callable[[Row], str],
     cell: Callable[[Row], str],
 ) -> str:
-    """A line for each value of `line`, a column for each of `column`, in the rows' order."""
+    """A line for each value of `line`, a column for each of `column`, in the rows' order; columns
+    that are sizes, "67 MB", in theirs."""
     found = {(line(row), column(row)): cell(row) for row in rows}
     lines = dict.fromkeys(name for name, _ in found)
-    columns = dict.fromkeys(name for _, name in found)
+    columns = list(dict.fromkeys(name for _, name in found))
+    if all(name.endswith(" MB") for name in columns):
+        columns.sort(key=lambda name: float(name.removesuffix(" MB")))
     cells = [[name, *(found.get((name, each), "") for each in columns)] for name in lines]
     return markdown([corner, *columns], cells)
 

@@ -75,7 +75,7 @@ def run(cpu_as_gpu, monkeypatch, tmp_path):
     import timing
 
     ours = peers.ours
-    monkeypatch.setattr(peers, "ours", lambda recipe, everything: ours(recipe))
+    monkeypatch.setattr(peers, "ours", lambda recipe, everything, **how: ours(recipe, **how))
     device_times, host_times = timing.device_times, timing.host_times
 
     def once(variants, repeats, **settings):

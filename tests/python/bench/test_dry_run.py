@@ -346,3 +346,26 @@ def test_results_are_json(run, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_block, "decoder_cases", lambda quick: [DecoderCase("8B", TINY)])
     run("block", bench_block, "--repeats", "1")
     assert json.loads((tmp_path / "block_h100.json").read_text())["benchmark"] == "block"
+
+
+def test_moe_composed_is_not_the_fused_operator(cpu_as_gpu):
+    """It is what experts run whose gating no operator has."""
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **kwargs or {})
+
+    names: list[str] = []
+    module = moe_layer.make_experts(TINY_EXPERTS)
+    made, _ = moe_layer.variants(module, ("rowwise",), peers=False)
+    data = moe_layer.make_data(TINY_EXPERTS)
+    found = {}
+    for name in ("fp8 rowwise", "fp8 rowwise, composed"):
+        names.clear()
+        with Names():
+            found[name] = moe_layer.calls(made[name], data)[0]()
+        assert ("fp8::moe_experts" in names) == (name == "fp8 rowwise")
+        assert ("fp8::grouped_linear" in names) == (name != "fp8 rowwise")
+    one, two = (y.float() for y in found.values())
+    assert (one - two).norm() < 0.03 * one.norm()  # codes that an exp moves

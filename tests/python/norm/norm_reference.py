@@ -21,7 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 U = 2.0**-24
 _HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 _HALF_SMALLEST = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2.0**-150}
-MAX_THREADS = 512
+MAX_THREADS, WARP = 512, 32
 
 
 def eager(
@@ -39,11 +39,10 @@ def eager(
     return (hat if weight is None else hat * (1.0 + weight.float())).to(x.dtype)
 
 
-def row_sum(terms: Tensor, vectors: int = 4) -> Tensor:
-    """Sums over the rows of fp32 terms [M, K], in the kernels' order. [M, 1]"""
+def row_sum(terms: Tensor, vectors: int = 4, threads: int = 1) -> Tensor:
+    """Sums over the rows of fp32 terms [M, K], in the kernels' order. [M, 1]. threads: at least."""
     rows, cols = terms.shape
     eights = math.ceil(cols / 8)
-    threads = 1
     while threads < MAX_THREADS and eights > threads * vectors:
         threads *= 2
     rounds = math.ceil(eights / threads)
@@ -121,10 +120,10 @@ def backward(
         g = g.to(x.dtype).float()
     vectors = 2 if form == LAYER or x.dtype == torch.float32 else 4
     if form == LAYER:
-        product, total = row_sum(g * hat, vectors), row_sum(g, vectors)
+        product, total = row_sum(g * hat, vectors, WARP), row_sum(g, vectors, WARP)
         dx = (g * cols - hat * product - total) * (rstd / cols)
     else:
-        product = row_sum(g * wide, vectors)
+        product = row_sum(g * wide, vectors, WARP)
         c = -0.5 * product * (rstd * rstd * rstd) / cols
         dx = g * rstd + c * (2 * wide)
     dx = dx.to(x.dtype)
