@@ -4,8 +4,9 @@
 //
 // Two launches over 128 x 64 tiles, which never cross a group: maxima of the columns, joined by an
 // integer atomicMax (a maximum has no order, so the bits are the same on every run), then cast and
-// transpose as in core/quantize/cast.cu. A tile of a ragged group is found in the tile table; its
-// rows may be gathered through `source`. Bound by bandwidth: 2 + 2 + 1 bytes an element.
+// transpose as in core/quantize/cast.cu. A weight's maxima may be known, from the pass over its
+// rows (core/quantize/rowwise.cu): then one launch. A tile of a ragged group is found in the tile
+// table; its rows may be gathered through `source`. Bound by bandwidth: 2 + 2 + 1 bytes an element.
 #include "core/device/device.h"
 #include "core/grouped/device.cuh"
 #include "core/quantize/tile.cuh"

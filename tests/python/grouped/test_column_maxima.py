@@ -106,3 +106,14 @@ def test_cached_weights_keep_the_maxima(device, first):
                 layer(x, p.offsets)
         for _ in range(2):
             assert_same_bits(step(), expected)
+
+
+def test_a_weight_that_changed_since_the_forward_is_refused(device):
+    """Its maxima are those of the forward: the version counter, which nn.Linear heeds too."""
+    p = reference.problem(ROUTINGS["random"], 64, 48, device=device)
+    x, weight = p.x.requires_grad_(), p.weight.requires_grad_()
+    y = OPS.grouped_linear(x, weight, p.offsets)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(p.dy)
