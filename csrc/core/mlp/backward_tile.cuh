@@ -149,8 +149,9 @@ __device__ __forceinline__ void for_tiles(const TileInputs<T, kGated>& inputs, u
 template <auto kKernel, typename Inputs, typename Params>
 void launch_tiles(int64_t tiles, int blocks_per_sm, const DeviceInfo& device, cudaStream_t stream,
                   const Params& params, bool pdl) {
+  constexpr int kStaticBytes = 28 * 1024;  // tiles that turn, and scales
   static std::array<std::atomic<int>, kMaxDevices> known{};
-  shared_memory_of(reinterpret_cast<const void*>(kKernel), known);
+  shared_memory_of(reinterpret_cast<const void*>(kKernel), known, kStaticBytes);
   const int64_t most = static_cast<int64_t>(device.sm_count) * blocks_per_sm;
   launch(kKernel, static_cast<unsigned>(std::min(tiles, most)), kThreads, stream, params,
          {.pdl = pdl, .shared_bytes = Inputs::kBytes});
