@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/device/dispatch.cuh"
-#include "core/device/reduce.cuh"
+#include "core/device/next_rows.cuh"
 #include "host/norm.h"
 
 namespace fp8::core {
@@ -18,16 +18,18 @@ template <typename T>
 struct RowsOf {
   T* data = nullptr;
   NormRows at;
+  Divisor n1;
+  Divisor n2;
+  bool matrix = true;
   bool vectorized = false;
 
   __device__ __forceinline__ T* row(int64_t index) const {
-    if (at.n1 * at.n2 == 1) return data + index * at.stride0;
+    if (matrix) return data + index * at.stride0;
     const auto r = static_cast<uint32_t>(index);  // rows are fewer than 2^30
-    const auto n2 = static_cast<uint32_t>(at.n2);
-    const auto n1 = static_cast<uint32_t>(at.n1);
-    const uint32_t outer = r / n2;
-    const uint32_t i = outer / n1;
-    return data + i * at.stride0 + (outer - i * n1) * at.stride1 + (r - outer * n2) * at.stride2;
+    const uint32_t outer = n2.quotient(r);
+    const uint32_t i = n1.quotient(outer);
+    return data + i * at.stride0 + (outer - i * static_cast<uint32_t>(at.n1)) * at.stride1 +
+           (r - outer * static_cast<uint32_t>(at.n2)) * at.stride2;
   }
 };
 
@@ -36,7 +38,12 @@ RowsOf<T> rows_of(T* data, const NormRows& at) {
   const auto whole = [](int64_t stride) { return stride * static_cast<int64_t>(sizeof(T)) % 16; };
   const bool vectorized = reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole(at.stride0) == 0 &&
                           whole(at.stride1) == 0 && whole(at.stride2) == 0;
-  return {data, at, vectorized};
+  return {.data = data,
+          .at = at,
+          .n1 = Divisor(static_cast<uint32_t>(at.n1)),
+          .n2 = Divisor(static_cast<uint32_t>(at.n2)),
+          .matrix = at.n1 * at.n2 == 1,
+          .vectorized = vectorized};
 }
 
 inline NormRows contiguous_rows(int64_t cols) { return {.stride0 = cols}; }
@@ -81,7 +88,7 @@ struct NormParameters {
   const W* weight;  // or nullptr
   const W* bias;    // or nullptr
   bool vectorized;
-  bool one_plus;
+  float offset;  // norm_offset()
   bool round_first;
 
   __device__ __forceinline__ void factors(int col, int valid, float (&out)[8]) const {
@@ -92,7 +99,7 @@ struct NormParameters {
     }
     const Vec8<W> v = load8(weight + col, valid, vectorized);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = norm_factor(v.get(i), one_plus);
+    for (int i = 0; i < 8; ++i) out[i] = norm_factor(v.get(i), offset);
   }
 };
 
@@ -102,9 +109,49 @@ NormParameters<W> parameters_of(const NormArgs& args) {
   return {.weight = static_cast<const W*>(args.weight),
           .bias = static_cast<const W*>(args.bias),
           .vectorized = on_16(args.weight) && on_16(args.bias),
-          .one_plus = args.form == NormForm::kScaleByOnePlus,
+          .offset = norm_offset(args.form, args.weight != nullptr),
           .round_first = args.form == NormForm::kRoundThenScale};
 }
+
+// A thread's eights of weight or bias, in registers for all of its rows where 16 of these hold
+// them.
+template <typename W, int kVectors>
+struct HeldParameter {
+  static constexpr bool kHeld = kVectors * Vec8<W>::kWords <= 16;
+
+  const W* values;
+  bool vectorized;
+  float otherwise;
+  Vec8<W> held[kHeld ? kVectors : 1];
+
+  // otherwise: what stands for parameters that are not there.
+  __device__ __forceinline__ HeldParameter(const W* values_, bool vectorized_, float otherwise_,
+                                           int first_col, int stride, int cols)
+      : values(values_), vectorized(vectorized_), otherwise(otherwise_) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const int col = first_col + i * stride;
+        held[i] = load(col, of_eight(cols - col));
+      }
+    }
+  }
+  __device__ __forceinline__ Vec8<W> get(int i, int col, int valid) const {
+    if constexpr (kHeld) return held[i];
+    return load(col, valid);
+  }
+  // Without it the compiler keeps them unpacked, in twice the registers.
+  __device__ __forceinline__ void forget() { forget_unpacked(held); }
+
+ private:
+  __device__ __forceinline__ Vec8<W> load(int col, int valid) const {
+    if (values != nullptr) return load8(values + col, valid, vectorized);
+    Vec8<W> v;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) set_pair(v, j, otherwise, otherwise);
+    return v;
+  }
+};
 
 __device__ __forceinline__ float joined8(const float (&v)[8]) {
   return add(add(add(v[0], v[1]), add(v[2], v[3])), add(add(v[4], v[5]), add(v[6], v[7])));
@@ -115,31 +162,70 @@ __device__ __forceinline__ void wait_for_row(int slot, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(slot + 1), "r"(threads) : "memory");
 }
 
-// Every thread of a row gets its kCount sums. scratch: kCount words a warp, not those of the call
-// before.
+// values [count], count: 2, 4, 8 or 16; on 16 bytes but for 2.
+__device__ __forceinline__ float sum_in_order(const float* values, int count) {
+  if (count == 2) return add(values[0], values[1]);
+  const auto* quads = reinterpret_cast<const float4*>(values);
+  float total = add(add(add(quads[0].x, quads[0].y), quads[0].z), quads[0].w);
+#pragma unroll
+  for (int i = 1; i < kMaxRowThreads / 32 / 4; ++i) {
+    if (i >= count / 4) break;
+    const float4 q = quads[i];
+    total = add(add(add(add(total, q.x), q.y), q.z), q.w);
+  }
+  return total;
+}
+
+// Every thread of a row gets its kCount sums. scratch: kSumScratch<kCount> words on 16 bytes, not
+// those of the call before.
+template <int kCount>
+constexpr int kSumScratch = kCount* kMaxRowThreads / 32;
+
 template <int kCount>
 __device__ __forceinline__ void sum_over_row(float (&values)[kCount], int slot, int threads_per_row,
                                              float* scratch) {
-  for (int offset = min(threads_per_row, 32) / 2; offset > 0; offset /= 2) {
+  static_assert(kCount <= 2);
+  constexpr unsigned kAll = 0xFFFFFFFFU;
+  if (threads_per_row < 32) {
+    for (int offset = threads_per_row / 2; offset > 0; offset /= 2) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      values[k] = add(values[k], __shfl_xor_sync(0xFFFFFFFFU, values[k], offset));
+      for (int k = 0; k < kCount; ++k) {
+        values[k] = add(values[k], __shfl_xor_sync(kAll, values[k], offset));
+      }
     }
+    return;
   }
-  if (threads_per_row <= 32) return;
-  const int warps = threads_per_row / 32;
-  if (threadIdx.x % 32 == 0) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) scratch[threadIdx.x / 32 * kCount + k] = values[k];
+  // Of two sums each half of a warp joins one.
+  const int half = static_cast<int>(threadIdx.x) % 32 / 16;
+  float sum = values[0];
+  if constexpr (kCount == 1) {
+    sum = add(sum, __shfl_xor_sync(kAll, sum, 16));
+  } else {
+    const float other = half == 0 ? values[1] : values[0];
+    sum = add(half == 0 ? values[0] : values[1], __shfl_xor_sync(kAll, other, 16));
   }
-  wait_for_row(slot, threads_per_row);
-  const float* of_row = scratch + slot * warps * kCount;
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) values[k] = of_row[k];
-  for (int w = 1; w < warps; ++w) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) values[k] = add(values[k], of_row[w * kCount + k]);
+  for (int offset = 8; offset > 0; offset /= 2) {
+    sum = add(sum, __shfl_xor_sync(kAll, sum, offset));
   }
+  if (threads_per_row > 32) {
+    const int warps = threads_per_row / 32;
+    float* of_half = scratch + (kCount == 1 ? 0 : half * (kMaxRowThreads / 32));
+    if (threadIdx.x % (kCount == 1 ? 32 : 16) == 0) of_half[threadIdx.x / 32] = sum;
+    wait_for_row(slot, threads_per_row);
+    sum = sum_in_order(of_half + slot * warps, warps);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    values[k] = kCount == 1 ? sum : __shfl_sync(kAll, sum, 16 * k);
+  }
+}
+
+// How many rows of `row_bytes` a block has on their way at a time, beside the one at hand.
+inline int next_rows_in(size_t shared_bytes, size_t row_bytes) {
+  const auto rows = static_cast<int>(shared_bytes / row_bytes) - 1;
+  require(rows >= 0, "norms expect more shared memory than this GPU has");
+  return std::min(rows, kMaxNextRows);
 }
 
 // f(Type<T>, Type<W>) for what a norm's elements and its weight's are.
