@@ -63,8 +63,11 @@ struct NextRows {
     }
   }
   __device__ __forceinline__ Vec8<T> take(int index, int i) const {
-    Vec8<T> v = zero8<T>();
-    if (col(i) >= cols) return v;
+    return col(i) < cols ? read(index, i) : zero8<T>();
+  }
+  // One that is there.
+  __device__ __forceinline__ Vec8<T> read(int index, int i) const {
+    Vec8<T> v;
 #pragma unroll
     for (int quad = 0; quad < kQuads<T>; ++quad) {
       const uint4 q = *word(slot(index), i, quad);

@@ -49,6 +49,7 @@ struct Eight {
   float x[8];
   float hat[8];
   float g[8];
+  Vec8<T> rounded_g;  // where it is rounded
 
   template <typename W>
   __device__ __forceinline__ Eight(const Vec8<T>& dy_values, const Vec8<T>& x_values,
@@ -61,7 +62,11 @@ struct Eight {
       const float w = weight.get(j);
       g[j] = mul(dy[j], kKind == BackwardKind::kRms ? norm_factor(w, offset) : w);
     }
-    if (kRounds) round8<T>(g);
+    if constexpr (kRounds) {
+      rounded_g = rounded8<T>(g);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) g[j] = rounded_g.get(j);
+    }
   }
   // What the eight adds to the sums over a row: of g * x, or of g * xhat and of g. What is not
   // there is 0 in dy. Never -0, so that zeros in place of eights change nothing.

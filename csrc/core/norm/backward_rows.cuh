@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
       const int valid = of_eight(p.cols - col);
       float row_terms[kSums] = {};
       if (exists && valid > 0) {
-        const Eight<T, kKind> eight(next_dy.take(place, i), next_x.take(place, i),
+        const Eight<T, kKind> eight(next_dy.read(place, i), next_x.read(place, i),
                                     weight.get(i, col, valid), p.of.offset, statistics);
         float terms[8];
         eight.weight_terms(terms);
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
           }
         }
         eight.row_terms(row_terms);
-        if constexpr (kRounds) next_dy.put(next_dy.slot(place), i, rounded8<T>(eight.g));
+        if constexpr (kRounds) next_dy.put(next_dy.slot(place), i, eight.rounded_g);
       }
 #pragma unroll
       for (int k = 0; k < kSums; ++k) sums[k][i] = row_terms[k];
@@ -173,14 +173,14 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
             dx[j] = norm_dx<kLayer>(g[i][j], 0.0F, hat[i][j], cols, of_row);
           }
         } else if constexpr (kRounds) {
-          const Vec8<T> rounded_g = next_dy.take(place, i);
-          const Vec8<T> x = next_x.take(place, i);
+          const Vec8<T> rounded_g = next_dy.read(place, i);
+          const Vec8<T> x = next_x.read(place, i);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             dx[j] = norm_dx<kLayer>(rounded_g.get(j), x.get(j), 0.0F, cols, of_row);
           }
         } else {
-          const Eight<T, kKind> eight(next_dy.take(place, i), next_x.take(place, i),
+          const Eight<T, kKind> eight(next_dy.read(place, i), next_x.read(place, i),
                                       weight.get(i, col, valid), p.of.offset, statistics);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
           }
         }
         Vec8<T> out = rounded8<T>(dx);
-        if (joins) out = joined_dx(next_addend.take(place, i), out);
+        if (joins) out = joined_dx(next_addend.read(place, i), out);
         store_first(dx_row + col, out, valid, p.dx.vectorized);
       }
     }
