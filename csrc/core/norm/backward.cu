@@ -137,6 +137,8 @@ void launch_rows(BackwardParams<T, W> params, unsigned blocks, Stream stream) {
   const size_t room = shared_memory_of(reinterpret_cast<const void*>(kernel), known);
   const size_t tensors = params.addend.data != nullptr ? 3 : 2;
   const size_t rows = tensors * sizeof(Vec8<T>) * kVectors * kNormBackwardThreads;  // of all slots
+  params.whole = params.cols % 8 == 0 && params.x.vectorized && params.dy.vectorized &&
+                 params.addend.vectorized && params.dx.vectorized;
   params.ahead = next_rows_in(room, rows);
   launch(kernel, blocks, kNormBackwardThreads, stream, params,
          {.shared_bytes = rows * static_cast<size_t>(params.ahead + 1)});

@@ -24,6 +24,7 @@ struct BackwardParams {
   int cols;
   int threads_per_row;
   bool pairs;  // NormPlan::pairs
+  bool whole;  // rows lie on 16 bytes and have whole eights
   int ahead;   // rows on their way beside the one at hand
 };
 

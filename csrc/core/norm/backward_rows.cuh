@@ -79,19 +79,21 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
   const auto cols = static_cast<float>(p.cols);
   const bool joins = p.addend.data != nullptr;
 
-  const auto ring = [&](int tensor) {
-    const int offset = tensor * (p.ahead + 1) * Next::words(kNormBackwardThreads);
-    return Next{shared + offset + threadIdx.x, first_col, stride, p.cols};
-  };
-  const Next next_x = ring(0);
-  const Next next_dy = ring(1);
-  const Next next_addend = ring(2);
+  // A place for x, dy and, where it is, what is added to dx, side by side, for each row.
+  const Next next{first_col, stride, p.cols};
+  constexpr uint32_t kBytes = Next::bytes(kNormBackwardThreads);
+  const uint32_t place_bytes = (joins ? 3 : 2) * kBytes;
+  const uint32_t first_place = first_slot(shared);
   HeldParameter<W, kVectors> weight(p.of.weight, p.of.vectorized, 1.0F, first_col, stride, p.cols);
-  const auto copy = [&](int place, int row) {
-    if (row < rows) {
-      next_x.copy(place, p.x.row(row), p.x.vectorized);
-      next_dy.copy(place, p.dy.row(row), p.dy.vectorized);
-      if (joins) next_addend.copy(place, p.addend.row(row), p.addend.vectorized);
+  const auto copy = [&](uint32_t place, int row) {
+    if (row < rows && p.whole) {
+      next.copy_async(place, p.x.row(row));
+      next.copy_async(place + kBytes, p.dy.row(row));
+      if (joins) next.copy_async(place + 2 * kBytes, p.addend.row(row));
+    } else if (row < rows) {
+      next.copy_now(place, p.x.row(row), p.x.vectorized);
+      next.copy_now(place + kBytes, p.dy.row(row), p.dy.vectorized);
+      if (joins) next.copy_now(place + 2 * kBytes, p.addend.row(row), p.addend.vectorized);
     }
     __pipeline_commit();
   };
@@ -109,14 +111,15 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
   // Slots of one warp take as many turns, so that they meet in its shuffles.
   const int first = static_cast<int>(blockIdx.x) * slots + slot;
   const int end = rows + (p.threads_per_row < 32 ? slot % (32 / p.threads_per_row) : 0);
-  for (int i = 0; i < p.ahead; ++i) copy(i, first + i * step);
+  for (int i = 0; i < p.ahead; ++i) copy(first_place + i * place_bytes, first + i * step);
   RowStatistics statistics = statistics_of<kKind>(p, min(first, rows - 1));
-  int place = 0;  // of the row at hand
+  const uint32_t last_place = first_place + p.ahead * place_bytes;
+  uint32_t place = first_place;  // of the row at hand
   int turn = 0;
 #pragma unroll 1
   for (int row = first; row < end; row += step) {
     // Where the row before lay, or this one, if there is but one place.
-    copy(place == 0 ? p.ahead : place - 1, row + p.ahead * step);
+    copy(place == first_place ? last_place : place - place_bytes, row + p.ahead * step);
     const RowStatistics next_statistics = statistics_of<kKind>(p, min(row + step, rows - 1));
     wait_for_copies(p.ahead);
     const bool exists = row < rows;
@@ -131,7 +134,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
       const int valid = of_eight(p.cols - col);
       float row_terms[kSums] = {};
       if (exists && valid > 0) {
-        const Eight<T, kKind> eight(next_dy.read(place, i), next_x.read(place, i),
+        const Eight<T, kKind> eight(next.read(place + kBytes, i), next.read(place, i),
                                     weight.get(i, col, valid), p.of.offset, statistics);
         float terms[8];
         eight.weight_terms(terms);
@@ -145,7 +148,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
           }
         }
         eight.row_terms(row_terms);
-        if constexpr (kRounds) next_dy.put(next_dy.slot(place), i, eight.rounded_g);
+        if constexpr (kRounds) next.put(place + kBytes, i, eight.rounded_g);
       }
 #pragma unroll
       for (int k = 0; k < kSums; ++k) sums[k][i] = row_terms[k];
@@ -158,8 +161,6 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
       sum_over_row(totals, slot, p.threads_per_row, scratch[turn]);
       const NormGradient of_row = norm_gradient<kLayer>(kLayer ? totals[kSums - 1] : 0.0F,
                                                         totals[0], statistics.rstd, cols);
-      // So that the compiler reads x and dy again, for want of registers.
-      asm volatile("" ::: "memory");
       T* dx_row = p.dx.row(row);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
@@ -173,14 +174,14 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
             dx[j] = norm_dx<kLayer>(g[i][j], 0.0F, hat[i][j], cols, of_row);
           }
         } else if constexpr (kRounds) {
-          const Vec8<T> rounded_g = next_dy.read(place, i);
-          const Vec8<T> x = next_x.read(place, i);
+          const Vec8<T> rounded_g = next.read(place + kBytes, i);
+          const Vec8<T> x = next.read(place, i);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             dx[j] = norm_dx<kLayer>(rounded_g.get(j), x.get(j), 0.0F, cols, of_row);
           }
         } else {
-          const Eight<T, kKind> eight(next_dy.read(place, i), next_x.read(place, i),
+          const Eight<T, kKind> eight(next.read(place + kBytes, i), next.read(place, i),
                                       weight.get(i, col, valid), p.of.offset, statistics);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -188,12 +189,16 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
           }
         }
         Vec8<T> out = rounded8<T>(dx);
-        if (joins) out = joined_dx(next_addend.read(place, i), out);
-        store_first(dx_row + col, out, valid, p.dx.vectorized);
+        if (joins) out = joined_dx(next.read(place + 2 * kBytes, i), out);
+        if (p.whole) {
+          store8(dx_row + col, out);
+        } else {
+          store_first(dx_row + col, out, valid, p.dx.vectorized);
+        }
       }
     }
     statistics = next_statistics;
-    place = place == p.ahead ? 0 : place + 1;
+    place = place == last_place ? first_place : place + place_bytes;
     turn ^= 1;
   }
   let_next_start();

@@ -89,6 +89,8 @@ bool launch_rows(ForwardParams<T, W> params, Stream stream) {
   const size_t room = shared_memory_of(reinterpret_cast<const void*>(kernel), known);
   const size_t tensors = kKind == ForwardKind::kAddRms ? 2 : 1;
   const size_t rows = tensors * sizeof(Vec8<T>) * kNormVectors * kMaxRowThreads;  // of all slots
+  params.whole = params.cols % 8 == 0 && params.x.vectorized && params.residual.vectorized &&
+                 params.sum.vectorized && params.y.vectorized;
   params.ahead = next_rows_in(room, rows);
   launch(kernel, static_cast<unsigned>(sm_count), kMaxRowThreads, stream, params,
          {.shared_bytes = rows * static_cast<size_t>(params.ahead + 1)});

@@ -21,7 +21,8 @@ struct ForwardParams {
   float eps;
   int threads_per_row;
   int iterations;
-  int ahead;  // rows on their way beside the one at hand
+  bool whole;  // rows lie on 16 bytes and have whole eights
+  int ahead;   // rows on their way beside the one at hand
 };
 
 // v becomes T(v + other).

@@ -23,12 +23,12 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
   const int first_col = at.thread * 8;
   const int rows = static_cast<int>(p.rows);
 
-  const auto ring = [&](int tensor) {
-    const int offset = tensor * (p.ahead + 1) * Next::words(kMaxRowThreads);
-    return Next{shared + offset + threadIdx.x, first_col, stride, p.cols};
-  };
-  const Next next_x = ring(0);
-  const Next next_residual = ring(1);
+  // A place for x and the residual, side by side, for each row.
+  const Next next{first_col, stride, p.cols};
+  constexpr uint32_t kBytes = Next::bytes(kMaxRowThreads);
+  constexpr uint32_t kPlaceBytes = (kAdds ? 2 : 1) * kBytes;
+  const uint32_t first_place = first_slot(shared);
+  const uint32_t last_place = first_place + p.ahead * kPlaceBytes;
   HeldParameter<W, kVectors> weight(p.of.weight, p.of.vectorized, 1.0F, first_col, stride, p.cols);
   // A bias of -0 changes nothing.
   HeldParameter<W, kVectors> bias(p.of.bias, p.of.vectorized, -0.0F, first_col, stride,
@@ -45,10 +45,13 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
       for (int j = 0; j < 8; ++j) out[j] = add(out[j], b.get(j));
     }
   };
-  const auto copy = [&](int place, int row) {
-    if (row < rows) {
-      next_x.copy(place, p.x.row(row), p.x.vectorized);
-      if (kAdds) next_residual.copy(place, p.residual.row(row), p.residual.vectorized);
+  const auto copy = [&](uint32_t place, int row) {
+    if (row < rows && p.whole) {
+      next.copy_async(place, p.x.row(row));
+      if (kAdds) next.copy_async(place + kBytes, p.residual.row(row));
+    } else if (row < rows) {
+      next.copy_now(place, p.x.row(row), p.x.vectorized);
+      if (kAdds) next.copy_now(place + kBytes, p.residual.row(row), p.residual.vectorized);
     }
     __pipeline_commit();
   };
@@ -56,13 +59,13 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
   // Slots of one warp take as many turns, so that they meet in its shuffles.
   const int first = static_cast<int>(blockIdx.x) * slots + at.slot;
   const int end = rows + (p.threads_per_row < 32 ? at.slot % (32 / p.threads_per_row) : 0);
-  for (int i = 0; i < p.ahead; ++i) copy(i, first + i * step);
-  int place = 0;  // of the row at hand
+  for (int i = 0; i < p.ahead; ++i) copy(first_place + i * kPlaceBytes, first + i * step);
+  uint32_t place = first_place;  // of the row at hand
   int turn = 0;
 #pragma unroll 1
   for (int row = first; row < end; row += step) {
     // Where the row before lay, or this one, if there is but one place.
-    copy(place == 0 ? p.ahead : place - 1, row + p.ahead * step);
+    copy(place == first_place ? last_place : place - kPlaceBytes, row + p.ahead * step);
     wait_for_copies(p.ahead);
     if constexpr (sizeof(W) == 2) {
       weight.forget();
@@ -70,11 +73,11 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
     }
     Vec8<T> v[kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) v[i] = next_x.take(place, i);
+    for (int i = 0; i < kVectors; ++i) v[i] = next.take(place, i);
     if constexpr (kAdds) {
       Vec8<T> residual[kVectors];
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) residual[i] = next_residual.take(place, i);
+      for (int i = 0; i < kVectors; ++i) residual[i] = next.take(place + kBytes, i);
       add_to(v, residual);
     }
     const auto for_eights = [&](const auto& f) {
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
     // LayerNorm's two sums alternate by themselves.
     norm_row<kKind>(p, row, row < rows, at, scratch[0], scratch[kLayer ? 1 : turn], for_eights,
                     scale, [] {});
-    place = place == p.ahead ? 0 : place + 1;
+    place = place == last_place ? first_place : place + kPlaceBytes;
     turn ^= 1;
   }
 }

@@ -2,6 +2,8 @@
 // over a row in the order of host/norm.h.
 #pragma once
 
+#include <limits>
+
 #include "core/device/dispatch.cuh"
 #include "core/device/next_rows.cuh"
 #include "host/norm.h"
@@ -20,12 +22,16 @@ struct RowsOf {
   NormRows at;
   Divisor n1;
   Divisor n2;
-  bool matrix = true;
+  int matrix_bytes = 0;  // from row to row of a matrix; -1: of another tensor
   bool vectorized = false;
 
+  // Rows are fewer than 2^30.
   __device__ __forceinline__ T* row(int64_t index) const {
-    if (matrix) return data + index * at.stride0;
-    const auto r = static_cast<uint32_t>(index);  // rows are fewer than 2^30
+    if (matrix_bytes >= 0) {
+      const int64_t bytes = int64_t{static_cast<int>(index)} * matrix_bytes;
+      return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) + bytes);
+    }
+    const auto r = static_cast<uint32_t>(index);
     const uint32_t outer = n2.quotient(r);
     const uint32_t i = n1.quotient(outer);
     return data + i * at.stride0 + (outer - i * static_cast<uint32_t>(at.n1)) * at.stride1 +
@@ -38,11 +44,13 @@ RowsOf<T> rows_of(T* data, const NormRows& at) {
   const auto whole = [](int64_t stride) { return stride * static_cast<int64_t>(sizeof(T)) % 16; };
   const bool vectorized = reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole(at.stride0) == 0 &&
                           whole(at.stride1) == 0 && whole(at.stride2) == 0;
+  const int64_t bytes = at.stride0 * static_cast<int64_t>(sizeof(T));
+  const bool matrix = at.n1 * at.n2 == 1 && bytes <= std::numeric_limits<int>::max();
   return {.data = data,
           .at = at,
           .n1 = Divisor(static_cast<uint32_t>(at.n1)),
           .n2 = Divisor(static_cast<uint32_t>(at.n2)),
-          .matrix = at.n1 * at.n2 == 1,
+          .matrix_bytes = matrix ? static_cast<int>(bytes) : -1,
           .vectorized = vectorized};
 }
 

@@ -68,11 +68,13 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) group_rows_kernel(const Par
   const RowPlace first(p.plan, begin);
   const int step = p.plan.rows_per_block;
   const int stride = p.plan.threads_per_row * 8;
-  const NextRows<T, kVectors> next{shared + threadIdx.x, first.thread * 8, stride,
-                                   static_cast<int>(p.cols)};
+  const NextRows<T, kVectors> next{first.thread * 8, stride, static_cast<int>(p.cols)};
+  const uint32_t slots = first_slot(shared);
 
   const auto copy = [&](int slot, int64_t row) {
-    if (row < end) next.copy(slot, source.row(row), p.vectorized);
+    const uint32_t to = slots + slot * next.bytes();
+    if (row < end && p.vectorized) next.copy_async(to, source.row(row));
+    if (row < end && !p.vectorized) next.copy_now(to, source.row(row), false);
     __pipeline_commit();
   };
 #pragma unroll
@@ -87,14 +89,14 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) group_rows_kernel(const Par
     copy(slot == 0 ? kSlots - 1 : slot - 1, at.row + (kSlots - 1) * step);
     __pipeline_wait_prior(kSlots - 1);
     Vec8<T> v[kVectors];
-    quantize_row<Format>(p, at, at.row < end ? p.cols : 0, sink, 0, v, warp_amax[turn],
-                         [&](int /*iteration*/) {
+    quantize_row<Format>(
+        p, at, at.row < end ? p.cols : 0, sink, 0, v, warp_amax[turn], [&](int /*iteration*/) {
 #pragma unroll
-                           for (int i = 0; i < kVectors; ++i) {
-                             v[i] = at.row < end ? next.take(slot, i) : zero8<T>();
-                             columns[i].update(v[i]);
-                           }
-                         });
+          for (int i = 0; i < kVectors; ++i) {
+            v[i] = at.row < end ? next.take(slots + slot * next.bytes(), i) : zero8<T>();
+            columns[i].update(v[i]);
+          }
+        });
     turn ^= 1;
     slot = slot == kSlots - 1 ? 0 : slot + 1;
   }
