@@ -81,9 +81,11 @@ constexpr int kRowsThatStay = 4;
 
 template <typename T, typename W, ForwardKind kKind>
 bool launch_rows(ForwardParams<T, W> params, Stream stream) {
-  const int sm_count = current_device().sm_count;
+  constexpr int kBlocks = kStayingBlocks<kKind>;
+  constexpr size_t kReserved = 1024;  // of each block's shared memory
+  const int blocks = current_device().sm_count * kBlocks;
   const int64_t slots = kMaxRowThreads / params.threads_per_row;
-  if (params.rows < kRowsThatStay * slots * sm_count) return false;
+  if (params.rows < kRowsThatStay * slots * blocks) return false;
   const auto kernel = norm_forward_rows_kernel<T, W, kKind>;
   static std::array<std::atomic<int>, kMaxDevices> known{};
   const size_t room = shared_memory_of(reinterpret_cast<const void*>(kernel), known);
@@ -91,8 +93,8 @@ bool launch_rows(ForwardParams<T, W> params, Stream stream) {
   const size_t rows = tensors * sizeof(Vec8<T>) * kNormVectors * kMaxRowThreads;  // of all slots
   params.whole = params.cols % 8 == 0 && params.x.vectorized && params.residual.vectorized &&
                  params.sum.vectorized && params.y.vectorized;
-  params.ahead = next_rows_in(room, rows);
-  launch(kernel, static_cast<unsigned>(sm_count), kMaxRowThreads, stream, params,
+  params.ahead = next_rows_in(room / kBlocks - kReserved * (kBlocks - 1), rows);
+  launch(kernel, static_cast<unsigned>(blocks), kMaxRowThreads, stream, params,
          {.shared_bytes = rows * static_cast<size_t>(params.ahead + 1)});
   return true;
 }

@@ -7,8 +7,12 @@
 
 namespace fp8::core {
 
+// Blocks to a multiprocessor: a thread has 64 registers where there are two.
+template <ForwardKind kKind>
+constexpr int kStayingBlocks = kKind == ForwardKind::kRms ? 2 : 1;
+
 template <typename T, typename W, ForwardKind kKind>
-__global__ void __launch_bounds__(kMaxRowThreads, 1)
+__global__ void __launch_bounds__(kMaxRowThreads, kStayingBlocks<kKind>)
     norm_forward_rows_kernel(const ForwardParams<T, W> p) {
   constexpr bool kLayer = kKind == ForwardKind::kLayer;
   constexpr bool kAdds = kKind == ForwardKind::kAddRms;
