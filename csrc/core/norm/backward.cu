@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 #pragma unroll
     for (int k = 0; k < kSums; ++k) totals[k] = add(totals[k], terms[k]);
   });
-  sum_over_row(totals, 0, kMaxRowThreads, scratch);
+  RowSums<kSums>(0, kMaxRowThreads, scratch).join(totals, 0);
   const NormGradient of_row =
       norm_gradient<kLayer>(kLayer ? totals[kSums - 1] : 0.0F, totals[0], statistics.rstd, cols);
   for_eights([&](const Eight& eight, int col, int valid) {

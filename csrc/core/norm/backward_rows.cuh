@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
   constexpr int kSums = kLayer ? 2 : 1;
   using Next = NextRows<T, kVectors, kNormBackwardThreads>;
   extern __shared__ uint4 shared[];
-  __shared__ __align__(16) float scratch[2][kSumScratch<kSums>];
+  __shared__ __align__(16) float scratch[2 * kSumScratch<kSums>];
   const int slots = kNormBackwardThreads / p.threads_per_row;
   const int slot = static_cast<int>(threadIdx.x) / p.threads_per_row;
   const int first_col = static_cast<int>(threadIdx.x) % p.threads_per_row * 8;
@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
   const auto cols = static_cast<float>(p.cols);
   const bool joins = p.addend.data != nullptr;
 
+  const RowSums<kSums> row_sums(slot, p.threads_per_row, scratch);
   // A place for x, dy and, where it is, what is added to dx, side by side, for each row.
   const Next next{first_col, stride, p.cols};
   constexpr uint32_t kBytes = Next::bytes(kNormBackwardThreads);
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
       float totals[kSums];
 #pragma unroll
       for (int k = 0; k < kSums; ++k) totals[k] = joined_eights(sums[k], p.pairs);
-      sum_over_row(totals, slot, p.threads_per_row, scratch[turn]);
+      row_sums.join(totals, turn);
       const NormGradient of_row = norm_gradient<kLayer>(kLayer ? totals[kSums - 1] : 0.0F,
                                                         totals[0], statistics.rstd, cols);
       T* dx_row = p.dx.row(row);

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, (kForwardBlocks<T, kKind, kLon
     norm_forward_kernel(const ForwardParams<T, W> p) {
   constexpr bool kAdds = kKind == ForwardKind::kAddRms;
   constexpr int kVectors = kNormVectors;
-  __shared__ __align__(16) float scratch[2][kSumScratch<1>];
+  __shared__ __align__(16) float scratch[2 * kSumScratch<1>];
   const RowThreads at(p.threads_per_row);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.threads_per_row) + at.slot;
   const bool exists = row < p.rows;
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, (kForwardBlocks<T, kKind, kLon
     }
   };
   if (!kLong) load(0);
-  norm_row<kKind>(p, row, exists, at, scratch[0], scratch[1], for_eights, scale, [&] {
+  const RowSums<1> sums(at.slot, p.threads_per_row, scratch);
+  norm_row<kKind>(p, row, exists, at, sums, 0, for_eights, scale, [&] {
     if (!kLong) forget_unpacked(v);
   });
 }

@@ -50,10 +50,11 @@ struct RowThreads {
 // for_eights(f) calls f(v, i, col, valid) of each of the thread's eights, in each of two passes, of
 // LayerNorm three; those past the row hold zeros and have none valid. scale(out, i, col, valid)
 // multiplies xhat by the weight and adds the bias; before the last pass comes before_output().
+// turn: 0 or 1, another than for the row before.
 template <ForwardKind kKind, typename T, typename W, typename ForEights, typename Scale,
           typename BeforeOutput>
 __device__ __forceinline__ void norm_row(const ForwardParams<T, W>& p, int64_t row, bool exists,
-                                         const RowThreads& at, float* mean_scratch, float* scratch,
+                                         const RowThreads& at, const RowSums<1>& sums, int turn,
                                          const ForEights& for_eights, const Scale& scale,
                                          const BeforeOutput& before_output) {
   constexpr bool kLayer = kKind == ForwardKind::kLayer;
@@ -67,7 +68,7 @@ __device__ __forceinline__ void norm_row(const ForwardParams<T, W>& p, int64_t r
       for (int j = 0; j < 8; ++j) terms[j] = v.get(j);
       total[0] = add(total[0], joined8(terms));
     });
-    sum_over_row(total, at.slot, p.threads_per_row, mean_scratch);
+    sums.join(total, 0);
     mean = divide(total[0], cols);
     total[0] = 0.0F;
   }
@@ -86,7 +87,7 @@ __device__ __forceinline__ void norm_row(const ForwardParams<T, W>& p, int64_t r
     }
     total[0] = add(total[0], joined8(terms));
   });
-  sum_over_row(total, at.slot, p.threads_per_row, scratch);
+  sums.join(total, kLayer ? 1 : turn);
   const float rstd = rstd_of(total[0], cols, p.eps);
 
   if (!exists) return;

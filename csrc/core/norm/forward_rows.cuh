@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kStayingBlocks<kKind>)
   constexpr int kVectors = kNormVectors;
   using Next = NextRows<T, kVectors, kMaxRowThreads>;
   extern __shared__ uint4 shared[];
-  __shared__ __align__(16) float scratch[2][kSumScratch<1>];
+  __shared__ __align__(16) float scratch[2 * kSumScratch<1>];
   const RowThreads at(p.threads_per_row);
   const int slots = kMaxRowThreads / p.threads_per_row;
   const int step = static_cast<int>(gridDim.x) * slots;
@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kStayingBlocks<kKind>)
   const int first_col = at.thread * 8;
   const int rows = static_cast<int>(p.rows);
 
+  const RowSums<1> sums(at.slot, p.threads_per_row, scratch);
   // A place for x and the residual, side by side, for each row.
   const Next next{first_col, stride, p.cols};
   constexpr uint32_t kBytes = Next::bytes(kMaxRowThreads);
@@ -91,9 +92,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kStayingBlocks<kKind>)
         f(v[i], i, col, of_eight(p.cols - col));
       }
     };
-    // LayerNorm's two sums alternate by themselves.
-    norm_row<kKind>(p, row, row < rows, at, scratch[0], scratch[kLayer ? 1 : turn], for_eights,
-                    scale, [] {});
+    norm_row<kKind>(p, row, row < rows, at, sums, turn, for_eights, scale, [] {});
     place = place == last_place ? first_place : place + kPlaceBytes;
     turn ^= 1;
   }

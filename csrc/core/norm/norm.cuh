@@ -170,64 +170,101 @@ __device__ __forceinline__ void wait_for_row(int slot, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(slot + 1), "r"(threads) : "memory");
 }
 
-// values [count], count: 2, 4, 8 or 16; on 16 bytes but for 2.
-__device__ __forceinline__ float sum_in_order(const float* values, int count) {
-  if (count == 2) return add(values[0], values[1]);
-  const auto* quads = reinterpret_cast<const float4*>(values);
-  float total = add(add(add(quads[0].x, quads[0].y), quads[0].z), quads[0].w);
-#pragma unroll
-  for (int i = 1; i < kMaxRowThreads / 32 / 4; ++i) {
-    if (i >= count / 4) break;
-    const float4 q = quads[i];
-    total = add(add(add(add(total, q.x), q.y), q.z), q.w);
-  }
-  return total;
-}
-
-// Every thread of a row gets its kCount sums. scratch: kSumScratch<kCount> words on 16 bytes, not
-// those of the call before.
+// kCount sums over a row, which every thread of the row gets. scratch: kSumScratch<kCount> words on
+// 16 bytes, or several times these.
 template <int kCount>
 constexpr int kSumScratch = kCount* kMaxRowThreads / 32;
 
 template <int kCount>
-__device__ __forceinline__ void sum_over_row(float (&values)[kCount], int slot, int threads_per_row,
-                                             float* scratch) {
-  static_assert(kCount <= 2);
-  constexpr unsigned kAll = 0xFFFFFFFFU;
-  if (threads_per_row < 32) {
-    for (int offset = threads_per_row / 2; offset > 0; offset /= 2) {
+class RowSums {
+ public:
+  static_assert(kCount == 1 || kCount == 2);
+
+  __device__ __forceinline__ RowSums(int slot, int threads_per_row, const float* scratch)
+      : slot_(slot), threads_(threads_per_row) {
+    const auto lane = static_cast<int>(threadIdx.x) % 32;
+    const auto warp = static_cast<int>(threadIdx.x) / 32;
+    // Of two sums each half of a warp joins one.
+    upper_ = kCount == 2 && lane >= 16;
+    const uint32_t sums = static_cast<uint32_t>(__cvta_generic_to_shared(scratch)) +
+                          (upper_ ? kMaxRowThreads / 32 * sizeof(float) : 0);
+    of_row_ = sums + slot * (threads_per_row / 32) * sizeof(float);
+    of_warp_ = lane % (kCount == 1 ? 32 : 16) == 0 ? sums + warp * sizeof(float) : kNowhere;
+    // Else the compiler makes these addresses anew for each row.
+    asm volatile("" : "+r"(of_row_), "+r"(of_warp_));
+  }
+
+  // part: of scratch, another than in the call before.
+  __device__ __forceinline__ void join(float (&values)[kCount], int part) const {
+    if (threads_ < 32) {
+      for (int offset = threads_ / 2; offset > 0; offset /= 2) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        values[k] = add(values[k], __shfl_xor_sync(kAll, values[k], offset));
+        for (int k = 0; k < kCount; ++k) values[k] = add(values[k], across(values[k], offset));
       }
+      return;
     }
-    return;
-  }
-  // Of two sums each half of a warp joins one.
-  const int half = static_cast<int>(threadIdx.x) % 32 / 16;
-  float sum = values[0];
-  if constexpr (kCount == 1) {
-    sum = add(sum, __shfl_xor_sync(kAll, sum, 16));
-  } else {
-    const float other = half == 0 ? values[1] : values[0];
-    sum = add(half == 0 ? values[0] : values[1], __shfl_xor_sync(kAll, other, 16));
-  }
+    float sum = values[0];
+    if constexpr (kCount == 1) {
+      sum = add(sum, across(sum, 16));
+    } else {
+      const float other = upper_ ? values[0] : values[1];
+      sum = add(upper_ ? values[1] : values[0], across(other, 16));
+    }
 #pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) {
-    sum = add(sum, __shfl_xor_sync(kAll, sum, offset));
-  }
-  if (threads_per_row > 32) {
-    const int warps = threads_per_row / 32;
-    float* of_half = scratch + (kCount == 1 ? 0 : half * (kMaxRowThreads / 32));
-    if (threadIdx.x % (kCount == 1 ? 32 : 16) == 0) of_half[threadIdx.x / 32] = sum;
-    wait_for_row(slot, threads_per_row);
-    sum = sum_in_order(of_half + slot * warps, warps);
-  }
+    for (int offset = 8; offset > 0; offset /= 2) sum = add(sum, across(sum, offset));
+    if (threads_ > 32) sum = over_warps(sum, part * kSumScratch<kCount> * sizeof(float));
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    values[k] = kCount == 1 ? sum : __shfl_sync(kAll, sum, 16 * k);
+    for (int k = 0; k < kCount; ++k) {
+      values[k] = kCount == 1 ? sum : __shfl_sync(0xFFFFFFFFU, sum, 16 * k);
+    }
   }
-}
+
+ private:
+  static constexpr uint32_t kNowhere = 0xFFFFFFFFU;
+
+  static __device__ __forceinline__ float across(float value, int offset) {
+    return __shfl_xor_sync(0xFFFFFFFFU, value, offset);
+  }
+  static __device__ __forceinline__ float4 load_four(uint32_t address) {
+    float4 q;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(q.x), "=f"(q.y), "=f"(q.z), "=f"(q.w)
+                 : "r"(address)
+                 : "memory");
+    return q;
+  }
+  // The warps' sums in order.
+  __device__ __forceinline__ float over_warps(float sum, uint32_t offset) const {
+    if (of_warp_ != kNowhere) {
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(of_warp_ + offset), "f"(sum) : "memory");
+    }
+    wait_for_row(slot_, threads_);
+    const uint32_t sums = of_row_ + offset;
+    if (threads_ == 64) {
+      float2 two;
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(two.x), "=f"(two.y)
+                   : "r"(sums)
+                   : "memory");
+      return add(two.x, two.y);
+    }
+    float4 q = load_four(sums);
+    float total = add(add(add(q.x, q.y), q.z), q.w);
+#pragma unroll
+    for (int i = 1; i < kMaxRowThreads / 128; ++i) {
+      if (i >= threads_ / 128) break;
+      q = load_four(sums + i * sizeof(float4));
+      total = add(add(add(add(total, q.x), q.y), q.z), q.w);
+    }
+    return total;
+  }
+
+  int slot_;
+  int threads_;
+  bool upper_;
+  uint32_t of_row_;
+  uint32_t of_warp_;
+};
 
 // How many rows of `row_bytes` a block has on their way at a time, beside the one at hand.
 inline int next_rows_in(size_t shared_bytes, size_t row_bytes) {

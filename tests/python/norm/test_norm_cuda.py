@@ -66,7 +66,7 @@ def test_norm_of_many_rows_has_the_bits_of_the_cpu(shape, joins, form, poisoned_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", ["offset", "odd columns", "no parameters", "wide parameters"])
 def test_norm_of_rows_that_lie_elsewhere_has_the_bits_of_the_cpu(case, dtype, form):
-    wide = values.tensors(9000, 1032, dtype)
+    wide = values.tensors(17_000, 1032, dtype)
 
     def part(device, joins):
         x, residual, dy, weight, bias = (t.to(device) for t in wide)
