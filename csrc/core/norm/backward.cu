@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
   };
   float totals[kSums] = {};
-  for_eights([&](const Eight& eight, int /*col*/, int /*valid*/) {
+  for_eights([&](const Eight& eight, int /*col*/, int valid) {
     float terms[kSums];
-    eight.row_terms(terms);
+    eight.row_terms(valid, terms);
 #pragma unroll
     for (int k = 0; k < kSums; ++k) totals[k] = add(totals[k], terms[k]);
   });

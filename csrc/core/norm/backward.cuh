@@ -69,12 +69,17 @@ struct Eight {
       for (int j = 0; j < 8; ++j) g[j] = rounded_g.get(j);
     }
   }
-  // What the eight adds to the sums over a row: of g * x, or of g * xhat and of g. What is not
-  // there is 0 in dy. Never -0, so that zeros in place of eights change nothing.
-  __device__ __forceinline__ void row_terms(float (&sums)[kSums]) const {
+  // What the first `valid` add to the sums over a row: of g * x, or of g * xhat and of g. What is
+  // not there is 0 in dy and in x, but not in xhat, which may be Inf. Never -0, so that zeros in
+  // place of eights change nothing.
+  __device__ __forceinline__ void row_terms(int valid, float (&sums)[kSums]) const {
     float terms[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) terms[j] = mul(g[j], kLayer ? hat[j] : x[j]);
+    if (kLayer && valid < 8) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) terms[j] = j < valid ? terms[j] : 0.0F;
+    }
     sums[0] = add(0.0F, joined8(terms));
     if constexpr (kLayer) sums[1] = add(0.0F, joined8(g));
   }

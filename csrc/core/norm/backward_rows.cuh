@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
             g[i][j] = eight.g[j];
           }
         }
-        eight.row_terms(row_terms);
+        eight.row_terms(valid, row_terms);
         if constexpr (kRounds) next.put(place + kBytes, i, eight.rounded_g);
       }
 #pragma unroll

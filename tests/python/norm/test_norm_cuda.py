@@ -173,3 +173,16 @@ def test_rms_norm_is_eagers_on_the_gpu_up_to_its_root(form):
     for got, expected in zip(ours, theirs, strict=True):
         atol = 2**-8 * float(expected.abs().max())
         torch.testing.assert_close(got, expected, rtol=2**-6, atol=atol)
+
+
+@pytest.mark.parametrize("cols", [1, 5, 13, 2049])
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_columns_that_are_not_there_add_nothing_to_huge_rows(rows, cols):
+    # Beyond the last column x is 0, and (0 - mean) * rstd may be Inf.
+    x = torch.full((rows, cols), 1e38, dtype=torch.bfloat16)
+    dy = torch.randn(rows, cols, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours, expected = (
+        results(LAYER, (x, None, dy, torch.ones(cols).bfloat16(), None), device)
+        for device in ("cuda", "cpu")
+    )
+    assert_same_bits(ours[4].cpu(), expected[4], "dx")
