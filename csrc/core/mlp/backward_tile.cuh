@@ -1,7 +1,7 @@
 // Tiles of an MLP's backward (core/quantize/tile.cuh): from gate, up and dh the codes of both
 // gradients, row-major and transposed, and h's, transposed.
 //
-// Blocks stay, and each takes every so-manyth tile. A thread copies its part of the next tile to
+// A block takes every so-manyth tile, a few. A thread copies its part of the next tile to
 // shared memory (48 KB of a block, bf16) while it computes this one, each row as soon as that of
 // this tile has left its place; only the thread itself reads it, so nobody waits for anybody. A
 // further 24 KB are for three tiles to turn in.
@@ -145,15 +145,19 @@ __device__ __forceinline__ void for_tiles(const TileInputs<T, kGated>& inputs, u
   }
 }
 
-// Launches a kernel of such blocks.
+// A few tiles to a block: some multiprocessors are faster than others, and take more blocks then.
+constexpr int64_t kTilesOfBlock = 6;
+
+// Launches a kernel of such blocks. most_tiles: of a block, as long as the GPU is full.
 template <auto kKernel, typename Inputs, typename Params>
 void launch_tiles(int64_t tiles, int blocks_per_sm, const DeviceInfo& device, cudaStream_t stream,
-                  const Params& params, bool pdl) {
+                  const Params& params, bool pdl, int64_t most_tiles = kTilesOfBlock) {
   constexpr int kStaticBytes = 28 * 1024;  // tiles that turn, and scales
   static std::array<std::atomic<int>, kMaxDevices> known{};
   shared_memory_of(reinterpret_cast<const void*>(kKernel), known, kStaticBytes);
-  const int64_t most = static_cast<int64_t>(device.sm_count) * blocks_per_sm;
-  launch(kKernel, static_cast<unsigned>(std::min(tiles, most)), kThreads, stream, params,
+  const int64_t at_a_time = static_cast<int64_t>(device.sm_count) * blocks_per_sm;
+  const int64_t each = std::clamp<int64_t>(ceil_div(tiles, at_a_time), 1, most_tiles);
+  launch(kKernel, static_cast<unsigned>(ceil_div(tiles, each)), kThreads, stream, params,
          {.pdl = pdl, .shared_bytes = Inputs::kBytes});
 }
 

@@ -212,7 +212,7 @@ void launch_backward_delayed(BackwardParams params, const DeviceInfo& device, cu
       launch_tiles<unit_cast_delayed_kernel<T, Format, kGated, Act>, Inputs>(
           tiles, kBlocks, device, stream, params, /*pdl=*/false);
       launch_tiles<unit_settle_kernel<T, Format, kGated, Act>, Inputs>(
-          tiles, kBlocks, device, stream, params, has_hopper_launches(device));
+          tiles, kBlocks, device, stream, params, has_hopper_launches(device), tiles);
     });
   });
 }

@@ -109,9 +109,10 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
       if constexpr (kLayer) dbias[i][j] = 0.0F;
     }
   }
-  // Slots of one warp take as many turns, so that they meet in its shuffles.
+  // Slots of a block take as many turns: those of a warp meet in its shuffles, and racecheck takes
+  // warps for one behind the other that went through more barriers, whichever these are.
   const int first = static_cast<int>(blockIdx.x) * slots + slot;
-  const int end = rows + (p.threads_per_row < 32 ? slot % (32 / p.threads_per_row) : 0);
+  const int end = rows + slot;
   for (int i = 0; i < p.ahead; ++i) copy(first_place + i * place_bytes, first + i * step);
   RowStatistics statistics = statistics_of<kKind>(p, min(first, rows - 1));
   const uint32_t last_place = first_place + p.ahead * place_bytes;

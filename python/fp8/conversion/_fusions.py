@@ -32,7 +32,6 @@ class Fusion(NamedTuple):
     undo: Callable[[nn.Module], str | None]  # why it could not be undone
     describe: Callable[[Fusable], tuple[str, str]]  # size, and what it computes
     unable: Callable[[Fusable], str | None] = lambda _: None  # why one found is not fused
-    by_default: bool = True  # fuse=True means it; else it is to be asked for
 
 
 def fusions() -> tuple[Fusion, ...]:
@@ -59,7 +58,6 @@ def fusions() -> tuple[Fusion, ...]:
             undo=mlp.undo,
             describe=mlp.describe,
             unable=mlp.unable,
-            by_default=False,
         ),
     )
 
@@ -67,7 +65,7 @@ def fusions() -> tuple[Fusion, ...]:
 def chosen(fuse: bool | Iterable[str]) -> tuple[Fusion, ...]:
     """The fusions that `fuse` of fp8.convert names. Raises TypeError or ValueError."""
     if isinstance(fuse, bool):
-        return tuple(fusion for fusion in fusions() if fuse and fusion.by_default)
+        return tuple(fusion for fusion in fusions() if fuse)
     names = [fusion.name for fusion in fusions()]
     if isinstance(fuse, str) or not isinstance(fuse, Iterable):
         raise TypeError(
