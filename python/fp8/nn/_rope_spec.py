@@ -76,52 +76,48 @@ def rotate(
     return made[0] if k is None else made
 
 
-def rotated(
-    spec: RopeSpec, q: Any, k: Any, cos: Any, sin: Any, axis: Any
-) -> Rotated | None:
+def rotated(spec: RopeSpec, q: Any, k: Any, cos: Any, sin: Any, axis: Any) -> Rotated | None:
     """The same, or None where a call is not of the kind that was seen."""
     if type(q) is not Tensor or type(cos) is not Tensor or type(sin) is not Tensor:
         return None
-    if q.is_nested or not (q.is_cuda or q.is_cpu) or cos.device != q.device:
+    dtype, device, columns = q.dtype, q.device, q.shape[-1]
+    if q.is_nested or device.type not in ("cuda", "cpu") or cos.device != device:
         return None
-    if sin.dtype is not cos.dtype or sin.shape != cos.shape or sin.device != q.device:
+    if sin.dtype is not cos.dtype or sin.shape != cos.shape or sin.device != device:
         return None
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+    if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
         return None
-    form = _looked_up(spec.forms, 2, q.dtype, cos.dtype)
-    shape = _looked_up(spec.shapes, 3, q.dim(), cos.dim(), axis)
-    if form is None or shape is None:
+    for x_dtype, cos_dtype, form in spec.forms:
+        if x_dtype is dtype and cos_dtype is cos.dtype:
+            break
+    else:
         return None
-    place, heads = shape
+    for x_dim, cos_dim, axis_given, place, heads in spec.shapes:  # noqa: B007
+        if x_dim == q.dim() and cos_dim == cos.dim() and axis_given == axis:
+            break
+    else:
+        return None
     rotary = spec.rotary(cos.shape[-1])
-    if rotary % 2 or rotary > q.shape[-1] or (rotary < q.shape[-1] and spec.partial is None):
+    if rotary % 2 or rotary > columns or (rotary < columns and spec.partial is None):
+        return None
+    angles = [*cos.shape[:-1]]
+    if place is None and angles.pop(heads) != 1:
         return None
     for x in (q,) if spec.k is None else (q, k):
-        if type(x) is not Tensor or x.dtype is not q.dtype or x.dim() != q.dim():
+        if type(x) is not Tensor or x.dtype is not dtype or x.dim() != x_dim or x.is_nested:
             return None
-        if x.is_nested or x.device != q.device or x.shape[-1] != q.shape[-1]:
+        if x.device != device or x.shape[-1] != columns or x.stride(-1) != 1:
             return None
-        if x.stride(-1) != 1 or not _fits(spec, cos, x, place, heads):
+        if not _fits(angles, x, heads, spec.any_batch):
             return None
-    return rotate(spec, form[0], q, k, cos, sin, place)
+    return rotate(spec, form, q, k, cos, sin, place)
 
 
-def _looked_up(table: tuple[tuple[Any, ...], ...], length: int, *key: Any) -> Any:
-    """The rest of the row that begins with the key, of this length; None if there is none."""
-    for row in table:
-        if row[:length] == key:
-            return row[length:]
-    return None
-
-
-def _fits(spec: RopeSpec, cos: Tensor, x: Tensor, place: int | None, heads: int) -> bool:
-    """Whether cos is one for each position of x, or of each batch too."""
-    angles, rows = list(cos.shape[:-1]), list(x.shape[:-1])
+def _fits(angles: list[int], x: Tensor, heads: int, any_batch: bool) -> bool:
+    """Whether these leading sizes of cos are those of x, but for the heads; or of one batch."""
+    rows = [*x.shape[:-1]]
     del rows[heads]
-    if place is None and angles.pop(heads) != 1:
-        return False
-    batches = len(angles) - 1
-    for i, size in enumerate(reversed(angles)):
-        if size != rows[-1 - i] and not (spec.any_batch and size == 1 and i == batches > 0):
-            return False
-    return True
+    rows = rows[len(rows) - len(angles) :]
+    if rows == angles:
+        return True
+    return any_batch and len(angles) > 1 and angles[0] == 1 and rows[1:] == angles[1:]
