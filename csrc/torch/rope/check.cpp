@@ -88,13 +88,14 @@ void check_rope(const char* op, const OptionalTensor& q, const OptionalTensor& k
                   "fp8::", op, ": expected cos and sin of as many columns, got ", cos.sym_sizes(),
                   " and ", sin.sym_sizes());
   if (q) check_rotated(op, "q", *q, cos, sin, rotary);
+  if (q && k) {
+    FP8_CHECK_TYPE(q->scalar_type() == k->scalar_type(), "fp8::", op, ": expected k in q's dtype ",
+                   q->scalar_type(), ", got ", k->scalar_type());
+    FP8_CHECK_VALUE(k->dim() > 0 && q->sym_size(-1) == k->sym_size(-1), "fp8::", op,
+                    ": expected k of q's columns, ", q->sym_size(-1), ", got ", k->sym_sizes());
+    FP8_CHECK_SAME_DEVICE(op, "k", *k, "q", *q);
+  }
   if (k) check_rotated(op, "k", *k, cos, sin, rotary);
-  if (!q || !k) return;
-  FP8_CHECK_TYPE(q->scalar_type() == k->scalar_type(), "fp8::", op, ": expected k in q's dtype ",
-                 q->scalar_type(), ", got ", k->scalar_type());
-  FP8_CHECK_VALUE(q->sym_size(-1) == k->sym_size(-1), "fp8::", op, ": expected k of q's columns, ",
-                  q->sym_size(-1), ", got ", k->sym_sizes());
-  FP8_CHECK_SAME_DEVICE(op, "k", *k, "q", *q);
 }
 
 }  // namespace fp8
