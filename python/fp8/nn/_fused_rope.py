@@ -109,7 +109,7 @@ def rotations(kind: type[nn.Module]) -> dict[str, Rotation]:
 
 
 @functools.lru_cache(4096)
-def _called(code: CodeType) -> frozenset[str]:
+def _called(code: CodeType) -> tuple[str, ...]:
     """Names of globals that are nothing but that in the code."""
     kinds: dict[str, set[bool]] = {}
     for each in _codes(code):
@@ -117,7 +117,7 @@ def _called(code: CodeType) -> frozenset[str]:
             if instruction.opcode in dis.hasname:
                 is_global = instruction.opname == "LOAD_GLOBAL"
                 kinds.setdefault(instruction.argval, set()).add(is_global)
-    return frozenset(name for name, of in kinds.items() if of == {True})
+    return tuple(sorted(name for name, of in kinds.items() if of == {True}))
 
 
 def fused_class(base: type[nn.Module]) -> type[nn.Module]:
