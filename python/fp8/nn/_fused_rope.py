@@ -11,7 +11,6 @@ function made later is respected.
 
 import dis
 import functools
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType

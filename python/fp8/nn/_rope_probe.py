@@ -129,9 +129,7 @@ def _completed(function: FunctionType, spec: RopeSpec, shape: _Shape) -> RopeSpe
             if _agrees(function, spec, shape, dtypes=dtypes, rounding=rounding):
                 forms.append((*dtypes, spec.form(rounding)))
                 break
-    return spec._replace(
-        shapes=shapes, any_batch=any_batch, partial=partial, forms=tuple(forms)
-    )
+    return spec._replace(shapes=shapes, any_batch=any_batch, partial=partial, forms=tuple(forms))
 
 
 class _Inputs:
@@ -227,7 +225,9 @@ def _agrees(
         )
 
 
-def _same(a: "list[Tensor] | tuple[Tensor, ...] | None", b: "list[Tensor] | tuple[Tensor, ...]") -> bool:
+def _same(
+    a: "list[Tensor] | tuple[Tensor, ...] | None", b: "list[Tensor] | tuple[Tensor, ...]"
+) -> bool:
     """Whether their bits are."""
     return a is not None and all(map(_same_bits, a, b))
 

@@ -87,7 +87,7 @@ def rotated(spec: RopeSpec, q: Any, k: Any, cos: Any, sin: Any, axis: Any) -> Ro
         return None
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
         return None
-    for x_dtype, cos_dtype, form in spec.forms:
+    for x_dtype, cos_dtype, form in spec.forms:  # noqa: B007
         if x_dtype is dtype and cos_dtype is cos.dtype:
             break
     else:

@@ -25,8 +25,12 @@ def cats(q, k, cos, sin, unsqueeze_dim=1):
     """Leaves columns alone where cos has fewer."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     size = cos.shape[-1]
-    rotated = [torch.cat((x[..., :size] * cos + rotate_half(x[..., :size]) * sin, x[..., size:]), -1) for x in (q, k)]  # fmt: skip
-    return rotated[0], rotated[1]
+
+    def rotate(x):
+        turned, rest = x[..., :size], x[..., size:]
+        return torch.cat((turned * cos + rotate_half(turned) * sin, rest), dim=-1)
+
+    return rotate(q), rotate(k)
 
 
 def glms(q, k, cos, sin, unsqueeze_dim=1):

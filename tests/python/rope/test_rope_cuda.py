@@ -103,7 +103,8 @@ def test_rope_launches_one_kernel_each_way(layout):
         step(q, k, cos, sin, grads, layout=layout)
         torch.cuda.synchronize()
     kernels = [e.name for e in prof.events() if "kernel" in e.name.lower()]
-    assert len(kernels) == 2 and all("rope_kernel" in name for name in kernels), kernels
+    assert len(kernels) == 2, kernels
+    assert all("rope_kernel" in name for name in kernels), kernels
 
 
 def test_rope_of_two_devices_is_refused():

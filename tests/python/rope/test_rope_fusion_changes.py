@@ -40,7 +40,8 @@ def test_other_modules_of_the_class_keep_their_function(monkeypatch):
     others = [modules.Llamas(), modules.Inherited()]
     fused = fuse(modules.Llamas())
     assert modules.Llamas.forward.__code__.co_names.count("llamas") == 1
-    assert type(others[0]) is modules.Llamas and type(fused) is not modules.Llamas
+    assert type(others[0]) is modules.Llamas
+    assert type(fused) is not modules.Llamas
     assert modules.llamas.__module__ == "rope_modules"
     seen = calls_of(monkeypatch)
     original, called = modules.llamas.__code__, []
@@ -130,7 +131,8 @@ def test_forward_on_the_instance():
     module.forward = types.MethodType(lambda self, x, cos, sin: x, module)
     model = nn.ModuleList([module, modules.Llamas()])
     fuse(model)
-    assert not is_fused(module) and is_fused(model[1])
+    assert not is_fused(module)
+    assert is_fused(model[1])
     assert "its forward was replaced on the instance; convert before that" in line_of(model)
     model[1].forward = types.MethodType(lambda self, x, cos, sin: x, model[1])
     lines = fp8.summary(model)
@@ -221,7 +223,9 @@ def test_copies_and_pickles_are_fused(monkeypatch, name):
 
 def test_a_pickle_names_the_class_itself():
     text = pickle.dumps(fuse(modules.Llamas()), protocol=2)
-    assert b"_rotating_module" in text and b"Llamas" in text and b"_fp8_rope_" not in text
+    assert b"_rotating_module" in text
+    assert b"Llamas" in text
+    assert b"_fp8_rope_" not in text
 
 
 def test_pickle_is_read_where_nothing_was_fused(monkeypatch):

@@ -160,7 +160,8 @@ def test_modules_of_the_same_class_elsewhere_keep_theirs(monkeypatch):
     file = sys.modules[type(plain).__module__]
     forward, function = file.LlamaAttention.forward, file.apply_rotary_pos_emb
     convert(plain, True)
-    assert file.LlamaAttention.forward is forward and file.apply_rotary_pos_emb is function
+    assert file.LlamaAttention.forward is forward
+    assert file.apply_rotary_pos_emb is function
     seen = calls_of(monkeypatch)
     step(other)
     assert not seen

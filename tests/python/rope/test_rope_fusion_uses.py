@@ -159,7 +159,9 @@ def test_functions_of_torch_func(monkeypatch):
     plain = fp8.revert(copy.deepcopy(module))
     x, *angles = inputs(torch.float32)
     parameters = dict(module.named_parameters())
-    ours, theirs = (torch.func.functional_call(m, parameters, (x, *angles)) for m in (module, plain))
+    ours, theirs = (
+        torch.func.functional_call(m, parameters, (x, *angles)) for m in (module, plain)
+    )
     assert_same_bits(ours, theirs, "call")
     seen, q = calls_of(monkeypatch), torch.randn(2, 4, 6, 16)
 
