@@ -66,7 +66,7 @@ ROPE = [
         FUSION,
     ),
     Fault(
-        "a function that writes its angles is taken for a rotation",
+        "a function that writes what it is given is taken for a rotation",
         PROBE,
         "return [*made] if untouched and all",
         "return [*made] if all",

@@ -78,7 +78,7 @@ def detached(q, k, cos, sin, unsqueeze_dim=1):
 
 def in_place(q, k, cos, sin, unsqueeze_dim=1):
     made = llamas(q, k, cos, sin, unsqueeze_dim)
-    cos.zero_()
+    q.detach().zero_()
     return made
 
 
