@@ -5,13 +5,15 @@ from torch import nn
 
 from ..nn import _fused_rope
 from ..nn._calls import has_own_forward
+from ..nn._fused_classes import base_of
 from ..nn._fused_rope import (
     Rotation,
     fused_class,
     obstacle,
     original,
-    rotating_class,
     rotations,
+    with_stand_ins,
+    without_stand_ins,
 )
 from ..nn._rope_spec import RopeSpec
 from ._fusions import Fusable
@@ -36,7 +38,13 @@ def find(model: nn.Module) -> list[Fusable]:
 
 
 def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return next((base for k in kind.__mro__ if (base := original(k)) is not None), kind)
+    """Below what is fused of it, or of the class that it is made of."""
+    for each in kind.__mro__:
+        if (base := original(each)) is not None:
+            return base
+    while (base := base_of(kind)) is not None:
+        kind = base
+    return kind
 
 
 def _seems_to(rotation: Rotation) -> bool:
@@ -76,16 +84,16 @@ def apply(found: Fusable) -> None:
     """Changes the module's class; one that is fused takes that of its class's forward as it is."""
     module = found.module
     kind = type(module)
-    if is_fused(module) and original(kind) is None:
+    if is_fused(module) and without_stand_ins(kind) is None:
         return  # something made of a fused one
     if not has_own_forward(module):
         vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
-    module.__class__ = rotating_class(original(kind) or kind)
+    module.__class__ = with_stand_ins(kind)
 
 
 def undo(module: nn.Module) -> str | None:
     """Gives the module its class back; why not, if that cannot be."""
-    base = original(type(module))
+    base = without_stand_ins(type(module))
     if base is None:
         return f"its class is {type(module).__name__}, made of a fused one"
     if not has_own_forward(module):

@@ -21,7 +21,7 @@ from torch import nn
 from torch._C._functorch import peek_interpreter_stack as _transforms
 from torch.autograd import forward_ad
 
-from ._fused_classes import made_from, subclass
+from ._fused_classes import base_of, made_from, remade, subclass
 from ._rope_probe import may_rotate, probe
 from ._rope_spec import RopeSpec, rotated
 
@@ -99,6 +99,8 @@ def rotations(kind: type[nn.Module]) -> dict[str, Rotation]:
     function = own_function(kind)
     if not isinstance(function, FunctionType) or (kind.__module__ or "").startswith("torch.nn."):
         return {}
+    if any(base_of(base) is not None for base in kind.__mro__):
+        return {}  # made of a fused class
     found = {}
     for name in _called(function.__code__):
         value = function.__globals__.get(name)
@@ -138,6 +140,24 @@ def rotating_class(base: type[nn.Module]) -> type[nn.Module]:
             have[PREFIX + name] = _stand_in(have, name, rotation)
     result: type[nn.Module] = kind
     return result
+
+
+def with_stand_ins(kind: type[nn.Module]) -> type[nn.Module]:
+    """What a module of this class takes: below what else is fused of it, which calls the forward of
+    the class that it is made of, a class whose forward calls stand-ins."""
+    base = base_of(kind)
+    if base is None:
+        return rotating_class(kind)
+    return rotating_class(base) if original(kind) else remade(kind, with_stand_ins(base))
+
+
+def without_stand_ins(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The same backwards; None if there is no such class below what is fused."""
+    base = base_of(kind)
+    if base is None or original(kind):
+        return base
+    below = without_stand_ins(base)
+    return None if below is None else remade(kind, below)
 
 
 def rotating_module(base: type[nn.Module], *args: Any) -> nn.Module:

@@ -239,14 +239,14 @@ def test_pickle_is_read_where_nothing_was_fused(monkeypatch):
 
 def test_convert_that_fails_leaves_the_class(monkeypatch):
     model = nn.ModuleList([modules.Llamas(), modules.Cats()])
-    real = fp8.conversion._rope_fusion.rotating_class
+    real = fp8.conversion._rope_fusion.with_stand_ins
 
     def fails(kind):
         if kind is modules.Cats:
             raise RuntimeError("as if")
         return real(kind)
 
-    monkeypatch.setattr(fp8.conversion._rope_fusion, "rotating_class", fails)
+    monkeypatch.setattr(fp8.conversion._rope_fusion, "with_stand_ins", fails)
     with pytest.raises(RuntimeError, match="as if"):
         fuse(model)
     assert [type(m) for m in model] == [modules.Llamas, modules.Cats]
