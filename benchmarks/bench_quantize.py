@@ -6,7 +6,7 @@ that the operator must move.
 
 And the passes between the grouped products of moe_experts, by profile (passes.py), beside the pass
 over the rows of a matrix that they are held against, at 67 to 940 MB of gates and ups;
-and norms, by profile too (norms.py).
+and norms and rotary position embedding, by profile too (norms.py, ropes.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import mlp_passes
 import norms
 import passes
+import ropes
 import tables
 import timing
 import torch
@@ -84,7 +85,8 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
         torch.cuda.empty_cache()
     quick = passes.INPUT_MB[:1] if options.quick else passes.INPUT_MB
     rows += passes.measure(5, quick) + mlp_passes.measure(5, quick)
-    return rows + norms.measure(10, norms.SHAPES[:1] if options.quick else norms.SHAPES), {}
+    rows += norms.measure(10, norms.SHAPES[:1] if options.quick else norms.SHAPES)
+    return rows + ropes.measure(10, ropes.SHAPES[:1] if options.quick else ropes.SHAPES), {}
 
 
 def table(rows: list[Row]) -> str:

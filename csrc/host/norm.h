@@ -16,7 +16,7 @@
 #include <cmath>
 
 #include "fp8/core_norm.h"
-#include "host/formats.h"
+#include "host/arithmetic.h"
 #include "host/launch.h"
 
 namespace fp8 {
@@ -100,20 +100,6 @@ struct Divisor {
 };
 
 // --- formulas ---------------------------------------------------------------------------------
-
-#ifdef __CUDA_ARCH__
-FP8_HOST_DEVICE inline float mul(float a, float b) { return __fmul_rn(a, b); }
-FP8_HOST_DEVICE inline float add(float a, float b) { return __fadd_rn(a, b); }
-FP8_HOST_DEVICE inline float sub(float a, float b) { return __fsub_rn(a, b); }
-FP8_HOST_DEVICE inline float divide(float a, float b) { return __fdiv_rn(a, b); }
-FP8_HOST_DEVICE inline float root(float a) { return __fsqrt_rn(a); }
-#else
-FP8_HOST_DEVICE inline float mul(float a, float b) { return a * b; }
-FP8_HOST_DEVICE inline float add(float a, float b) { return a + b; }
-FP8_HOST_DEVICE inline float sub(float a, float b) { return a - b; }
-FP8_HOST_DEVICE inline float divide(float a, float b) { return a / b; }
-FP8_HOST_DEVICE inline float root(float a) { return sqrtf(a); }
-#endif
 
 // From the sum of squares, of x or of x - mean.
 FP8_HOST_DEVICE inline float rstd_of(float squares, float cols, float eps) {

@@ -10,6 +10,7 @@ from faults_host import HOST
 from faults_mlp import MLPS
 from faults_norm import NORM
 from faults_python import PYTHON
+from faults_rope import ROPE
 from faults_torch import TORCH
 
-FAULTS: list[Fault] = [*PYTHON, *CONVERT, *TORCH, *HOST, *CPU, *NORM, *MLPS, *CUDA]
+FAULTS: list[Fault] = [*PYTHON, *CONVERT, *TORCH, *HOST, *CPU, *NORM, *ROPE, *MLPS, *CUDA]

@@ -39,8 +39,10 @@ from fuzz_matmul import MATMUL  # noqa: E402
 from fuzz_moe import MOE  # noqa: E402
 from fuzz_norm import NORM  # noqa: E402
 from fuzz_quantize import DEQUANTIZE, QUANTIZE  # noqa: E402
+from fuzz_rope import ROPE  # noqa: E402
 
-FAMILIES = {f.name: f for f in (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, DELAYED, GROUPED, MOE, NORM)}
+_ALL = (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, DELAYED, GROUPED, MOE, NORM, ROPE)
+FAMILIES = {f.name: f for f in _ALL}
 SECONDS = {"cpu": 180, "cuda": 300}
 LAST_CASE = ROOT / "build" / "fuzz" / "last_case.txt"  # for a case that ends the process
 SHRINK_SECONDS = 20.0

@@ -65,6 +65,8 @@ def convert(
             none; or names, then in any model.
             "norms": RMSNorm and LayerNorm modules (`fp8.ops.rms_norm`, `fp8.ops.layer_norm`), in
             their own precision; values change by the order of float32 sums.
+            "rope": modules whose forward rotates q and k by a function of its file
+            (`fp8.ops.rope`), with the same bits; other modules keep that function.
             "mlp": MLPs, gated, merged or plain, whose linears run in FP8, as one node
             (`fp8.ops.mlp`), with the same bits but for the input's gradient through two weights,
             which is rounded once less.

@@ -38,6 +38,7 @@ def fusions() -> tuple[Fusion, ...]:
     """All of them, in the order in which they are applied."""
     from . import _mlp_fusion as mlp
     from . import _norm_fusion as norms
+    from . import _rope_fusion as rope
 
     return (
         Fusion(
@@ -58,6 +59,15 @@ def fusions() -> tuple[Fusion, ...]:
             undo=mlp.undo,
             describe=mlp.describe,
             unable=mlp.unable,
+        ),
+        Fusion(
+            name="rope",
+            find=rope.find,
+            is_fused=rope.is_fused,
+            stale=rope.stale,
+            apply=rope.apply,
+            undo=rope.undo,
+            describe=rope.describe,
         ),
     )
 
