@@ -10,6 +10,7 @@
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
+#include "torch/merged/merged.h"
 #include "torch/mlp/mlp.h"
 #include "torch/norm/norm_ops.h"
 #include "torch/quantize/memory.h"
@@ -63,6 +64,10 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
       " Tensor? input_scale=None, Tensor(a!)? history=None) -> Tensor",
+      tags);
+  m.def(
+      "merged_linear(Tensor x, Tensor[] weights, Tensor?[] biases, str recipe=\"tensorwise\", *,"
+      " Tensor(a!)? history=None) -> Tensor[]",
       tags);
   const std::string grouped_recipe =
       fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
@@ -130,6 +135,22 @@ TORCH_LIBRARY(fp8, m) {
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
       " bool overwrite, Tensor? stand_in, *, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> Tensor",
+      tags);
+  // What merged_linear is differentiated through, and merged_linear out of place.
+  m.def(
+      "_merged_forward(Tensor x, Tensor[] weights, Tensor? bias, int recipe, bool save_x_t,"
+      " bool save_weight_amax, *, Tensor(a!)? history=None)"
+      " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
+      tags);
+  m.def(
+      "_merged_backward(Tensor[] dys, Tensor? x, Tensor? x_t_scale, Tensor[] weights,"
+      " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, int needs_dweight,"
+      " bool needs_dbias, *, Tensor(a!)? history=None)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      tags);
+  m.def(
+      "_merged_linear_functional(Tensor x, Tensor[] weights, Tensor?[] biases, str recipe,"
+      " Tensor? history) -> (Tensor y, Tensor next_history)",
       tags);
   // What mlp is differentiated through, and mlp out of place.
   m.def(
@@ -200,6 +221,8 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, fused_linear);
   FP8_KERNEL(composite, _fused_linear_into);
   FP8_KERNEL(composite, _fused_linear_functional);
+  FP8_KERNEL(composite, merged_linear);
+  FP8_KERNEL(composite, _merged_linear_functional);
   FP8_KERNEL(composite, mlp);
   FP8_KERNEL(composite, grouped_linear);
   FP8_KERNEL(composite, moe_experts);
@@ -225,6 +248,8 @@ void register_kernels(torch::Library& m) {
   FP8_KERNEL(kernel, _scaled_mm_accumulate);
   FP8_KERNEL(kernel, _linear_forward);
   FP8_KERNEL(kernel, _linear_backward);
+  FP8_KERNEL(kernel, _merged_forward);
+  FP8_KERNEL(kernel, _merged_backward);
   FP8_KERNEL(kernel, _mlp_forward);
   FP8_KERNEL(kernel, _mlp_backward);
   FP8_KERNEL(kernel, _grouped_forward);
@@ -262,6 +287,8 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
+  m.impl("_merged_forward", TORCH_FN(fp8::meta::_merged_forward));
+  m.impl("_merged_backward", TORCH_FN(fp8::meta::_merged_backward));
   m.impl("_mlp_forward", TORCH_FN(fp8::meta::_mlp_forward));
   m.impl("_mlp_backward", TORCH_FN(fp8::meta::_mlp_backward));
   m.impl("_grouped_forward", TORCH_FN(fp8::meta::_grouped_forward));
@@ -272,7 +299,7 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_norm_backward", TORCH_FN(fp8::meta::_norm_backward));
 }
 
-// Only the linear ops, mlp, moe_experts and the norms have a gradient. The others say so when a
+// Only the linear ops, merged_linear, mlp, moe_experts and the norms have a gradient. The others say so when a
 // backward reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
@@ -284,6 +311,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("layer_norm", TORCH_FN(fp8::autograd::layer_norm));
   m.impl("add_rms_norm", TORCH_FN(fp8::autograd::add_rms_norm));
   m.impl("_norm_backward", TORCH_FN(fp8::autograd::_norm_backward));
+  m.impl("merged_linear", TORCH_FN(fp8::autograd::merged_linear));
   m.impl("mlp", TORCH_FN(fp8::autograd::mlp));
   for (const char* op : {"quantize_tensorwise",
                          "quantize_rowwise",
@@ -302,6 +330,8 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
                          "_grouped_backward",
                          "_moe_forward",
                          "_moe_backward",
+                         "_merged_forward",
+                         "_merged_backward",
                          "_mlp_forward",
                          "_mlp_backward",
                          "_norm_forward"}) {
@@ -312,6 +342,8 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
 // Counts the in-place write, so that autograd sees a changed tensor.
 TORCH_LIBRARY_IMPL(fp8, ADInplaceOrView, m) {
   m.impl("_linear_forward", TORCH_FN(fp8::in_place::_linear_forward));
+  m.impl("_merged_forward", TORCH_FN(fp8::in_place::_merged_forward));
+  m.impl("_merged_backward", TORCH_FN(fp8::in_place::_merged_backward));
   m.impl("_mlp_forward", TORCH_FN(fp8::in_place::_mlp_forward));
   m.impl("_mlp_backward", TORCH_FN(fp8::in_place::_mlp_backward));
   m.impl("scaled_mm_accumulate_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());

@@ -1,0 +1,52 @@
+// What merged_linear refuses, for every device and for fake tensors alike.
+#include "fp8/core.h"
+#include "torch/common/recipe.h"
+#include "torch/common/tensors.h"
+#include "torch/linear/linear.h"
+#include "torch/merged/merged.h"
+
+namespace fp8 {
+namespace {
+
+void check_weight(size_t i, const at::Tensor& weight, const at::Tensor& x) {
+  FP8_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "fp8::merged_linear: expected weight ", i,
+                 " in x's dtype ", x.scalar_type(), ", got ", weight.scalar_type());
+  FP8_CHECK_VALUE(weight.dim() == 2, "fp8::merged_linear: expected weight ", i,
+                  " [N, K], got shape ", weight.sym_sizes());
+  FP8_CHECK_VALUE(x.sym_size(-1) == weight.sym_size(1),
+                  "fp8::merged_linear: x and weight ", i, " must share K, got x=", x.sym_sizes(),
+                  ", weight=", weight.sym_sizes(), " (weight is [N, K])");
+  FP8_CHECK_SAME_DEVICE("merged_linear", "a weight", weight, "x", x);
+}
+
+void check_bias(size_t i, const at::Tensor& bias, const at::Tensor& weight, const at::Tensor& x) {
+  FP8_CHECK_TYPE(bias.scalar_type() == x.scalar_type(), "fp8::merged_linear: expected bias ", i,
+                 " in x's dtype ", x.scalar_type(), ", got ", bias.scalar_type());
+  FP8_CHECK_VALUE(bias.dim() == 1 && bias.sym_size(0) == weight.sym_size(0),
+                  "fp8::merged_linear: expected bias ", i, " of shape [N] = [", weight.sym_size(0),
+                  "], got ", bias.sym_sizes());
+  FP8_CHECK_SAME_DEVICE("merged_linear", "a bias", bias, "x", x);
+}
+
+}  // namespace
+
+void check_merged(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                  int64_t recipe, const std::optional<at::Tensor>& history) {
+  FP8_CHECK_HIGH_PRECISION("merged_linear", "x", x);
+  FP8_CHECK_VALUE(x.dim() >= 1,
+                  "fp8::merged_linear: expected x of at least one dimension, got a scalar");
+  FP8_CHECK_VALUE(!weights.empty() && weights.size() <= merged::kMaxParts,
+                  "fp8::merged_linear: expected 1 to ", merged::kMaxParts, " weights, got ",
+                  weights.size());
+  FP8_CHECK_VALUE(biases.empty() || biases.size() == weights.size(),
+                  "fp8::merged_linear: expected a bias or None for each of ", weights.size(),
+                  " weights, or no biases, got ", biases.size());
+  for (size_t i = 0; i < weights.size(); ++i) check_weight(i, weights[i], x);
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const std::optional<at::Tensor> bias = biases.get(i);
+    if (bias) check_bias(i, *bias, weights[i], x);
+  }
+  if (history) check_history(*history, recipe_at(recipe), x);
+}
+
+}  // namespace fp8
