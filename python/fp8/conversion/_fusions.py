@@ -39,6 +39,7 @@ def fusions() -> tuple[Fusion, ...]:
     """All of them, in the order in which they are applied."""
     from . import _mlp_fusion as mlp
     from . import _norm_fusion as norms
+    from . import _sibling_fusion as siblings
 
     return (
         Fusion(
@@ -60,6 +61,16 @@ def fusions() -> tuple[Fusion, ...]:
             describe=mlp.describe,
             unable=mlp.unable,
             by_default=False,
+        ),
+        Fusion(
+            name="siblings",
+            find=siblings.find,
+            is_fused=siblings.is_fused,
+            stale=siblings.stale,
+            apply=siblings.apply,
+            undo=siblings.undo,
+            describe=siblings.describe,
+            unable=siblings.unable,
         ),
     )
 
