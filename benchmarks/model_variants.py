@@ -51,7 +51,7 @@ def ours(recipe: str, compiled: bool = False) -> Peer:
 
 def with_mlps(recipe: str) -> Peer:
     """MLPs as one node too, which fp8.convert does where it is asked to."""
-    peer = peers.ours(recipe, everything=False, fuse=frozenset({"norms", "mlp"}))
+    peer = peers.ours(recipe, everything=False, fuse=frozenset({"norms", "mlp", "siblings"}))
     return Peer(f"{peer.name}, MLPs fused", peer.make, settle=peer.settle)
 
 

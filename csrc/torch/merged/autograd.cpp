@@ -63,7 +63,7 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
     std::vector<int64_t> flags;
     for (size_t i = 0; i < weights.size(); ++i) {
       if (dx) saved.push_back(weights[i]);
-      const OptionalTensor bias = options->biases.empty() ? std::nullopt : options->biases.get(i);
+      const OptionalTensor bias = merged::bias_of(options->biases, i);
       bias_at.push_back(bias ? next++ : 0);
       flags.push_back((weights[i].requires_grad() ? kWeight : 0) | (wants_grad(bias) ? kBias : 0));
     }
@@ -147,8 +147,8 @@ std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::TensorList weight
                                       const OptionalTensor& history) {
   const int64_t id = recipe_id(recipe);
   std::vector<at::Tensor> present;
-  for (size_t i = 0; i < biases.size(); ++i) {
-    const OptionalTensor bias = biases.get(i);
+  for (size_t i = 0; biases && i < biases->size(); ++i) {
+    const OptionalTensor bias = biases->get(i);
     if (bias) present.push_back(*bias);
   }
   bool tangent = has_tangent(x);

@@ -38,12 +38,12 @@ void check_merged(const at::Tensor& x, at::TensorList weights, const OptionalTen
   FP8_CHECK_VALUE(!weights.empty() && weights.size() <= merged::kMaxParts,
                   "fp8::merged_linear: expected 1 to ", merged::kMaxParts, " weights, got ",
                   weights.size());
-  FP8_CHECK_VALUE(biases.empty() || biases.size() == weights.size(),
+  FP8_CHECK_VALUE(!biases || biases->size() == weights.size(),
                   "fp8::merged_linear: expected a bias or None for each of ", weights.size(),
-                  " weights, or no biases, got ", biases.size());
-  for (size_t i = 0; i < weights.size(); ++i) check_weight(i, weights[i], x);
-  for (size_t i = 0; i < biases.size(); ++i) {
-    const std::optional<at::Tensor> bias = biases.get(i);
+                  " weights, got ", biases ? biases->size() : 0);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_weight(i, weights[i], x);
+    const std::optional<at::Tensor> bias = merged::bias_of(biases, i);
     if (bias) check_bias(i, *bias, weights[i], x);
   }
   if (history) check_history(*history, recipe_at(recipe), x);

@@ -50,18 +50,33 @@ bool is_tensorwise(const Recipe& recipe) { return recipe.granularity == Granular
 
 void check_private(const at::Tensor& x, at::TensorList weights, const OptionalTensor& bias,
                    int64_t recipe, const OptionalTensor& history) {
-  check_merged(x, weights, OptionalTensors(), recipe, history);
+  check_merged(x, weights, std::nullopt, recipe, history);
   FP8_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->sym_size(0) == sum_of(weights, 0)),
                   "fp8::_merged_forward: expected bias of shape [", sum_of(weights, 0), "], got ",
                   bias ? bias->sym_sizes() : c10::SymIntArrayRef());
 }
 
-void check_backward(at::TensorList dys, at::TensorList weights, bool needs_dx, int64_t recipe,
-                    const OptionalTensor& history) {
+void check_backward(at::TensorList dys, at::TensorList weights, const c10::SymInt& in_features,
+                    bool needs_dx, int64_t recipe, const OptionalTensor& history) {
   FP8_CHECK_VALUE(!dys.empty(), "fp8::_merged_backward: expected a gradient, got none");
   FP8_CHECK_VALUE(weights.empty() ? !needs_dx : weights.size() == dys.size(),
                   "fp8::_merged_backward: expected a weight for each of ", dys.size(),
                   " gradients, got ", weights.size());
+  const auto leading = [](const at::Tensor& dy) {
+    return dy.sym_sizes().slice(0, std::max<int64_t>(dy.dim() - 1, 0));
+  };
+  for (size_t i = 0; i < dys.size(); ++i) {
+    const at::Tensor& dy = dys[i];
+    FP8_CHECK_VALUE(dy.dim() >= 1 && leading(dy) == leading(dys.front()),
+                    "fp8::_merged_backward: expected gradients of one leading shape, got ",
+                    dys.front().sym_sizes(), " and ", dy.sym_sizes());
+    if (weights.empty()) continue;
+    const at::Tensor& weight = weights[i];
+    FP8_CHECK_VALUE(weight.dim() == 2 && weight.sym_size(0) == dy.sym_size(-1) &&
+                        weight.sym_size(1) == in_features,
+                    "fp8::_merged_backward: expected weight ", i, " of shape [", dy.sym_size(-1),
+                    ", ", in_features, "], got ", weight.sym_sizes());
+  }
   if (history) check_history(*history, recipe_at(recipe), dys.front());
 }
 
@@ -187,11 +202,13 @@ std::optional<at::Tensor> merged::joined_bias(at::TensorList weights,
                                               const OptionalTensors& biases) {
   std::vector<at::Tensor> parts;
   bool any = false;
-  for (size_t i = 0; i < biases.size(); ++i) {
-    const OptionalTensor bias = biases.get(i);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const OptionalTensor bias = bias_of(biases, i);
     any = any || bias.has_value();
-    parts.push_back(bias ? *bias
-                         : at::zeros_symint({weights[i].sym_size(0)}, weights[i].options()));
+    if (bias) parts.push_back(*bias);
+    if (!bias && biases) {
+      parts.push_back(at::zeros_symint({weights[i].sym_size(0)}, weights[i].options()));
+    }
   }
   return any ? std::optional(at::cat(parts)) : std::nullopt;
 }
@@ -256,7 +273,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _merged_backward(
     at::TensorList weights, const OptionalTensor& weight_amax, c10::SymInt in_features,
     int64_t recipe_id, bool needs_dx, int64_t needs_dweight, bool needs_dbias,
     const OptionalTensor& history) {
-  check_backward(dys, weights, needs_dx, recipe_id, history);
+  check_backward(dys, weights, in_features, needs_dx, recipe_id, history);
   const at::Tensor& like = dys.front();
   const c10::DeviceGuard guard(like.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -336,7 +353,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _merged_backward(
     at::TensorList weights, const OptionalTensor& /*weight_amax*/, c10::SymInt in_features,
     int64_t recipe, bool needs_dx, int64_t needs_dweight, bool needs_dbias,
     const OptionalTensor& history) {
-  check_backward(dys, weights, needs_dx, recipe, history);
+  check_backward(dys, weights, in_features, needs_dx, recipe, history);
   const at::Tensor& like = dys.front();
   c10::SymInt wanted = 0;
   for (size_t i = 0; i < dys.size(); ++i) {

@@ -16,7 +16,7 @@
 
 namespace fp8 {
 
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+using OptionalTensors = std::optional<c10::List<std::optional<at::Tensor>>>;
 
 namespace kernel {
 
@@ -59,7 +59,7 @@ namespace composite {
 std::vector<at::Tensor> merged_linear(
     const at::Tensor& x,            // [..., K]
     at::TensorList weights,         // [N_i, K] each
-    const OptionalTensors& biases,  // [N_i] each; as many as weights, or none
+    const OptionalTensors& biases,  // [N_i] or none each, as many as weights
     std::string_view recipe,
     const std::optional<at::Tensor>& history);  // [3, kAmaxHistorySize] int32, `delayed`
 
@@ -68,7 +68,7 @@ std::vector<at::Tensor> merged_linear(
 std::tuple<at::Tensor, at::Tensor> _merged_linear_functional(
     const at::Tensor& x,            // [..., K]
     at::TensorList weights,         // [N_i, K] each
-    const OptionalTensors& biases,  // [N_i] each; as many as weights, or none
+    const OptionalTensors& biases,  // [N_i] or none each, as many as weights
     std::string_view recipe,
     const std::optional<at::Tensor>& history);  // [3, kAmaxHistorySize] int32
 
@@ -81,6 +81,11 @@ decltype(composite::merged_linear) merged_linear;
 namespace merged {
 
 inline constexpr size_t kMaxParts = 62;  // bits of needs_dweight
+
+// That of the i-th weight, if there is one.
+inline std::optional<at::Tensor> bias_of(const OptionalTensors& biases, size_t i) {
+  return biases ? biases->get(i) : std::nullopt;
+}
 
 // The biases as one, zeros where a weight has none; none where none has.
 std::optional<at::Tensor> joined_bias(at::TensorList weights, const OptionalTensors& biases);

@@ -53,7 +53,10 @@ std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::TensorList weight
   std::vector<at::Tensor> cast_weights;
   for (const at::Tensor& weight : weights) cast_weights.push_back(cast(weight));
   OptionalTensors cast_biases;
-  for (size_t i = 0; i < biases.size(); ++i) cast_biases.push_back(cast(biases.get(i)));
+  if (biases) cast_biases.emplace();
+  for (size_t i = 0; biases && i < biases->size(); ++i) {
+    cast_biases->push_back(cast(biases->get(i)));
+  }
   static const auto op = find<decltype(composite::merged_linear)>("fp8::merged_linear");
   return op.call(cast(x), cast_weights, cast_biases, recipe, history);
 }

@@ -92,10 +92,11 @@ std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::TensorList weight
     plain_weights.push_back(unwrapped(weight));
   }
   OptionalTensors plain_biases;
-  for (size_t i = 0; i < biases.size(); ++i) {
-    const std::optional<at::Tensor> bias = biases.get(i);
+  if (biases) plain_biases.emplace();
+  for (size_t i = 0; biases && i < biases->size(); ++i) {
+    const std::optional<at::Tensor> bias = biases->get(i);
     functional = functional || impl::isFunctionalTensor(bias);
-    plain_biases.push_back(unwrapped(bias));
+    plain_biases->push_back(unwrapped(bias));
   }
   const std::optional<at::Tensor> plain_history = unwrapped(history);
   at::Tensor whole;

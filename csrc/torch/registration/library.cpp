@@ -66,8 +66,8 @@ TORCH_LIBRARY(fp8, m) {
       " Tensor? input_scale=None, Tensor(a!)? history=None) -> Tensor",
       tags);
   m.def(
-      "merged_linear(Tensor x, Tensor[] weights, Tensor?[] biases, str recipe=\"tensorwise\", *,"
-      " Tensor(a!)? history=None) -> Tensor[]",
+      "merged_linear(Tensor x, Tensor[] weights, Tensor?[]? biases=None,"
+      " str recipe=\"tensorwise\", *, Tensor(a!)? history=None) -> Tensor[]",
       tags);
   const std::string grouped_recipe =
       fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
@@ -149,7 +149,7 @@ TORCH_LIBRARY(fp8, m) {
       " -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
   m.def(
-      "_merged_linear_functional(Tensor x, Tensor[] weights, Tensor?[] biases, str recipe,"
+      "_merged_linear_functional(Tensor x, Tensor[] weights, Tensor?[]? biases, str recipe,"
       " Tensor? history) -> (Tensor y, Tensor next_history)",
       tags);
   // What mlp is differentiated through, and mlp out of place.

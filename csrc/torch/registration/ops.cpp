@@ -117,7 +117,9 @@ std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tens
                                       std::string_view recipe,
                                       const std::optional<at::Tensor>& history) {
   static const auto op = find<decltype(composite::merged_linear)>("fp8::merged_linear");
-  return op.call(x, weights, OptionalTensors(biases), recipe, history);
+  OptionalTensors given;
+  if (!biases.empty()) given.emplace(biases);
+  return op.call(x, weights, given, recipe, history);
 }
 
 at::Tensor make_history(const at::TensorOptions& options) {

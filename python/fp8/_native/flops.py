@@ -8,7 +8,7 @@ it is not imported here.
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,16 @@ def _linear_backward(
 ) -> int:
     products = needs_dx + needs_dweight
     return 2 * dy.numel() * in_features * products
+
+
+def _merged(x: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+    return 2 * x.numel() * sum(weight[0] for weight in weights)
+
+
+def _merged_backward(dys: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+    in_features, _, needs_dx, needs_dweight = args[4:8]
+    elements = (dy.numel() * (needs_dx + (needs_dweight >> i & 1)) for i, dy in enumerate(dys))
+    return 2 * int(in_features) * sum(elements)
 
 
 def _scaled_mm(a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
@@ -138,6 +148,10 @@ FORMULAS = {
     _ops.moe_experts: _moe,
     _ops._moe_forward: _moe,
     _ops._moe_backward: _moe_backward,
+    _ops.merged_linear: _merged,
+    _ops._merged_linear_functional: _merged,
+    _ops._merged_forward: _merged,
+    _ops._merged_backward: _merged_backward,
     _ops.mlp: _mlp,
     _ops._mlp_forward: _mlp,
     _ops._mlp_backward: _mlp_backward,

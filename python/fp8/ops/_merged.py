@@ -17,7 +17,7 @@ def merged_linear(
     recipe: str | Recipe = "tensorwise",
     *,
     history: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """y_i = x · weights[i]ᵀ + biases[i] in FP8, all of them in one product, differentiable once.
 
     For layers that read the same x, as q, k and v of attention or gate and up of an MLP. Values and
@@ -51,6 +51,6 @@ def merged_linear(
         (torch.Size([2, 32]), torch.Size([2, 16]))
     """
     results: list[Tensor] = _ops.merged_linear.default(
-        x, list(weights), [] if biases is None else list(biases), str(recipe), history=history
+        x, weights, biases, str(recipe), history=history
     )
-    return tuple(results)
+    return results
