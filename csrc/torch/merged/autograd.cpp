@@ -88,8 +88,10 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
                                                                             bias_at.end()));
     variable_list result(arguments + 1);  // and the options
     const variable_list saved = ctx->get_saved_variables();
-    const bool dx = ctx->saved_data["dx"].toBool() && ctx->needs_input_grad(0);
-    // What this backward is for, of what the forward could foresee.
+    const bool dx_foreseen = ctx->saved_data["dx"].toBool();
+    const bool dx = dx_foreseen && ctx->needs_input_grad(0);
+    // What this backward is for, of what the forward could foresee. A part stays even if nothing of
+    // it is asked for: its gradient has a share in the scale, whatever the backward is for.
     std::vector<at::Tensor> dys;
     std::vector<at::Tensor> weights;
     std::vector<int64_t> parts;
@@ -99,7 +101,7 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
       if (!grads[i].defined()) continue;
       const bool dweight = (flags[i] & kWeight) != 0 && ctx->needs_input_grad(1 + i);
       const bool dbias = (flags[i] & kBias) != 0 && ctx->needs_input_grad(bias_at[i]);
-      if (!dx && !dweight && !dbias) continue;
+      if (!dx_foreseen && flags[i] == 0) continue;
       if (dweight) needs_dweight |= int64_t{1} << parts.size();
       needs_dbias = needs_dbias || dbias;
       parts.push_back(i);
