@@ -188,7 +188,7 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
             result = _within(scope, base, self, args, kwargs)
             if notes is not None:
                 notes.learn(APART)
-        if notes is not None and (unused := scope.left_over()):
+        if notes is not None and (unused := scope.in_vain()):
             for group in groups_of(self, base):
                 if tuple(group.values()) in unused:
                     notes.learn(tuple(group))

@@ -26,12 +26,13 @@ class _Ready(NamedTuple):
 class Scope:
     """One call of a parent."""
 
-    __slots__ = ("_groups", "_merge", "_ready", "_started", "outer")
+    __slots__ = ("_groups", "_merge", "_ready", "_refused", "_started", "outer")
 
     def __init__(self, groups: Sequence[Sequence[nn.Module]], merge: Merge) -> None:
         self._groups = {layer: group for group in groups for layer in group}
         self._merge = merge
         self._ready: dict[nn.Module, _Ready] = {}
+        self._refused: list[nn.Module] = []  # that computed alone although there was an output
         self._started: list[Sequence[nn.Module]] = []
         self.outer: Scope | None = None
 
@@ -42,7 +43,10 @@ class Scope:
             return None
         ready = self._ready.pop(layer, None)
         if ready is not None:
-            return ready.output if _same(ready.made_of, _made_of(layer, x)) else None
+            if _same(ready.made_of, _made_of(layer, x)):
+                return ready.output
+            self._refused.append(layer)
+            return None
         if any(group is started for started in self._started):
             return None
         self._started.append(group)
@@ -62,9 +66,10 @@ class Scope:
         """Whether layers were computed together."""
         return bool(self._started)
 
-    def left_over(self) -> list[Sequence[nn.Module]]:
-        """Groups that were computed although one of them was not called."""
-        return [group for group in self._started if any(layer in self._ready for layer in group)]
+    def in_vain(self) -> list[Sequence[nn.Module]]:
+        """Groups of which an output was computed that its layer did not take."""
+        left = {*self._ready, *self._refused}
+        return [group for group in self._started if any(layer in left for layer in group)]
 
 
 class _Local(threading.local):
