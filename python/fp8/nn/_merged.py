@@ -26,15 +26,21 @@ def merged(x: Tensor, layers: Sequence[Any]) -> list[Tensor] | None:
         return None
     if differ(layers) is not None or _has_any_global_hook():
         return None
+    if not is_compiling() and _is_watched():
+        return None
     weights = [layer._parameters["weight"] for layer in layers]
     if x.device != weights[0].device or any(w.shape[1:] != x.shape[-1:] for w in weights):
-        return None
-    if not is_compiling() and (_transforms() is not None or forward_ad._current_level >= 0):
         return None
     history = _histories.of(layers[0]) if layers[0].recipe[:7] == "delayed" else None
     biases = [layer._parameters["bias"] for layer in layers]
     outputs: list[Tensor] = _merged_linear(x, weights, biases, layers[0].recipe, history=history)
     return outputs
+
+
+def _is_watched() -> bool:
+    """Whether torch.func, forward-mode AD or TorchScript's tracer look on: the first two do not
+    have the operator's rules, the last cannot write down what it is given."""
+    return _transforms() is not None or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 class MergedLinear(nn.Module):

@@ -137,7 +137,7 @@ class Writes(Attention):
 
     def forward(self, x):
         q = self.a(x)
-        torch.mul(x, 2, out=x)
+        x.mul_(2)
         return q[..., : K // 2] + self.b(x) + self.c(x)
 
 
