@@ -1,5 +1,5 @@
-"""The quantizations of ops.merged_linear, which read several tensors, by their names in a profile of
-whole steps, as passes.py has those of experts: weights one below the other, gradients side by
+"""The quantizations of ops.merged_linear, which read several tensors, by their names in a profile
+of whole steps, as passes.py has those of experts: weights one below the other, gradients side by
 side."""
 
 from __future__ import annotations

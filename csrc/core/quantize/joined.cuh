@@ -40,7 +40,7 @@ struct JoinedTensors {
 template <typename T>
 struct StackedSource {
   using Element = T;
-  using TensorFormat = E4M3;  // with one scale
+  using TensorFormat = E4M3;            // with one scale
   static constexpr int kMinBlocks = 3;  // four would spill where rows and columns have scales
   static constexpr Granularity kBlocks = Granularity::kBlock128x128;
   JoinedTensors<T> tensors;
@@ -92,7 +92,8 @@ Source<T> joined_source(const JoinedArgs& args) {
     }
     const JoinedPart& part = args.parts[i];
     // As an integer: it may lie outside of what was allocated.
-    const auto shift = static_cast<uintptr_t>(begin * (args.side_by_side ? 1 : part.ld)) * sizeof(T);
+    const auto shift =
+        static_cast<uintptr_t>(begin * (args.side_by_side ? 1 : part.ld)) * sizeof(T);
     const uintptr_t place = reinterpret_cast<uintptr_t>(part.x) - shift;
     source.tensors.places[i] = {reinterpret_cast<const T*>(place), static_cast<int32_t>(part.ld)};
     source.tensors.begin[i] = static_cast<int32_t>(begin);

@@ -1,5 +1,5 @@
-// fp8/nn.h: fp8::nn::Linear, a LibTorch module like torch::nn::Linear whose products run in FP8, and
-// fp8::nn::MergedLinear, several of one input.
+// fp8/nn.h: fp8::nn::Linear, a LibTorch module like torch::nn::Linear whose products run in FP8,
+// and fp8::nn::MergedLinear, several of one input.
 //
 //   fp8::nn::Linear layer(fp8::nn::LinearOptions(4096, 14336).bias(false).recipe("rowwise"));
 //   torch::Tensor y = layer(x);  // x [..., 4096] -> y [..., 14336]

@@ -83,9 +83,9 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
     const auto flags = ctx->saved_data["flags"].toIntVector();
     const auto bias_at = ctx->saved_data["bias_at"].toIntVector();
     const int64_t count = static_cast<int64_t>(flags.size());
-    const int64_t arguments = 1 + std::max(count, bias_at.empty() ? 0 : *std::max_element(
-                                                                            bias_at.begin(),
-                                                                            bias_at.end()));
+    const int64_t arguments =
+        1 +
+        std::max(count, bias_at.empty() ? 0 : *std::max_element(bias_at.begin(), bias_at.end()));
     variable_list result(arguments + 1);  // and the options
     const variable_list saved = ctx->get_saved_variables();
     const bool dx_foreseen = ctx->saved_data["dx"].toBool();

@@ -22,6 +22,7 @@
 #include "torch/linear/linear.h"
 #include "torch/linear/steps.h"
 #include "torch/matmul/matmul.h"
+#include "torch/merged/shared.h"
 #include "torch/quantize/memory.h"
 
 namespace fp8 {
@@ -29,56 +30,11 @@ namespace {
 
 using core::Granularity;
 using linear::Role;
+using merged::is_tensorwise;
+using merged::sum_of;
+using merged::wants;
+using merged::with_last;
 using OptionalTensor = std::optional<at::Tensor>;
-
-template <typename Sizes>
-auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
-  std::vector<typename Sizes::value_type> result(sizes.begin(), sizes.end());
-  result.back() = last;
-  return result;
-}
-
-c10::SymInt sum_of(at::TensorList tensors, int64_t dim) {
-  c10::SymInt sum = 0;
-  for (const at::Tensor& t : tensors) sum = sum + t.sym_size(dim);
-  return sum;
-}
-
-bool wants(int64_t needs_dweight, size_t part) { return ((needs_dweight >> part) & 1) != 0; }
-
-bool is_tensorwise(const Recipe& recipe) { return recipe.granularity == Granularity::kTensorwise; }
-
-void check_private(const at::Tensor& x, at::TensorList weights, const OptionalTensor& bias,
-                   int64_t recipe, const OptionalTensor& history) {
-  check_merged(x, weights, std::nullopt, recipe, history);
-  FP8_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->sym_size(0) == sum_of(weights, 0)),
-                  "fp8::_merged_forward: expected bias of shape [", sum_of(weights, 0), "], got ",
-                  bias ? bias->sym_sizes() : c10::SymIntArrayRef());
-}
-
-void check_backward(at::TensorList dys, at::TensorList weights, const c10::SymInt& in_features,
-                    bool needs_dx, int64_t recipe, const OptionalTensor& history) {
-  FP8_CHECK_VALUE(!dys.empty(), "fp8::_merged_backward: expected a gradient, got none");
-  FP8_CHECK_VALUE(weights.empty() ? !needs_dx : weights.size() == dys.size(),
-                  "fp8::_merged_backward: expected a weight for each of ", dys.size(),
-                  " gradients, got ", weights.size());
-  const auto leading = [](const at::Tensor& dy) {
-    return dy.sym_sizes().slice(0, std::max<int64_t>(dy.dim() - 1, 0));
-  };
-  for (size_t i = 0; i < dys.size(); ++i) {
-    const at::Tensor& dy = dys[i];
-    FP8_CHECK_VALUE(dy.dim() >= 1 && leading(dy) == leading(dys.front()),
-                    "fp8::_merged_backward: expected gradients of one leading shape, got ",
-                    dys.front().sym_sizes(), " and ", dy.sym_sizes());
-    if (weights.empty()) continue;
-    const at::Tensor& weight = weights[i];
-    FP8_CHECK_VALUE(weight.dim() == 2 && weight.sym_size(0) == dy.sym_size(-1) &&
-                        weight.sym_size(1) == in_features,
-                    "fp8::_merged_backward: expected weight ", i, " of shape [", dy.sym_size(-1),
-                    ", ", in_features, "], got ", weight.sym_sizes());
-  }
-  if (history) check_history(*history, recipe_at(recipe), dys.front());
-}
 
 // The parts that have rows (weights) or columns (dys).
 std::vector<at::Tensor> not_empty(at::TensorList parts) {
@@ -162,8 +118,8 @@ at::Tensor weight_gradients(const Backward& b, const Side& dy_t) {
   FP8_CHECK_VALUE(b.x_t_scale.has_value(),
                   "fp8::_merged_backward: expected x_t_scale with the recipe '", b.recipe.name,
                   "', got None");
-  const Side x_t = operand::given("_merged_backward", "x_t", *b.x, *b.x_t_scale,
-                                  b.recipe.granularity, b.k);
+  const Side x_t =
+      operand::given("_merged_backward", "x_t", *b.x, *b.x_t_scale, b.recipe.granularity, b.k);
   const auto product = [&](const Side& rows, const at::Tensor& into) {
     return matmul(rows, x_t,
                   {.dtype = out.scalar_type(),
@@ -228,7 +184,7 @@ namespace kernel {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _merged_forward(
     const at::Tensor& x, at::TensorList weights, const OptionalTensor& bias, int64_t recipe_id,
     bool save_x_t, bool save_weight_amax, const OptionalTensor& history) {
-  check_private(x, weights, bias, recipe_id, history);
+  merged::check_forward(x, weights, bias, recipe_id, history);
   const Recipe recipe = recipe_at(recipe_id);
   const bool keep_amax = save_weight_amax && is_tensorwise(recipe);
   const bool x_t = save_x_t && recipe.fp8_wgrad;
@@ -246,13 +202,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _merged_forward(
   const auto kept = [&](bool keep, const at::Tensor& t) { return keep ? t : none_like(x); };
   Operand qw;
   if (!parts.empty()) {
-    qw = operand::remembered_weights(
-        parts, {.dtype = recipe.forward_dtype,
-                .granularity = recipe.weight_granularity,
-                .power_of_two = recipe.power_of_two,
-                .scaling = linear::scaling_of(history, Role::kWeight),
-                .keep_amax = keep_amax,
-                .pdl = qx.launched && all_matrices(parts)});
+    qw = operand::remembered_weights(parts, {.dtype = recipe.forward_dtype,
+                                             .granularity = recipe.weight_granularity,
+                                             .power_of_two = recipe.power_of_two,
+                                             .scaling = linear::scaling_of(history, Role::kWeight),
+                                             .keep_amax = keep_amax,
+                                             .pdl = qx.launched && all_matrices(parts)});
   } else if (keep_amax) {
     qw.amax = at::zeros({}, x.options().dtype(at::kFloat));
   }
@@ -273,7 +228,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _merged_backward(
     at::TensorList weights, const OptionalTensor& weight_amax, c10::SymInt in_features,
     int64_t recipe_id, bool needs_dx, int64_t needs_dweight, bool needs_dbias,
     const OptionalTensor& history) {
-  check_backward(dys, weights, in_features, needs_dx, recipe_id, history);
+  merged::check_backward(dys, weights, in_features, needs_dx, recipe_id, history);
   const at::Tensor& like = dys.front();
   const c10::DeviceGuard guard(like.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -295,7 +250,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _merged_backward(
     if (needs_dx) dx = at::zeros({b.dys.front().size(0), b.k}, like.options());
     if (needs_dweight != 0) {
       int64_t rows = 0;
-      for (size_t i = 0; i < b.dys.size(); ++i) rows += wants(needs_dweight, i) ? b.dys[i].size(1) : 0;
+      for (size_t i = 0; i < b.dys.size(); ++i)
+        rows += wants(needs_dweight, i) ? b.dys[i].size(1) : 0;
       dweight = at::zeros({rows, b.k}, like.options());
     }
   } else {
@@ -328,45 +284,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _merged_backward(
 }
 
 }  // namespace kernel
-
-namespace meta {
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _merged_forward(
-    const at::Tensor& x, at::TensorList weights, const OptionalTensor& bias, int64_t recipe_id,
-    bool save_x_t, bool save_weight_amax, const OptionalTensor& history) {
-  check_private(x, weights, bias, recipe_id, history);
-  const Recipe recipe = recipe_at(recipe_id);
-  const auto fp32 = x.options().dtype(at::kFloat);
-  const bool x_t = save_x_t && recipe.fp8_wgrad;
-  c10::SymInt rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
-  const c10::SymInt k = pad16(x.sym_size(-1));
-  const c10::SymInt m = pad16(rows);
-  return {at::empty_symint(with_last(x.sym_sizes(), sum_of(weights, 0)), x.options()),
-          x_t ? at::empty_symint({k, m}, x.options().dtype(recipe.forward_dtype)) : none_like(x),
-          x_t ? at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32) : none_like(x),
-          save_weight_amax && is_tensorwise(recipe) ? at::empty({}, fp32) : none_like(x)};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> _merged_backward(
-    at::TensorList dys, const OptionalTensor& /*x*/, const OptionalTensor& /*x_t_scale*/,
-    at::TensorList weights, const OptionalTensor& /*weight_amax*/, c10::SymInt in_features,
-    int64_t recipe, bool needs_dx, int64_t needs_dweight, bool needs_dbias,
-    const OptionalTensor& history) {
-  check_backward(dys, weights, in_features, needs_dx, recipe, history);
-  const at::Tensor& like = dys.front();
-  c10::SymInt wanted = 0;
-  for (size_t i = 0; i < dys.size(); ++i) {
-    if (wants(needs_dweight, i)) wanted = wanted + dys[i].sym_size(-1);
-  }
-  return {needs_dx ? at::empty_symint(with_last(like.sym_sizes(), in_features), like.options())
-                   : none_like(like),
-          needs_dweight != 0 ? at::empty_symint({wanted, in_features}, like.options())
-                             : none_like(like),
-          needs_dbias ? at::empty_symint({sum_of(dys, -1)}, like.options()) : none_like(like)};
-}
-
-}  // namespace meta
 
 namespace composite {
 

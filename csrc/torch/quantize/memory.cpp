@@ -259,8 +259,7 @@ Operand operand::remembered_weights(at::TensorList weights, const QuantizeReques
   CachedWeight* first = nullptr;
   for (const at::Tensor& weight : weights) {
     const CachedWeight* cached = known.find(weight);
-    const std::optional<Identity> id =
-        cached == nullptr ? std::nullopt : identify(weight, request);
+    const std::optional<Identity> id = cached == nullptr ? std::nullopt : identify(weight, request);
     if (!id) return make(request);
     if (first == nullptr) first = known.find(weight);
     parts.push_back({weight.unsafeGetTensorImpl(), cached->state, *id});
@@ -280,8 +279,7 @@ void memory::forget_weights(const std::vector<at::Tensor>& changed) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   const auto forget = [&](CachedWeight& cached) {
-    cached = {
-        .weight = cached.weight, .contexts = cached.contexts, .state = ++weights.last_state};
+    cached = {.weight = cached.weight, .contexts = cached.contexts, .state = ++weights.last_state};
   };
   for (const at::Tensor& weight : changed) {
     const auto found = weights.map.find(weight.unsafeGetTensorImpl());

@@ -217,8 +217,7 @@ Operand operand::make_joined(at::TensorList parts, bool side_by_side,
   }
 #ifdef FP8_WITH_CUDA
   if (!core::suits_joined(args)) return copied_together();
-  const at::Tensor workspace =
-      workspace_of(core::quantize_joined_workspace_bytes(args), first);
+  const at::Tensor workspace = workspace_of(core::quantize_joined_workspace_bytes(args), first);
   if (workspace.defined()) args.quantize.workspace = workspace.mutable_data_ptr();
   core::quantize_joined(args, cuda::current_stream(first));
   out.launched = true;

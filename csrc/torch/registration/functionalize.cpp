@@ -106,8 +106,8 @@ std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::TensorList weight
       static const auto op = find<decltype(composite::merged_linear)>("fp8::merged_linear");
       return op.call(plain_x, plain_weights, plain_biases, recipe, plain_history);
     }
-    static const auto op = find<decltype(composite::_merged_linear_functional)>(
-        "fp8::_merged_linear_functional");
+    static const auto op =
+        find<decltype(composite::_merged_linear_functional)>("fp8::_merged_linear_functional");
     const auto [y, next] = op.call(plain_x, plain_weights, plain_biases, recipe, plain_history);
     if (writes) {
       impl::replace_(*history, next);

@@ -299,8 +299,8 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_norm_backward", TORCH_FN(fp8::meta::_norm_backward));
 }
 
-// Only the linear ops, merged_linear, mlp, moe_experts and the norms have a gradient. The others say so when a
-// backward reaches them.
+// Only the linear ops, merged_linear, mlp, moe_experts and the norms have a gradient. The others
+// say so when a backward reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));

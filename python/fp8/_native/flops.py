@@ -55,13 +55,16 @@ def _linear_backward(
 
 
 def _merged(x: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
-    return 2 * x.numel() * sum(weight[0] for weight in weights)
+    features = sum(int(weight[0]) for weight in weights)
+    return 2 * int(x.numel()) * features
 
 
 def _merged_backward(dys: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
     in_features, _, needs_dx, needs_dweight = args[4:8]
-    elements = (dy.numel() * (needs_dx + (needs_dweight >> i & 1)) for i, dy in enumerate(dys))
-    return 2 * int(in_features) * sum(elements)
+    elements = sum(
+        int(dy.numel() * (needs_dx + (needs_dweight >> i & 1))) for i, dy in enumerate(dys)
+    )
+    return 2 * int(in_features) * elements
 
 
 def _scaled_mm(a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:

@@ -30,7 +30,7 @@ _MOST = 4
 """Layers of a group: of more the operator would copy the weights together."""
 
 _classes: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}
-_sequence_number: Any = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
+_sequence_number: Any = torch._C._autograd._get_sequence_nr
 
 
 class Notes:
@@ -108,7 +108,8 @@ def groups_of(
     """The linear layers of `module`, whose own class is `base`, that read one tensor, by name; of
     these classes."""
     found = []
-    for names in sibling_names(base):
+    kind: Any = base
+    for names in sibling_names(kind):
         layers: dict[str, nn.Linear] = {}
         for name in names:
             layer = _layer(module._modules.get(name), kinds)

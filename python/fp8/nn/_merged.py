@@ -16,6 +16,7 @@ from ._linear import Linear
 from ._mlp import differ, is_plain
 
 _merged_linear = torch.ops.fp8.merged_linear.default
+_tracing_state: Any = torch._C._get_tracing_state
 _has_any_global_hook: Any = nn.modules.module._has_any_global_hook
 
 
@@ -40,7 +41,9 @@ def merged(x: Tensor, layers: Sequence[Any]) -> list[Tensor] | None:
 def _is_watched() -> bool:
     """Whether torch.func, forward-mode AD or TorchScript's tracer look on: the first two do not
     have the operator's rules, the last cannot write down what it is given."""
-    return _transforms() is not None or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    return (
+        _transforms() is not None or forward_ad._current_level >= 0 or _tracing_state() is not None
+    )
 
 
 class MergedLinear(nn.Module):
@@ -81,7 +84,9 @@ class MergedLinear(nn.Module):
         if not isinstance(out_features, Mapping):
             out_features = {str(i): features for i, features in enumerate(out_features)}
         if not out_features:
-            raise ValueError("fp8.MergedLinear: expected out_features of a layer at least, got none")
+            raise ValueError(
+                "fp8.MergedLinear: expected out_features of a layer at least, got none"
+            )
         biases = [bias] * len(out_features) if isinstance(bias, bool) else list(bias)
         if len(biases) != len(out_features):
             raise ValueError(

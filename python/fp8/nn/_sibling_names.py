@@ -83,7 +83,7 @@ def _calls_of(code: types.CodeType) -> tuple[tuple[Names, ...], frozenset[str]]:
         return (), frozenset()
     reader = _Reader(function.args.args[0].arg)
     reader.block(function.body)
-    names = {n.attr for n in ast.walk(function) if reader.is_of_self(n) and n.attr}
+    names = {reader.attribute_of_self(node) for node in ast.walk(function)} - {""}
     return tuple(reader.calls), frozenset(names)
 
 
@@ -94,14 +94,11 @@ class _Reader:
         self.self_name = self_name
         self.calls: list[Names] = []
 
-    def is_of_self(self, node: Any) -> bool:
-        """Whether it is an attribute of self."""
-        value = getattr(node, "value", None)
-        return (
-            isinstance(node, ast.Attribute)
-            and isinstance(value, ast.Name)
-            and value.id == self.self_name
-        )
+    def attribute_of_self(self, node: ast.AST) -> str:
+        """The name of an attribute of self; "" for anything else."""
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            return ""
+        return node.attr if node.value.id == self.self_name else ""
 
     def block(self, statements: list[ast.stmt]) -> None:
         """Statements that run one after the other."""
@@ -132,12 +129,12 @@ class _Reader:
         sure = sure and not isinstance(node, _APART)
         for child in ast.iter_child_nodes(node):
             self.expression(child, together, sure)
-        if not isinstance(node, ast.Call) or not self.is_of_self(node.func):
+        name = self.attribute_of_self(node.func) if isinstance(node, ast.Call) else ""
+        if not isinstance(node, ast.Call) or not name:
             return
-        name = node.func.attr  # type: ignore[attr-defined]
-        plain = len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Name)
-        if sure and plain:
-            together[node.args[0].id].append(name)  # type: ignore[attr-defined]
+        given = node.args[0] if len(node.args) == 1 and not node.keywords else None
+        if sure and isinstance(given, ast.Name):
+            together[given.id].append(name)
         else:
             self.calls.append((name,))
 

@@ -181,9 +181,9 @@ TEST_CASE("the operators are registered") { REQUIRE_NOTHROW(fp8::ensure_register
 TEST_CASE("layers of one input are merged_linear on parameters of their own") {
   torch::manual_seed(0);
   fp8::nn::MergedLinear qkv(fp8::nn::MergedLinearOptions(32, {32, 8, 16}).recipe("rowwise"));
-  REQUIRE(qkv->named_parameters().keys() ==
-          std::vector<std::string>{"0.weight", "0.bias", "1.weight", "1.bias", "2.weight",
-                                   "2.bias"});
+  REQUIRE(qkv->named_parameters().keys() == std::vector<std::string>{"0.weight", "0.bias",
+                                                                     "1.weight", "1.bias",
+                                                                     "2.weight", "2.bias"});
   const torch::Tensor x = torch::randn({3, 5, 32});
   const std::vector<torch::Tensor> outputs = qkv(x);
   REQUIRE(outputs.size() == 3);

@@ -72,7 +72,6 @@ def test_merged_input_without_a_gradient(device):
     whole = reference.merged(p, "tensorwise")
     weights = [w.requires_grad_() for w in p.weights]
     ys = fp8.ops.merged_linear(p.x, weights)
-    assert len(ys[0].grad_fn._saved_variables if hasattr(ys[0].grad_fn, "_saved_variables") else []) == 0
     torch.autograd.backward(ys, p.dys)
     for weight, expected in zip(weights, whole.dweights, strict=True):
         assert_same_bits(weight.grad, expected)
@@ -80,7 +79,7 @@ def test_merged_input_without_a_gradient(device):
 
 def test_merged_results_may_be_modified(device):
     """Tensors of their own to autograd: five PEFT tuners add to a layer's output in place."""
-    p, x, weights, _, ys = leaves(device)
+    p, _, weights, _, ys = leaves(device)
     expected = reference.merged(p, "tensorwise")
     q, k, v = ys
     saved = k.sin()  # needs k as it is
@@ -136,6 +135,7 @@ def test_merged_recomputed(device, recipe, reentrant):
     history = {"history": fp8.ops.make_history(device)} if recipe == "delayed" else {}
     results = []
     for again in (False, True):
+
         def run(x):
             return tuple(fp8.ops.merged_linear(x, weights, None, recipe, **history))
 
@@ -155,9 +155,10 @@ def test_merged_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(ys, x, p.dys, create_graph=True)
     with pytest.raises(RuntimeError, match="_merged_backward"):
         dx.sum().backward()
-    with pytest.raises(NotImplementedError, match="forward-mode AD"), torch.autograd.forward_ad.dual_level():
+    with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(p.x.detach(), torch.ones_like(p.x))
-        fp8.ops.merged_linear(dual, p.weights)
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            fp8.ops.merged_linear(dual, p.weights)
 
 
 def test_merged_modified_weight_is_noticed():

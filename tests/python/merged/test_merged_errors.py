@@ -14,7 +14,11 @@ CASES = [
     (ValueError, "expected 1 to 62 weights, got 0", (X, [])),
     (ValueError, "expected 1 to 62 weights, got 63", (X, [W] * 63)),
     (ValueError, r"a bias or None for each of 2 weights, got 1", (X, [W, V], [B])),
-    (ValueError, r"x and weight 1 must share K, got x=\[4, 32\], weight=\[8, 16\]", (X, [W, V[:, :16]])),
+    (
+        ValueError,
+        r"x and weight 1 must share K, got x=\[4, 32\], weight=\[8, 16\]",
+        (X, [W, V[:, :16]]),
+    ),
     (ValueError, r"expected weight 1 \[N, K\], got shape \[32\]", (X, [W, V[0]])),
     (ValueError, r"expected bias 1 of shape \[N\] = \[8\], got \[16\]", (X, [W, V], [None, B])),
     (ValueError, "x of at least one dimension, got a scalar", (torch.tensor(1.0), [W])),

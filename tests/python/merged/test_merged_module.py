@@ -56,7 +56,9 @@ def test_merged_module_is_one_product(recipe):
 def test_merged_module_parameters_are_the_layers():
     module = make(bias=[True, False, True], dtype=torch.bfloat16)
     assert list(module.state_dict()) == ["q.weight", "q.bias", "k.weight", "v.weight", "v.bias"]
-    plain = nn.ModuleDict({n: nn.Linear(32, f, n != "k") for n, f in (("q", 32), ("k", 8), ("v", 16))})
+    plain = nn.ModuleDict(
+        {n: nn.Linear(32, f, n != "k") for n, f in (("q", 32), ("k", 8), ("v", 16))}
+    )
     module.load_state_dict(plain.state_dict())
     assert torch.equal(module.k.weight, plain["k"].weight.bfloat16())
     unnamed = fp8.MergedLinear(16, [8, 8])
@@ -99,7 +101,7 @@ def test_merged_module_steps_aside(way):
 
 
 def test_merged_module_refuses():
-    with pytest.raises(ValueError, match="out_features of a layer at least, got none"):
+    with pytest.raises(ValueError, match="out_features of a layer, got none"):
         fp8.MergedLinear(16, [])
     with pytest.raises(ValueError, match="bias for each of 2 layers, got 1"):
         fp8.MergedLinear(16, [8, 8], bias=[True])
@@ -109,7 +111,7 @@ def test_merged_module_refuses():
 
 @pytest.mark.parametrize("recipe", fp8.RECIPES)
 def test_merged_weights_are_cached(recipe):
-    """The same bits, and codes that are made anew as soon as one of the weights may have changed."""
+    """The same bits, and codes that are made anew once one of the weights may have changed."""
     module, x = make(recipe), torch.randn(4, 32)
 
     def step(x):

@@ -9,8 +9,6 @@ import pytest
 import torch
 from sibling_models import convert, products
 
-import fp8
-
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 SIZES = {
@@ -31,8 +29,11 @@ SIZES = {
 }
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "vocab_size": 96}
-BART |= {f"{part}_{size}": n for part in ("encoder", "decoder")
-         for size, n in (("attention_heads", 2), ("ffn_dim", 64))}
+BART |= {
+    f"{part}_{size}": n
+    for part in ("encoder", "decoder")
+    for size, n in (("attention_heads", 2), ("ffn_dim", 64))
+}
 BART |= {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1, "decoder_start_token_id": 2}
 
 # The layers of each product in a step's forward.
@@ -89,37 +90,5 @@ def test_siblings_of_families(family):
     assert torch.equal(loss, expected)
     assert grads.keys() == theirs.keys()
     for name, grad in grads.items():
-        scale = theirs[name].float().norm()
-        assert float((grad.float() - theirs[name].float()).norm()) <= 0.2 * float(scale) + 1e-4, name
-    fp8.revert(fused)
-    assert {type(a) for a in fused.modules()} == {type(a) for a in make(family).modules()}
-
-
-@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
-def test_siblings_generate_with_a_cache(family):
-    model = make(family).eval()
-    plain = convert(copy.deepcopy(model), "rowwise", kinds=False)
-    fused = convert(model, "rowwise")
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 2}
-    results = [
-        m.generate(tokens(), attention_mask=torch.ones_like(tokens()), **options)
-        for m in (fused, plain)
-    ]
-    assert torch.equal(*results)
-    assert "not called" not in "".join(
-        line for line in fp8.summary(fused).splitlines() if "siblings" in line
-    )
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
-def test_siblings_of_a_checkpointed_model(recipe, reentrant):
-    model = convert(make("llama"), recipe)
-    again = copy.deepcopy(model)
-    again.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    again.enable_input_require_grads()
-    loss, grads = step(model)
-    expected, theirs = step(again)
-    assert torch.equal(loss, expected)
-    for name, grad in grads.items():
-        assert torch.equal(grad, theirs[name]), name
+        error = (grad.float() - theirs[name].float()).norm()
+        assert float(error) <= 0.2 * float(theirs[name].float().norm()) + 1e-4, name

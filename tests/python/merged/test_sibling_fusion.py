@@ -1,4 +1,4 @@
-"""The fusion `siblings` of fp8.convert: found, applied by default, described, undone; its values."""
+"""The fusion `siblings` of fp8.convert: found, applied by default, described, undone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import pytest
 import sibling_models as models
 import torch
 from reference import assert_same_bits
-from sibling_models import Attention, Block, assert_close_step, convert, data, is_fused, pair, products
+from sibling_models import (
+    Attention,
+    Block,
+    assert_close_step,
+    convert,
+    data,
+    is_fused,
+    pair,
+    products,
+)
 from torch import nn
 
 import fp8
@@ -150,7 +159,12 @@ def test_siblings_copies():
     torch.save(fused, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    for other in (copy.deepcopy(fused), copy.copy(fused), pickle.loads(pickle.dumps(fused)), loaded):
+    for other in (
+        copy.deepcopy(fused),
+        copy.copy(fused),
+        pickle.loads(pickle.dumps(fused)),
+        loaded,
+    ):
         assert is_fused(other.attention)
         assert products(other, data()) == ([3, 2], 2)
         assert_same_bits(other(data()), expected)

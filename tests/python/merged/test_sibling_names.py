@@ -85,7 +85,7 @@ class Loop(nn.Module):
     def forward(self, xs):
         q = self.q(xs)
         for xs in xs:  # noqa: B020
-            pass
+            q = q + xs
         return q + self.k(xs)
 
 

@@ -10,7 +10,7 @@ import pytest
 import sibling_models as models
 import torch
 from reference import assert_same_bits
-from sibling_models import K, Attention, assert_close_step, convert, data, pair, products
+from sibling_models import Attention, K, assert_close_step, convert, data, pair, products
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
@@ -46,7 +46,9 @@ WAYS = {
     "pre-hook": _pre_hooked,
     "backward hook": _backward_hooked,
     "own forward": _own_forward,
-    "parametrization": lambda layer: parametrize.register_parametrization(layer, "weight", Double()),
+    "parametrization": lambda layer: parametrize.register_parametrization(
+        layer, "weight", Double()
+    ),
     "weight norm": weight_norm,
     "main_grad": lambda m: setattr(m.weight, "main_grad", torch.zeros_like(m.weight)),
     "static scale": lambda m: setattr(m, "input_scale", torch.tensor(0.01)),

@@ -1,5 +1,5 @@
-"""Fused siblings where training and inference take them: checkpointing, autocast, caches, compilers,
-graphs of modules, DDP."""
+"""Fused siblings where training and inference take them: checkpointing, autocast, caches,
+compilers, DDP."""
 
 from __future__ import annotations
 
