@@ -7,9 +7,10 @@ from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
 from faults_host import HOST
+from faults_merged import SIBLINGS
 from faults_mlp import MLPS
 from faults_norm import NORM
 from faults_python import PYTHON
 from faults_torch import TORCH
 
-FAULTS: list[Fault] = [*PYTHON, *CONVERT, *TORCH, *HOST, *CPU, *NORM, *MLPS, *CUDA]
+FAULTS: list[Fault] = [*PYTHON, *CONVERT, *TORCH, *HOST, *CPU, *NORM, *MLPS, *SIBLINGS, *CUDA]

@@ -36,12 +36,29 @@ _sequence_number: Any = torch._C._autograd._get_sequence_nr
 class Notes:
     """What calls of one fused module have shown. A copy has notes of its own."""
 
+    # No attributes in a dictionary: nothing that a module is recognized by (_probe.State).
+    __slots__ = ("_known_groups", "_learned", "_waiting")
+
     def __init__(self) -> None:
+        # Of which children and classes, and what; one tuple: threads replace all of it.
+        self._known_groups: tuple[tuple[Any, ...], list[dict[str, nn.Linear]]] = ((), [])
         self._waiting: list[Any] = []  # what the next forward learns
         self._learned: list[tuple[int, Any]] = []  # since which node of the graph, and what
 
     def __reduce__(self) -> tuple[type["Notes"], tuple[()]]:
         return Notes, ()
+
+    def groups(self, module: nn.Module, base: type[nn.Module]) -> list[dict[str, nn.Linear]]:
+        """`groups_of` a module that has these notes, anew if its children are others."""
+        kind: Any = base
+        children = [module._modules.get(n) for names in sibling_names(kind) for n in names]
+        inner = [child and child._modules.get("base_layer") for child in children]
+        key = (*children, *map(type, children), *inner, *map(type, inner))
+        before, groups = self._known_groups
+        if key != before:
+            groups = groups_of(module, base)
+            self._known_groups = (key, groups)
+        return groups
 
     def learn(self, what: Any) -> None:
         """From the next forward on that does not repeat another one."""
@@ -143,10 +160,10 @@ def obstacle(names: Names, layers: Sequence[nn.Linear], notes: Notes | None) -> 
 
 
 def _can_read(x: Tensor, layers: Sequence[Any]) -> bool:
-    """Whether nothing is copied together for it, and a write of x would be seen."""
-    if x.is_inference():
-        return False  # it counts no writes
-    weights = [layer._parameters["weight"] for layer in layers]
+    """Whether nothing is copied together for it, and a write would be seen."""
+    weights = [layer._parameters.get("weight") for layer in layers]
+    if x.is_inference() or any(w is None or w.is_inference() for w in weights):
+        return False  # they count no writes
     autocast = torch.is_autocast_enabled(x.device.type)
     if not autocast and x.dtype is not weights[0].dtype:
         return False
@@ -157,9 +174,7 @@ def _can_read(x: Tensor, layers: Sequence[Any]) -> bool:
 
 
 def _merge(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor] | None:
-    if any(layer._parameters.get("weight") is None for layer in layers) or not _can_read(x, layers):
-        return None
-    return merged(x, layers)
+    return merged(x, layers) if _can_read(x, layers) else None
 
 
 def _merge_apart(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor] | None:
@@ -174,8 +189,10 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
         if is_compiling() or base.forward is not own:
             return base.forward(self, *args, **kwargs)
         notes: Notes | None = vars(self).get(NOTES)
-        known = [] if notes is None else notes.known()
-        groups = [tuple(g.values()) for g in groups_of(self, base) if tuple(g) not in known]
+        if notes is None:  # made of the class, by no conversion
+            return base.forward(self, *args, **kwargs)
+        known, all_groups = notes.known(), notes.groups(self, base)
+        groups = [tuple(g.values()) for g in all_groups if not known or tuple(g) not in known]
         if not groups:
             return base.forward(self, *args, **kwargs)
         apart = APART in known
@@ -187,12 +204,9 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
                 raise
             scope = Scope(groups, _merge_apart)
             result = _within(scope, base, self, args, kwargs)
-            if notes is not None:
-                notes.learn(APART)
-        if notes is not None and (unused := scope.in_vain()):
-            for group in groups_of(self, base):
-                if tuple(group.values()) in unused:
-                    notes.learn(tuple(group))
+            notes.learn(APART)
+        for group in scope.in_vain():
+            notes.learn(next(tuple(g) for g in all_groups if tuple(g.values()) == group))
         return result
 
     return subclass(base, _MARK, forward, fused_parent)

@@ -30,7 +30,8 @@ def merged(x: Tensor, layers: Sequence[Any]) -> list[Tensor] | None:
     if not is_compiling() and _is_watched():
         return None
     weights = [layer._parameters["weight"] for layer in layers]
-    if x.device != weights[0].device or any(w.shape[1:] != x.shape[-1:] for w in weights):
+    k = x.size(-1)
+    if x.device != weights[0].device or any(w.size(-1) != k for w in weights):
         return None
     history = _histories.of(layers[0]) if layers[0].recipe[:7] == "delayed" else None
     biases = [layer._parameters["bias"] for layer in layers]
@@ -84,9 +85,7 @@ class MergedLinear(nn.Module):
         if not isinstance(out_features, Mapping):
             out_features = {str(i): features for i, features in enumerate(out_features)}
         if not out_features:
-            raise ValueError(
-                "fp8.MergedLinear: expected out_features of a layer at least, got none"
-            )
+            raise ValueError("fp8.MergedLinear: expected out_features of a layer, got none")
         biases = [bias] * len(out_features) if isinstance(bias, bool) else list(bias)
         if len(biases) != len(out_features):
             raise ValueError(

@@ -20,7 +20,9 @@ class _Ready(NamedTuple):
     """The output of a layer that has not asked for it yet, and what it was made of."""
 
     output: Tensor
-    made_of: tuple[Any, ...]
+    x: Tensor
+    modes: tuple[Any, ...]
+    layer: tuple[Any, ...]
 
 
 class Scope:
@@ -43,7 +45,7 @@ class Scope:
             return None
         ready = self._ready.pop(layer, None)
         if ready is not None:
-            if _same(ready.made_of, _made_of(layer, x)):
+            if x is ready.x and _modes(x) == ready.modes and _same(_state(layer), ready.layer):
                 return ready.output
             self._refused.append(layer)
             return None
@@ -54,11 +56,12 @@ class Scope:
         if outputs is None:
             return None
         own: Tensor | None = None
+        modes = _modes(x)
         for sibling, output in zip(group, outputs, strict=True):
             if sibling is layer:
                 own = output
             else:
-                self._ready[sibling] = _Ready(output, _made_of(sibling, x))
+                self._ready[sibling] = _Ready(output, x, modes, _state(sibling))
         return own
 
     @property
@@ -80,32 +83,23 @@ local = _Local()
 """The innermost call of a fused parent on this thread."""
 
 
-def _made_of(layer: Any, x: Tensor) -> tuple[Any, ...]:
-    """What must be the same for an output to be that of x still."""
+def _modes(x: Tensor) -> tuple[Any, ...]:
+    """Of x, which is no tensor of inference mode, and of what it is given to."""
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    parts: list[Any] = [
-        x,
-        _version(x),
-        torch.is_grad_enabled(),
-        autocast and torch.get_autocast_dtype(device),
-        layer.recipe,
-    ]
-    for name in ("weight", "bias"):
-        parameter = layer._parameters.get(name)
-        parts += [parameter]
-        if parameter is not None:
-            parts += [_version(parameter), parameter.requires_grad]
-    return tuple(parts)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x._version, torch.is_grad_enabled(), dtype
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _state(layer: Any) -> tuple[Any, ...]:
+    """What a layer computes with."""
+    parameters = layer._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    state = (weight, weight._version, weight.requires_grad, layer.recipe, bias)
+    return state if bias is None else (*state, bias._version, bias.requires_grad)
 
 
-def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+def _same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
     """Tensors by identity."""
-    return len(before) == len(now) and all(
-        a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
-        for a, b in zip(before, now, strict=True)
+    return len(now) == len(before) and all(
+        a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(now, before, strict=True)
     )
