@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from ._fused_classes import made_from, subclass
 from ._linear import Linear
-from ._merged import merged
+from ._merged import MergedLinear, merged
 from ._mlp import differ, more_than_plain
 from ._sibling_calls import Scope, local
 from ._sibling_names import Names, sibling_names
@@ -157,6 +157,22 @@ def obstacle(names: Names, layers: Sequence[nn.Linear], notes: Notes | None) -> 
     if notes is not None and names in notes.summary():
         return f"one of {', '.join(names)} was not called with the others' input"
     return None
+
+
+def joint_layers(module: nn.Module) -> list[list[nn.Linear]]:
+    """The layers of a module that are computed as one, if its input lets them."""
+    if isinstance(module, MergedLinear):
+        groups = [{name: layer for name, layer in module._modules.items() if layer is not None}]
+    else:
+        base = own_class(type(module))
+        groups = [] if base is None else groups_of(module, base)  # type: ignore[assignment]
+    notes: Notes | None = vars(module).get(NOTES)
+    found = []
+    for group in groups:
+        layers: Any = [*group.values()]
+        if len(layers) > 1 and obstacle(tuple(group), layers, notes) is None:
+            found.append(layers)
+    return found
 
 
 def _can_read(x: Tensor, layers: Sequence[Any]) -> bool:

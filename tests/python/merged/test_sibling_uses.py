@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8
+from fp8.tools._autotune import _cases_of_model
 
 
 class Checkpointed(nn.Module):
@@ -200,3 +201,17 @@ def test_siblings_in_a_model_on_two_dtypes():
     model[0].b.half()
     assert "a and b and c differ in dtype" in fp8.summary(model)
     assert products(model[1], data(dtype=torch.float16)) == ([3], 1)
+
+
+def test_siblings_are_autotuned():
+    """As one, and by themselves, as they are where something is in the way."""
+    model = nn.ModuleList([convert(Block()), fp8.MergedLinear(32, [16, 8])])
+    cases = _cases_of_model(model, [8])
+    assert {(case.k, case.n, case.bias) for case in cases} >= {
+        (32, 64, False),  # q, k, v
+        (32, 96, True),  # gate, up
+        (32, 24, True),
+        (32, 48, True),
+    }
+    model[0].attention.b.register_forward_hook(lambda *_: None)
+    assert (32, 64, False) not in {(c.k, c.n, c.bias) for c in _cases_of_model(model, [8])}
