@@ -70,6 +70,9 @@ def convert(
             "mlp": MLPs, gated, merged or plain, whose linears run in FP8, as one node
             (`fp8.ops.mlp`), with the same bits but for the input's gradient through two weights,
             which is rounded once less.
+            "siblings": linears in FP8 that one module calls with one tensor, as q, k and v of
+            attention, recognized by the code of its forward (`fp8.ops.merged_linear`): with one
+            scale per tensor they share it, and the input's gradient is rounded once.
             Such a module keeps its object, parameters and names and takes a subclass of its class,
             whose forward runs the class's own wherever a call is not of the kind that was
             recognized. Another call of convert with names, or False, undoes what is not among them.

@@ -39,6 +39,7 @@ def fusions() -> tuple[Fusion, ...]:
     from . import _mlp_fusion as mlp
     from . import _norm_fusion as norms
     from . import _rope_fusion as rope
+    from . import _sibling_fusion as siblings
 
     return (
         Fusion(
@@ -68,6 +69,16 @@ def fusions() -> tuple[Fusion, ...]:
             apply=rope.apply,
             undo=rope.undo,
             describe=rope.describe,
+        ),
+        Fusion(
+            name="siblings",
+            find=siblings.find,
+            is_fused=siblings.is_fused,
+            stale=siblings.stale,
+            apply=siblings.apply,
+            undo=siblings.undo,
+            describe=siblings.describe,
+            unable=siblings.unable,
         ),
     )
 
