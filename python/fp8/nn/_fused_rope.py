@@ -88,7 +88,7 @@ def original(kind: type) -> type[nn.Module] | None:
 
 def own_function(kind: type[nn.Module]) -> Any:
     """The class's forward below its decorators."""
-    function: Any = kind.forward
+    function: Any = getattr(kind, "forward", None)
     for _ in range(_MOST_WRAPPERS):
         function = getattr(function, "__wrapped__", function)
     return function
