@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import merged_passes
 import mlp_passes
 import norms
 import passes
@@ -84,9 +85,11 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
         del variants, x
         torch.cuda.empty_cache()
     quick = passes.INPUT_MB[:1] if options.quick else passes.INPUT_MB
-    rows += passes.measure(5, quick) + mlp_passes.measure(5, quick)
-    rows += norms.measure(10, norms.SHAPES[:1] if options.quick else norms.SHAPES)
-    return rows + ropes.measure(10, ropes.SHAPES[:1] if options.quick else ropes.SHAPES), {}
+    for kind in (passes, mlp_passes, merged_passes):
+        rows += kind.measure(5, quick)
+    for kind in (norms, ropes):
+        rows += kind.measure(10, kind.SHAPES[:1] if options.quick else kind.SHAPES)
+    return rows, {}
 
 
 def table(rows: list[Row]) -> str:

@@ -28,7 +28,7 @@ FLOORS = (
     ("torch/quantize",),
     ("torch/matmul",),
     ("torch/linear", "torch/grouped", "torch/norm", "torch/rope"),
-    ("torch/mlp",),
+    ("torch/merged", "torch/mlp"),
     ("torch/registration",),
     ("bindings",),
 )

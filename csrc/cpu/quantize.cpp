@@ -259,6 +259,27 @@ void quantize(const core::QuantizeArgs& args) {
   if (args.column_sum != nullptr) column_sums(in);
 }
 
+void quantize_joined(const core::JoinedArgs& joined) {
+  core::QuantizeArgs whole = joined.quantize;
+  const int64_t bytes = dtype_bytes(whole.x_dtype);
+  std::vector<char> copy(whole.rows * whole.cols * bytes);
+  int64_t begin = 0;
+  for (int i = 0; i < joined.count; ++i) {
+    const core::JoinedPart& part = joined.parts[i];
+    const int64_t rows = joined.side_by_side ? whole.rows : part.extent;
+    const int64_t cols = joined.side_by_side ? part.extent : whole.cols;
+    const int64_t first = joined.side_by_side ? begin : begin * whole.cols;
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(copy.data() + (first + r * whole.cols) * bytes,
+                  static_cast<const char*>(part.x) + r * part.ld * bytes, cols * bytes);
+    }
+    begin += part.extent;
+  }
+  whole.x = copy.data();
+  whole.ld = whole.cols;
+  quantize(whole);
+}
+
 void dequantize(const core::DequantizeArgs& a) {
   const auto& table = decode_table(a.dtype);
   at::parallel_for(0, a.rows, grain(a.cols), [&](int64_t begin, int64_t end) {

@@ -30,7 +30,7 @@ from ._native import flops as _flops
 from ._native import operators as _operators
 from .conversion import convert, revert, summary
 from .integrations.transformers import _registration
-from .nn import MLP, GatedMLP, GroupedLinear, Linear, RMSNorm
+from .nn import MLP, GatedMLP, GroupedLinear, Linear, MergedLinear, RMSNorm
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
     autotune,
@@ -56,6 +56,7 @@ __all__ = [
     "GatedMLP",
     "GroupedLinear",
     "Linear",
+    "MergedLinear",
     "RMSNorm",
     "Recipe",
     "__version__",

@@ -7,10 +7,14 @@ from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
 from faults_host import HOST
+from faults_merged import SIBLINGS
 from faults_mlp import MLPS
 from faults_norm import NORM
 from faults_python import PYTHON
 from faults_rope import ROPE
 from faults_torch import TORCH
 
-FAULTS: list[Fault] = [*PYTHON, *CONVERT, *TORCH, *HOST, *CPU, *NORM, *ROPE, *MLPS, *CUDA]
+FAULTS: list[Fault] = [
+    *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
+    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *CUDA),
+]

@@ -69,8 +69,8 @@ CPU = [
     Fault(
         "a side forgets its granularity",
         "csrc/torch/quantize/operand.cpp",
-        ".granularity = request.granularity,\n                .rows = rows};",
-        ".granularity = Granularity::kTensorwise,\n                .rows = rows};",
+        ".granularity = request.granularity,\n                .rows = of_side};",
+        ".granularity = Granularity::kTensorwise,\n                .rows = of_side};",
         f"{LINEAR}/test_linear_values.py",
     ),
     Fault(

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import samples_merged as merged
 import torch
 from reference import E4M3, E5M2
 from torch import Tensor
@@ -637,6 +638,7 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "_linear_backward": _linear_backward,
     "_fused_linear_into": _fused_linear_into,
     "_fused_linear_functional": _fused_linear_functional,
+    **merged.table(Sample),
     "mlp": _mlp,
     "_mlp_forward": _mlp_forward,
     "_mlp_backward": _mlp_backward,

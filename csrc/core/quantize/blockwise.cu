@@ -30,25 +30,6 @@ __global__ void __launch_bounds__(kThreads) column_sum_kernel(const ColumnSumPar
   store_sum(p.column_sum, p.column_sum_dtype, col, sum);
 }
 
-template <typename T, typename Format, Granularity kGranularity>
-void launch_typed(const BlockwiseParams& params, cudaStream_t stream) {
-  const bool data = params.data.data != nullptr;
-  const bool data_t = params.data_t.data != nullptr;
-  const auto grid = static_cast<unsigned>(params.plan.col_tiles * params.plan.row_tiles);
-  using Source = MatrixSource<T>;
-  const From<Source, BlockwiseParams> from{matrix_source<T>(params), params};
-  const auto go = [&](auto kernel) {
-    launch(kernel, grid, kThreads, stream, from, {.pdl = params.pdl});
-  };
-  if (data && data_t) {
-    go(blockwise_kernel<Source, Format, kGranularity, true, true>);
-  } else if (data_t) {
-    go(blockwise_kernel<Source, Format, kGranularity, false, true>);
-  } else {
-    go(blockwise_kernel<Source, Format, kGranularity, true, false>);
-  }
-}
-
 }  // namespace
 
 void launch_blockwise(const BlockwiseParams& params, Dtype x_dtype, Dtype dtype,
@@ -57,10 +38,11 @@ void launch_blockwise(const BlockwiseParams& params, Dtype x_dtype, Dtype dtype,
     dispatch_format(dtype, [&](auto format) {
       using T = typename decltype(input)::type;
       using Format = typename decltype(format)::type;
+      const auto source = matrix_source<T>(params);
       if (granularity == Granularity::kBlock1x128) {
-        launch_typed<T, Format, Granularity::kBlock1x128>(params, stream);
+        launch_blockwise_of<Format, Granularity::kBlock1x128>(source, params, stream);
       } else {
-        launch_typed<T, Format, Granularity::kBlock128x128>(params, stream);
+        launch_blockwise_of<Format, Granularity::kBlock128x128>(source, params, stream);
       }
     });
   });

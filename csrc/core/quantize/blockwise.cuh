@@ -254,4 +254,23 @@ __global__ void __launch_bounds__(kThreads, blockwise_blocks<Source>())
   }
 }
 
+// The pass over a source.
+template <typename Format, Granularity kGranularity, typename Source>
+void launch_blockwise_of(const Source& source, const BlockwiseParams& params, cudaStream_t stream) {
+  const bool data = params.data.data != nullptr;
+  const bool data_t = params.data_t.data != nullptr;
+  const auto grid = static_cast<unsigned>(params.plan.col_tiles * params.plan.row_tiles);
+  const From<Source, BlockwiseParams> from{source, params};
+  const auto go = [&](auto kernel) {
+    launch(kernel, grid, kThreads, stream, from, {.pdl = params.pdl});
+  };
+  if (data && data_t) {
+    go(blockwise_kernel<Source, Format, kGranularity, true, true>);
+  } else if (data_t) {
+    go(blockwise_kernel<Source, Format, kGranularity, false, true>);
+  } else {
+    go(blockwise_kernel<Source, Format, kGranularity, true, false>);
+  }
+}
+
 }  // namespace fp8::core

@@ -206,4 +206,30 @@ __global__ void __launch_bounds__(kThreads, cast_blocks<Source, kScaleOf>())
   }
 }
 
+// The pass over a source.
+template <typename Format, ScaleOf kScaleOf, typename Source>
+void launch_cast_of(const Source& source, const CastParams& params, cudaStream_t stream) {
+  const bool data = params.data.data != nullptr;
+  const bool data_t = params.data_t.data != nullptr;
+  const auto grid = static_cast<unsigned>(params.plan.col_tiles * params.plan.strips);
+  const From<Source, CastParams> from{source, params};
+  const auto go = [&](auto kernel) {
+    launch(kernel, grid, kThreads, stream, from, {.pdl = params.pdl});
+  };
+  if (data && data_t) {
+    go(cast_kernel<Source, Format, kScaleOf, true, true>);
+  } else if (data_t) {
+    go(cast_kernel<Source, Format, kScaleOf, false, true>);
+  } else {
+    go(cast_kernel<Source, Format, kScaleOf, true, false>);
+  }
+}
+
+// Which of these a cast is, from its parameters.
+inline ScaleOf scale_of(const CastParams& params, Granularity granularity) {
+  if (granularity == Granularity::kRowwise) return ScaleOf::kRowwise;
+  const bool delayed = params.static_scale == nullptr && params.tensor_amax == nullptr;
+  return delayed ? ScaleOf::kDelayed : ScaleOf::kTensorwise;
+}
+
 }  // namespace fp8::core

@@ -102,4 +102,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// The launch after a cast of a source.
+template <typename Format, typename Source>
+void launch_settle_of(const Source& source, const CastParams& params, unsigned blocks,
+                      cudaStream_t stream) {
+  const bool data = params.data.data != nullptr;
+  const bool data_t = params.data_t.data != nullptr;
+  const From<Source, CastParams> from{source, params};
+  const auto go = [&](auto kernel) {
+    launch(kernel, blocks, kThreads, stream, from, {.pdl = params.pdl});
+  };
+  if (data && data_t) {
+    go(settle_delayed_kernel<Source, Format, true, true>);
+  } else if (data_t) {
+    go(settle_delayed_kernel<Source, Format, false, true>);
+  } else {
+    go(settle_delayed_kernel<Source, Format, true, false>);
+  }
+}
+
 }  // namespace fp8::core

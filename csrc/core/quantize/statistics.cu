@@ -8,28 +8,17 @@ template <int kWhat>
 void launch_what(const StatisticsParams& params, Dtype x_dtype, cudaStream_t stream) {
   dispatch_input(x_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto cx = static_cast<unsigned>(params.plan.cluster_x);
-    const auto cy = static_cast<unsigned>(params.plan.cluster_y);
-    const dim3 grid(static_cast<unsigned>(round_up(params.plan.col_tiles, cx)),
-                    static_cast<unsigned>(round_up(params.plan.row_chunks, cy)));
-    const From<FoldedSource<T>, StatisticsParams> from{
-        {{static_cast<const T*>(params.x), params.plan.rows, params.plan.cols, params.plan.ld,
-          params.vectorized},
-         params.plan.last_row_cols},
-        params};
-    launch(statistics_kernel<FoldedSource<T>, kWhat>, grid, kThreads, stream, from,
-           {.cluster = dim3(cx, cy), .pdl = params.pdl});
+    const FoldedSource<T> source{{static_cast<const T*>(params.x), params.plan.rows,
+                                  params.plan.cols, params.plan.ld, params.vectorized},
+                                 params.plan.last_row_cols};
+    launch_statistics_of<kWhat>(source, params, stream);
   });
 }
 
 }  // namespace
 
 void launch_statistics(const StatisticsParams& params, Dtype x_dtype, cudaStream_t stream) {
-  const int what = (params.tensor_amax != nullptr ? kTensorAmax : 0) |
-                   (params.row_amax != nullptr ? kRowAmax : 0) |
-                   (params.col_amax != nullptr ? kColAmax : 0) |
-                   (params.col_sum != nullptr ? kColSum : 0);
-  switch (what) {
+  switch (statistics_of(params)) {
     case kTensorAmax:
       return launch_what<kTensorAmax>(params, x_dtype, stream);
     case kTensorAmax | kColSum:

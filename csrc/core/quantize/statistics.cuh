@@ -39,11 +39,11 @@ __device__ __forceinline__ const T* in_block(const T* shared, unsigned) {
 }
 #endif
 
-// Blocks to a multiprocessor, unless the source says how many.
+// Blocks to a multiprocessor; of the tensor's amax as many as the source says.
 template <typename Source, int kWhat>
 constexpr int statistics_blocks() {
-  if constexpr (requires { Source::kMinBlocks; }) return Source::kMinBlocks;
   if (kWhat != kTensorAmax) return 1;
+  if constexpr (requires { Source::kMinBlocks; }) return Source::kMinBlocks;
   return sizeof(typename Source::Element) == 4 ? 4 : 5;
 }
 
@@ -175,6 +175,26 @@ __global__ void __launch_bounds__(kThreads, statistics_blocks<Source, kWhat>())
     }
   }
   cluster_sync();  // nobody leaves while another block reads its shared memory
+}
+
+// The pass over a source.
+template <int kWhat, typename Source>
+void launch_statistics_of(const Source& source, const StatisticsParams& params,
+                          cudaStream_t stream) {
+  const auto cx = static_cast<unsigned>(params.plan.cluster_x);
+  const auto cy = static_cast<unsigned>(params.plan.cluster_y);
+  const dim3 grid(static_cast<unsigned>(round_up(params.plan.col_tiles, cx)),
+                  static_cast<unsigned>(round_up(params.plan.row_chunks, cy)));
+  launch(statistics_kernel<Source, kWhat>, grid, kThreads, stream,
+         From<Source, StatisticsParams>{source, params},
+         {.cluster = dim3(cx, cy), .pdl = params.pdl});
+}
+
+// What the parameters ask for.
+inline int statistics_of(const StatisticsParams& params) {
+  return (params.tensor_amax != nullptr ? kTensorAmax : 0) |
+         (params.row_amax != nullptr ? kRowAmax : 0) | (params.col_amax != nullptr ? kColAmax : 0) |
+         (params.col_sum != nullptr ? kColSum : 0);
 }
 
 }  // namespace fp8::core

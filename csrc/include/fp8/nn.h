@@ -1,4 +1,5 @@
-// fp8/nn.h: fp8::nn::Linear, a LibTorch module like torch::nn::Linear whose products run in FP8.
+// fp8/nn.h: fp8::nn::Linear, a LibTorch module like torch::nn::Linear whose products run in FP8,
+// and fp8::nn::MergedLinear, several of one input.
 //
 //   fp8::nn::Linear layer(fp8::nn::LinearOptions(4096, 14336).bias(false).recipe("rowwise"));
 //   torch::Tensor y = layer(x);  // x [..., 4096] -> y [..., 14336]
@@ -16,6 +17,7 @@
 #include <optional>
 #include <ostream>
 #include <string>
+#include <vector>
 
 namespace fp8::nn {
 
@@ -72,5 +74,37 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
 
 // fp8::nn::Linear: a shared pointer to the module, as all of LibTorch's.
 TORCH_MODULE(Linear);
+
+struct MergedLinearOptions {
+  MergedLinearOptions(int64_t in_features, std::vector<int64_t> out_features);
+  TORCH_ARG(int64_t, in_features);
+  TORCH_ARG(std::vector<int64_t>, out_features);  // of each layer
+  TORCH_ARG(bool, bias) = true;                   // of all of them
+  TORCH_ARG(std::string, recipe) = "tensorwise";
+};
+
+// Layers that read one input, computed by one fp8::merged_linear; each an fp8::nn::Linear with
+// parameters of its own, under the names "0", "1", ...
+//
+//   fp8::nn::MergedLinear qkv(fp8::nn::MergedLinearOptions(4096, {4096, 1024, 1024}).bias(false));
+//   std::vector<torch::Tensor> outputs = qkv(x);  // x [..., 4096] -> [..., 4096], [..., 1024], ..
+class MergedLinearImpl : public torch::nn::Cloneable<MergedLinearImpl> {
+ public:
+  MergedLinearImpl(int64_t in_features, std::vector<int64_t> out_features);
+  // Throws c10::ValueError for an unknown recipe, or no layers.
+  explicit MergedLinearImpl(const MergedLinearOptions& options_);
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  // See fp8::merged_linear. One by one where a layer has a static input scale.
+  std::vector<torch::Tensor> forward(const torch::Tensor& input);
+
+  MergedLinearOptions options;
+  std::vector<Linear> layers;
+  torch::Tensor history;  // of all of them, as a layer's
+};
+
+TORCH_MODULE(MergedLinear);
 
 }  // namespace fp8::nn

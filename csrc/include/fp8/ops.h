@@ -17,10 +17,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 namespace fp8 {
 
@@ -132,6 +134,21 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const at::Tensor& main_grad, bool overwrite = false,
                              const std::optional<at::Tensor>& input_scale = std::nullopt,
                              const std::optional<at::Tensor>& history = std::nullopt);
+
+// Linear layers that read one x, as one: x [..., K], weights [N_i, K], biases [N_i] or none each
+// (or no biases at all) -> y_i [..., N_i] = x W_i^T + b_i. Values and gradients are, bit for bit,
+// those of one fused_linear whose weight is the weights one below the other, split: one product
+// forward, one for dx, which is rounded once where several gradients would be added, and one for
+// the weight gradients of neighbouring weights. Nothing is copied together in high precision. So
+// with one scale per tensor the weights share theirs, and so do the gradients of the results; with
+// a scale per row y_i has the bits of a fused_linear of its own. The y_i are columns of one tensor,
+// with its distance from row to row; each is a tensor of its own to autograd, and may be modified
+// in place. A y_i that no gradient reaches is left out of the backward. At most 62 weights;
+// history: one for all of them. Differentiable once.
+std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tensor> weights,
+                                      at::ArrayRef<std::optional<at::Tensor>> biases = {},
+                                      std::string_view recipe = "tensorwise",
+                                      const std::optional<at::Tensor>& history = std::nullopt);
 
 // The MLP of a transformer as one node: y = down(h) with h = act(gate(x)) * up(x), or act(gate(x))
 // without up; each product a fused_linear, each step between them rounded as PyTorch's own

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <optional>
 #include <unordered_map>
+#include <vector>
 
 #include "torch/common/cuda_context.h"
 #include "torch/common/tensors.h"
@@ -108,17 +109,31 @@ struct Inputs {
 
 // --- weights: those of the open contexts ---
 
+// One weight of several that are one operand.
+struct JoinedPart {
+  const c10::TensorImpl* weight = nullptr;
+  uint64_t state = 0;  // CachedWeight's
+  Identity id;
+
+  bool operator==(const JoinedPart&) const = default;
+};
+
 struct CachedWeight {
   at::Tensor weight;  // keeps the key alive
   int contexts = 0;
   std::optional<Identity> id;  // of what the operand was made of
   Operand operand;
+  uint64_t state = 0;  // another one for each entry, and whenever the weight may have changed
+  // Of the first of several weights:
+  std::vector<JoinedPart> joined;
+  Operand joined_operand;
 };
 
 struct Weights {
   std::mutex mutex;
   std::unordered_map<const c10::TensorImpl*, CachedWeight> map;
   std::atomic<int> count{0};
+  uint64_t last_state = 0;
 
   static Weights& instance() {
     static auto* weights = new Weights;
@@ -146,21 +161,22 @@ Operand make_weight(const at::Tensor& weight, const QuantizeRequest& request) {
                            : operand::make(as_matrix(weight), request);
 }
 
-// The sides that are asked for and missing. Tensorwise they share a scale, so they are made
-// together, as soon as a backward may come, with the amax that it will ask for.
-void add_sides(Operand& operand, const at::Tensor& weight, const QuantizeRequest& request) {
+// The sides that are asked for and missing, by `make`. Tensorwise they share a scale, so they are
+// made together, as soon as a backward may come, with the amax that it will ask for.
+template <typename Make>
+void add_sides(Operand& operand, const QuantizeRequest& request, const Make& make) {
   QuantizeRequest missing = request;
   if (request.granularity == core::Granularity::kTensorwise) {
     missing.along_cols = true;
     missing.along_rows = request.along_rows || request.keep_amax;
     missing.keep_amax = true;
     if (missing.scaling.source == Scaling::Source::kKnownAmax) missing.scaling = Scaling::dynamic();
-    operand = make_weight(weight, missing);
+    operand = make(missing);
   } else {
     missing.keep_amax = request.keep_amax && !operand.amax.defined();
     missing.along_cols = missing.keep_amax || (request.along_cols && !operand.along_cols.defined());
     missing.along_rows = request.along_rows && !operand.along_rows.defined();
-    Operand made = make_weight(weight, missing);
+    Operand made = make(missing);
     if (missing.keep_amax) operand.amax = made.amax;
     if (missing.along_cols) operand.along_cols = std::move(made.along_cols);
     if (missing.along_rows) operand.along_rows = std::move(made.along_rows);
@@ -222,16 +238,48 @@ Operand operand::remembered_weight(const at::Tensor& weight, const QuantizeReque
       cached->id && (cached->id->stream != id->stream || cached->id->capture != id->capture);
   if (other_place) return make_weight(weight, request);
   if (cached->id != id) cached->operand = {};
-  if (!covers(cached->operand, request)) add_sides(cached->operand, weight, request);
+  if (!covers(cached->operand, request)) {
+    add_sides(cached->operand, request,
+              [&](const QuantizeRequest& missing) { return make_weight(weight, missing); });
+  }
   cached->id = id;
   return cached->operand;
+}
+
+Operand operand::remembered_weights(at::TensorList weights, const QuantizeRequest& request) {
+  const auto make = [&](const QuantizeRequest& wanted) {
+    std::vector<at::Tensor> parts;
+    for (const at::Tensor& weight : weights) parts.push_back(as_matrix(weight));
+    return make_joined(parts, /*side_by_side=*/false, wanted);
+  };
+  Weights& known = Weights::instance();
+  if (known.count.load(std::memory_order_relaxed) == 0) return make(request);
+  const std::lock_guard lock(known.mutex);
+  std::vector<JoinedPart> parts;
+  CachedWeight* first = nullptr;
+  for (const at::Tensor& weight : weights) {
+    const CachedWeight* cached = known.find(weight);
+    const std::optional<Identity> id = cached == nullptr ? std::nullopt : identify(weight, request);
+    if (!id) return make(request);
+    if (first == nullptr) first = known.find(weight);
+    parts.push_back({weight.unsafeGetTensorImpl(), cached->state, *id});
+  }
+  const Identity& now = parts.front().id;
+  const bool other_place =  // as in remembered_weight
+      !first->joined.empty() && (first->joined.front().id.stream != now.stream ||
+                                 first->joined.front().id.capture != now.capture);
+  if (other_place) return make(request);
+  if (first->joined != parts) first->joined_operand = {};
+  if (!covers(first->joined_operand, request)) add_sides(first->joined_operand, request, make);
+  first->joined = std::move(parts);
+  return first->joined_operand;
 }
 
 void memory::forget_weights(const std::vector<at::Tensor>& changed) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
-  const auto forget = [](CachedWeight& cached) {
-    cached = {.weight = cached.weight, .contexts = cached.contexts};
+  const auto forget = [&](CachedWeight& cached) {
+    cached = {.weight = cached.weight, .contexts = cached.contexts, .state = ++weights.last_state};
   };
   for (const at::Tensor& weight : changed) {
     const auto found = weights.map.find(weight.unsafeGetTensorImpl());
@@ -246,6 +294,7 @@ void memory::cache_weights(const std::vector<at::Tensor>& added) {
   const std::lock_guard lock(weights.mutex);
   for (const at::Tensor& weight : added) {
     CachedWeight& cached = weights.map[weight.unsafeGetTensorImpl()];
+    if (cached.contexts == 0) cached.state = ++weights.last_state;
     cached.weight = weight;
     ++cached.contexts;
   }

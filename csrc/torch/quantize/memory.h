@@ -34,6 +34,11 @@ Operand remembered_input(const at::Tensor& x,  // [..., K]
 Operand remembered_weight(const at::Tensor& weight,  // [N, K], or [groups, N, K]
                           const QuantizeRequest& request);
 
+// The same of weights that are one operand, one below the other. It is remembered where all of them
+// are in cached_weights, and goes when one of them may have changed.
+Operand remembered_weights(at::TensorList weights,  // [N_i, K], not empty
+                           const QuantizeRequest& request);
+
 }  // namespace fp8::operand
 
 namespace fp8::memory {

@@ -18,21 +18,19 @@ using core::Granularity;
 
 // --- one matrix ---
 
-// Storage for what is asked for, nothing written.
-Operand allocate(const at::Tensor& x, const QuantizeRequest& request) {
-  const auto side = [&](int64_t rows, int64_t cols, at::Tensor scales) {
-    const int64_t ld = pad16(cols);
-    const int64_t lines = pad16(rows);
+// Storage for what is asked for of a matrix [rows, cols] on x's device, nothing written.
+Operand allocate(const at::Tensor& x, int64_t rows, int64_t cols, const QuantizeRequest& request) {
+  const auto side = [&](int64_t of_side, int64_t contracted, at::Tensor scales) {
+    const int64_t ld = pad16(contracted);
+    const int64_t lines = pad16(of_side);
     if (!scales.defined()) {
       scales = empty_on(x, scale_sizes(request.granularity, lines, ld), at::kFloat);
     }
     return Side{.codes = empty_on(x, {lines, ld}, request.dtype),
                 .scales = std::move(scales),
                 .granularity = request.granularity,
-                .rows = rows};
+                .rows = of_side};
   };
-  const int64_t rows = x.size(0);
-  const int64_t cols = x.size(1);
   at::Tensor scale;  // of both sides
   if (request.granularity == Granularity::kTensorwise) scale = empty_on(x, {}, at::kFloat);
   Operand out;
@@ -62,13 +60,12 @@ core::Destination destination(const Side& side) {
   return {side.codes.mutable_data_ptr(), side.codes.size(0), side.codes.size(1)};
 }
 
-core::QuantizeArgs quantize_args(const at::Tensor& x, const Operand& out,
-                                 const QuantizeRequest& request) {
-  core::QuantizeArgs args{.x = x.const_data_ptr(),
-                          .x_dtype = to_core(x.scalar_type()),
-                          .rows = x.size(0),
-                          .cols = x.size(1),
-                          .ld = leading_dim(x),
+// Of a matrix [rows, cols] of x's dtype and device; where it lies is the caller's to say.
+core::QuantizeArgs quantize_args(const at::Tensor& x, int64_t rows, int64_t cols,
+                                 const Operand& out, const QuantizeRequest& request) {
+  core::QuantizeArgs args{.x_dtype = to_core(x.scalar_type()),
+                          .rows = rows,
+                          .cols = cols,
                           .dtype = to_core(request.dtype),
                           .granularity = request.granularity,
                           .power_of_two = request.power_of_two,
@@ -98,6 +95,12 @@ core::QuantizeArgs quantize_args(const at::Tensor& x, const Operand& out,
   }
   return args;
 }
+
+#ifdef FP8_WITH_CUDA
+at::Tensor workspace_of(size_t bytes, const at::Tensor& like) {
+  return bytes == 0 ? at::Tensor() : empty_on(like, {static_cast<int64_t>(bytes)}, at::kByte);
+}
+#endif
 
 // --- a stack of matrices, stored [groups, rows, cols] ---
 
@@ -161,28 +164,66 @@ bool are_scales_of(const at::Tensor& codes, const at::Tensor& scales, Granularit
 }  // namespace
 
 Operand operand::make(const at::Tensor& x, const QuantizeRequest& request) {
-  Operand out = allocate(x, request);
+  Operand out = allocate(x, x.size(0), x.size(1), request);
   if (x.numel() == 0) {
     fill_empty(out, request);
     return out;
   }
-  core::QuantizeArgs args = quantize_args(x, out, request);
+  core::QuantizeArgs args = quantize_args(x, x.size(0), x.size(1), out, request);
+  args.x = x.const_data_ptr();
+  args.ld = leading_dim(x);
   if (x.is_cpu()) {
     if (core::printing_plans()) core::print_plan(args, -1, {}, 0);
     cpu::quantize(args);
     return out;
   }
 #ifdef FP8_WITH_CUDA
-  at::Tensor workspace;
-  if (const size_t bytes = core::quantize_workspace_bytes(args); bytes > 0) {
-    workspace = empty_on(x, {static_cast<int64_t>(bytes)}, at::kByte);
-    args.workspace = workspace.mutable_data_ptr();
-  }
+  const at::Tensor workspace = workspace_of(core::quantize_workspace_bytes(args), x);
+  if (workspace.defined()) args.workspace = workspace.mutable_data_ptr();
   core::quantize(args, cuda::current_stream(x));
   out.launched = true;
   return out;
 #else
   throw_no_cuda(x);
+#endif
+}
+
+Operand operand::make_joined(at::TensorList parts, bool side_by_side,
+                             const QuantizeRequest& request) {
+  const at::Tensor& first = parts.front();
+  if (parts.size() == 1) return make(first, request);
+  const int64_t dim = side_by_side ? 1 : 0;
+  const auto copied_together = [&] {
+    QuantizeRequest whole = request;
+    whole.pdl = false;  // the copy is the launch before
+    return make(at::cat(parts, dim), whole);
+  };
+  if (parts.size() > core::kMaxJoinedParts) return copied_together();
+  core::JoinedArgs args{.side_by_side = side_by_side};
+  int64_t total = 0;
+  for (const at::Tensor& part : parts) {
+    args.parts[args.count++] = {part.const_data_ptr(), part.size(dim), leading_dim(part)};
+    total += part.size(dim);
+  }
+  const int64_t rows = side_by_side ? first.size(0) : total;
+  const int64_t cols = side_by_side ? total : first.size(1);
+  Operand out = allocate(first, rows, cols, request);
+  args.quantize = quantize_args(first, rows, cols, out, request);
+  args.quantize.ld = -1;
+  if (first.is_cpu()) {
+    if (core::printing_plans()) core::print_plan(args.quantize, -1, {}, 0);
+    cpu::quantize_joined(args);
+    return out;
+  }
+#ifdef FP8_WITH_CUDA
+  if (!core::suits_joined(args)) return copied_together();
+  const at::Tensor workspace = workspace_of(core::quantize_joined_workspace_bytes(args), first);
+  if (workspace.defined()) args.quantize.workspace = workspace.mutable_data_ptr();
+  core::quantize_joined(args, cuda::current_stream(first));
+  out.launched = true;
+  return out;
+#else
+  throw_no_cuda(first);
 #endif
 }
 

@@ -3,7 +3,9 @@
 // settled here, before.
 #pragma once
 
+#include <ATen/core/ATen_fwd.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
 
 #include <optional>
@@ -90,6 +92,11 @@ namespace operand {
 // Quantizes x on the CPU or a CUDA device. An empty x gives zeros and scales of 1.
 Operand make(const at::Tensor& x,  // [rows, cols] from as_matrix
              const QuantizeRequest& request);
+
+// The same of one matrix that lies in several, one below the other or side by side: the bits that
+// at::cat would lead to, without the copy where the kernels can read the parts.
+Operand make_joined(at::TensorList parts,  // from as_matrix, not empty, of one dtype
+                    bool side_by_side, const QuantizeRequest& request);
 
 // The same of each matrix of a stack, rowwise: codes [groups, rows, cols] and [groups, cols, rows],
 // scales [groups, rows] and [groups, cols].

@@ -8,6 +8,7 @@
 #include "torch/common/recipe.h"
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
+#include "torch/merged/merged.h"
 #include "torch/mlp/mlp.h"
 
 namespace fp8::autocast {
@@ -40,6 +41,24 @@ at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                  at::autocast::cached_cast(dtype, weight, kDevice),
                  at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,
                  stand_in, input_scale, history);
+}
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::TensorList weights,
+                                      const OptionalTensors& biases, std::string_view recipe,
+                                      const std::optional<at::Tensor>& history) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
+  std::vector<at::Tensor> cast_weights;
+  for (const at::Tensor& weight : weights) cast_weights.push_back(cast(weight));
+  OptionalTensors cast_biases;
+  if (biases) cast_biases.emplace();
+  for (size_t i = 0; biases && i < biases->size(); ++i) {
+    cast_biases->push_back(cast(biases->get(i)));
+  }
+  static const auto op = find<decltype(composite::merged_linear)>("fp8::merged_linear");
+  return op.call(cast(x), cast_weights, cast_biases, recipe, history);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
@@ -97,6 +116,7 @@ template <at::DeviceType kDevice, c10::DispatchKey kKey>
 void register_kernels(torch::Library& m) {
   m.impl("fused_linear", TORCH_FN((fused_linear<kDevice, kKey>)));
   m.impl("_fused_linear_into", TORCH_FN((_fused_linear_into<kDevice, kKey>)));
+  m.impl("merged_linear", TORCH_FN((merged_linear<kDevice, kKey>)));
   m.impl("grouped_linear", TORCH_FN((grouped_linear<kDevice, kKey>)));
   m.impl("moe_experts", TORCH_FN((moe_experts<kDevice, kKey>)));
   m.impl("mlp", TORCH_FN((mlp<kDevice, kKey>)));

@@ -10,6 +10,7 @@
 #include "torch/common/operators.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
+#include "torch/merged/merged.h"
 
 namespace fp8::functionalize {
 namespace {
@@ -77,10 +78,52 @@ at::Tensor fused_linear(const at::Tensor& x, const at::Tensor& weight,
   return impl::to_functional_tensor(y);
 }
 
+// Its results share memory, which an operator in a graph may not say: the graph has the whole and
+// views of it.
+std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::TensorList weights,
+                                      const OptionalTensors& biases, std::string_view recipe,
+                                      const std::optional<at::Tensor>& history) {
+  const bool writes = history && impl::isFunctionalTensor(*history);
+  bool functional = writes || impl::isFunctionalTensor(x);
+  const at::Tensor plain_x = unwrapped(x);
+  std::vector<at::Tensor> plain_weights;
+  for (const at::Tensor& weight : weights) {
+    functional = functional || impl::isFunctionalTensor(weight);
+    plain_weights.push_back(unwrapped(weight));
+  }
+  OptionalTensors plain_biases;
+  if (biases) plain_biases.emplace();
+  for (size_t i = 0; biases && i < biases->size(); ++i) {
+    const std::optional<at::Tensor> bias = biases->get(i);
+    functional = functional || impl::isFunctionalTensor(bias);
+    plain_biases->push_back(unwrapped(bias));
+  }
+  const std::optional<at::Tensor> plain_history = unwrapped(history);
+  at::Tensor whole;
+  {
+    const at::AutoDispatchSkipFunctionalize below;
+    if (!functional) {
+      static const auto op = find<decltype(composite::merged_linear)>("fp8::merged_linear");
+      return op.call(plain_x, plain_weights, plain_biases, recipe, plain_history);
+    }
+    static const auto op =
+        find<decltype(composite::_merged_linear_functional)>("fp8::_merged_linear_functional");
+    const auto [y, next] = op.call(plain_x, plain_weights, plain_biases, recipe, plain_history);
+    if (writes) {
+      impl::replace_(*history, next);
+      impl::commit_update(*history);
+      impl::sync(*history);
+    }
+    whole = impl::to_functional_tensor(y);
+  }
+  return merged::parts_of(whole, weights);
+}
+
 }  // namespace
 }  // namespace fp8::functionalize
 
 TORCH_LIBRARY_IMPL(fp8, Functionalize, m) {
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::functionalize::scaled_mm_accumulate_));
   m.impl("fused_linear", TORCH_FN(fp8::functionalize::fused_linear));
+  m.impl("merged_linear", TORCH_FN(fp8::functionalize::merged_linear));
 }

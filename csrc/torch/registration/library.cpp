@@ -10,6 +10,7 @@
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
+#include "torch/merged/merged.h"
 #include "torch/mlp/mlp.h"
 #include "torch/norm/norm_ops.h"
 #include "torch/quantize/memory.h"
@@ -64,6 +65,10 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, str recipe=\"tensorwise\", *,"
       " Tensor? input_scale=None, Tensor(a!)? history=None) -> Tensor",
+      tags);
+  m.def(
+      "merged_linear(Tensor x, Tensor[] weights, Tensor?[]? biases=None,"
+      " str recipe=\"tensorwise\", *, Tensor(a!)? history=None) -> Tensor[]",
       tags);
   const std::string grouped_recipe =
       fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
@@ -135,6 +140,22 @@ TORCH_LIBRARY(fp8, m) {
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
       " bool overwrite, Tensor? stand_in, *, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> Tensor",
+      tags);
+  // What merged_linear is differentiated through, and merged_linear out of place.
+  m.def(
+      "_merged_forward(Tensor x, Tensor[] weights, Tensor? bias, int recipe, bool save_x_t,"
+      " bool save_weight_amax, *, Tensor(a!)? history=None)"
+      " -> (Tensor y, Tensor x_t, Tensor x_t_scale, Tensor weight_amax)",
+      tags);
+  m.def(
+      "_merged_backward(Tensor[] dys, Tensor? x, Tensor? x_t_scale, Tensor[] weights,"
+      " Tensor? weight_amax, SymInt in_features, int recipe, bool needs_dx, int needs_dweight,"
+      " bool needs_dbias, *, Tensor(a!)? history=None)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      tags);
+  m.def(
+      "_merged_linear_functional(Tensor x, Tensor[] weights, Tensor?[]? biases, str recipe,"
+      " Tensor? history) -> (Tensor y, Tensor next_history)",
       tags);
   // What mlp is differentiated through, and mlp out of place.
   m.def(
@@ -210,6 +231,8 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, fused_linear);
   FP8_KERNEL(composite, _fused_linear_into);
   FP8_KERNEL(composite, _fused_linear_functional);
+  FP8_KERNEL(composite, merged_linear);
+  FP8_KERNEL(composite, _merged_linear_functional);
   FP8_KERNEL(composite, mlp);
   FP8_KERNEL(composite, grouped_linear);
   FP8_KERNEL(composite, moe_experts);
@@ -236,6 +259,8 @@ void register_kernels(torch::Library& m) {
   FP8_KERNEL(kernel, _scaled_mm_accumulate);
   FP8_KERNEL(kernel, _linear_forward);
   FP8_KERNEL(kernel, _linear_backward);
+  FP8_KERNEL(kernel, _merged_forward);
+  FP8_KERNEL(kernel, _merged_backward);
   FP8_KERNEL(kernel, _mlp_forward);
   FP8_KERNEL(kernel, _mlp_backward);
   FP8_KERNEL(kernel, _grouped_forward);
@@ -274,6 +299,8 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
+  m.impl("_merged_forward", TORCH_FN(fp8::meta::_merged_forward));
+  m.impl("_merged_backward", TORCH_FN(fp8::meta::_merged_backward));
   m.impl("_mlp_forward", TORCH_FN(fp8::meta::_mlp_forward));
   m.impl("_mlp_backward", TORCH_FN(fp8::meta::_mlp_backward));
   m.impl("_grouped_forward", TORCH_FN(fp8::meta::_grouped_forward));
@@ -285,8 +312,8 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_rope", TORCH_FN(fp8::meta::_rope));
 }
 
-// Only the linear ops, mlp, moe_experts, the norms and rope have a gradient. The others say so when
-// a backward reaches them.
+// Only the linear ops, merged_linear, mlp, moe_experts, the norms and rope have a gradient. The
+// others say so when a backward reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
@@ -299,6 +326,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("_norm_backward", TORCH_FN(fp8::autograd::_norm_backward));
   m.impl("rope", TORCH_FN(fp8::composite::rope));
   m.impl("_rope", TORCH_FN(fp8::autograd::_rope));
+  m.impl("merged_linear", TORCH_FN(fp8::autograd::merged_linear));
   m.impl("mlp", TORCH_FN(fp8::autograd::mlp));
   for (const char* op : {"quantize_tensorwise",
                          "quantize_rowwise",
@@ -317,6 +345,8 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
                          "_grouped_backward",
                          "_moe_forward",
                          "_moe_backward",
+                         "_merged_forward",
+                         "_merged_backward",
                          "_mlp_forward",
                          "_mlp_backward",
                          "_norm_forward"}) {
@@ -327,6 +357,8 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
 // Counts the in-place write, so that autograd sees a changed tensor.
 TORCH_LIBRARY_IMPL(fp8, ADInplaceOrView, m) {
   m.impl("_linear_forward", TORCH_FN(fp8::in_place::_linear_forward));
+  m.impl("_merged_forward", TORCH_FN(fp8::in_place::_merged_forward));
+  m.impl("_merged_backward", TORCH_FN(fp8::in_place::_merged_backward));
   m.impl("_mlp_forward", TORCH_FN(fp8::in_place::_mlp_forward));
   m.impl("_mlp_backward", TORCH_FN(fp8::in_place::_mlp_backward));
   m.impl("scaled_mm_accumulate_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());

@@ -9,6 +9,7 @@
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
+#include "torch/merged/merged.h"
 #include "torch/mlp/mlp.h"
 #include "torch/norm/norm_ops.h"
 #include "torch/quantize/quantize_ops.h"
@@ -110,6 +111,16 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
   static const auto op = find<decltype(composite::_fused_linear_into)>("fp8::_fused_linear_into");
   return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt,
                  input_scale, history);
+}
+
+std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tensor> weights,
+                                      at::ArrayRef<std::optional<at::Tensor>> biases,
+                                      std::string_view recipe,
+                                      const std::optional<at::Tensor>& history) {
+  static const auto op = find<decltype(composite::merged_linear)>("fp8::merged_linear");
+  OptionalTensors given;
+  if (!biases.empty()) given.emplace(biases);
+  return op.call(x, weights, given, recipe, history);
 }
 
 at::Tensor make_history(const at::TensorOptions& options) {

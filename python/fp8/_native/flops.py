@@ -8,7 +8,7 @@ it is not imported here.
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,19 @@ def _linear_backward(
 ) -> int:
     products = needs_dx + needs_dweight
     return 2 * dy.numel() * in_features * products
+
+
+def _merged(x: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+    features = sum(int(weight[0]) for weight in weights)
+    return 2 * int(x.numel()) * features
+
+
+def _merged_backward(dys: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+    in_features, _, needs_dx, needs_dweight = args[4:8]
+    elements = sum(
+        int(dy.numel() * (needs_dx + (needs_dweight >> i & 1))) for i, dy in enumerate(dys)
+    )
+    return 2 * int(in_features) * elements
 
 
 def _scaled_mm(a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
@@ -138,6 +151,10 @@ FORMULAS = {
     _ops.moe_experts: _moe,
     _ops._moe_forward: _moe,
     _ops._moe_backward: _moe_backward,
+    _ops.merged_linear: _merged,
+    _ops._merged_linear_functional: _merged,
+    _ops._merged_forward: _merged,
+    _ops._merged_backward: _merged_backward,
     _ops.mlp: _mlp,
     _ops._mlp_forward: _mlp,
     _ops._mlp_backward: _mlp_backward,

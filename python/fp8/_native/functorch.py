@@ -22,6 +22,7 @@ def batching_rule(op: Any) -> Callable[..., Any]:
     arguments = op._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.is_write and not a.name.endswith("history")]
     returns = op._schema.returns
+    is_list = len(returns) == 1 and str(returns[0].type) == "List[Tensor]"
     in_place = len(returns) == 1 and returns[0].alias_info is not None
 
     def batched(*args: Any, **kwargs: Any) -> Any:
@@ -53,6 +54,8 @@ def batching_rule(op: Any) -> Callable[..., Any]:
             None if result is None else _functorch._add_batch_dim(result, 0, level)
             for result in results
         )
+        if is_list:
+            return list(wrapped)
         return wrapped if len(returns) > 1 else wrapped[0]
 
     return batched
@@ -87,4 +90,4 @@ def _loop(
 def _call(op: Any, values: Sequence[Any], spec: TreeSpec, as_tuple: bool = False) -> Any:
     args, kwargs = tree_unflatten(values, spec)
     result = op(*args, **kwargs)
-    return result if not as_tuple or isinstance(result, tuple) else (result,)
+    return result if not as_tuple or isinstance(result, tuple | list) else (result,)

@@ -8,11 +8,14 @@ from ._fused_mlps import fused_mlp as _fused_mlp  # noqa: F401
 from ._fused_norms import NormSpec as _NormSpec  # noqa: F401
 from ._fused_norms import fused_norm as _fused_norm  # noqa: F401
 from ._fused_rope import rotating_module as _rotating_module  # noqa: F401
+from ._fused_siblings import Notes as _SiblingNotes  # noqa: F401
+from ._fused_siblings import fused_parent as _fused_parent  # noqa: F401
 from ._grouped import GroupedLinear
 from ._linear import Linear
+from ._merged import MergedLinear
 from ._mlp import MLP, GatedMLP
 from ._mlp_forms import Form as _MLPForm  # noqa: F401
 from ._mlp_probe import MLPSpec as _MLPSpec  # noqa: F401
 from ._norms import RMSNorm
 
-__all__ = ["MLP", "GatedMLP", "GroupedLinear", "Linear", "RMSNorm"]
+__all__ = ["MLP", "GatedMLP", "GroupedLinear", "Linear", "MergedLinear", "RMSNorm"]

@@ -17,6 +17,7 @@ from .._native.collectives import spare_collectives
 from ..recipe import Recipe, check_recipe
 from . import _distributed_checkpoint, _histories, _main_grad, _offload, _operands
 from ._calls import CALLED, _mark_traced, has_own_forward
+from ._sibling_calls import local as _siblings
 
 # Looked up once: `torch.ops.fp8.fused_linear.default` costs four attribute reads a call.
 _fused_linear = torch.ops.fp8.fused_linear.default
@@ -118,6 +119,9 @@ class Linear(nn.Linear):
             self._mark_traced()
         else:
             self.__dict__[CALLED] = True
+            siblings = _siblings.scope
+            if siblings is not None and (found := siblings.output(self, input)) is not None:
+                return found
         scale = self._buffers.get("input_scale")
         if scale is not None and scale.dtype is not torch.float32:
             scale = scale.float()  # something has cast it past _apply: FSDP's buffer_dtype

@@ -26,6 +26,7 @@ from ._grouped import grouped_linear, moe_experts
 from ._linear import fused_linear
 from ._linear import make_history as make_history
 from ._matmul import scaled_mm, scaled_mm_accumulate_
+from ._merged import merged_linear
 from ._mlp import mlp
 from ._norms import add_rms_norm, layer_norm, rms_norm
 from ._quantize import (
@@ -47,6 +48,7 @@ __all__ = [  # the operators
     "fused_linear",
     "grouped_linear",
     "layer_norm",
+    "merged_linear",
     "mlp",
     "moe_experts",
     "quantize_blockwise_1x128",

@@ -11,10 +11,12 @@ MATMUL_OPS: frozenset[Any] = frozenset(
         _ops._linear_forward.default,
         _ops._grouped_forward.default,
         _ops._moe_forward.default,
+        _ops._merged_forward.default,
         _ops._mlp_forward.default,
         _ops.fused_linear.default,
         _ops.grouped_linear.default,
         _ops.moe_experts.default,
+        _ops.merged_linear.default,
         _ops.mlp.default,
         _ops.scaled_mm.default,
     )

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import nn
 
 from .._native import loader
+from ..nn._fused_siblings import joint_layers
 from ..nn._linear import Linear
 from ..recipe import Recipe, check_recipe
 
@@ -176,20 +178,22 @@ def _measuring() -> Iterator[list[Tuned]]:
 
 
 def _cases_of_model(model: nn.Module, tokens: Sequence[int]) -> list[_Case]:
-    """The distinct layers, for each number of tokens."""
+    """The distinct layers, and those that are computed as one, for each number of tokens."""
+    modules = list(model.modules())
+    groups: list[list[Any]] = [[module] for module in modules if isinstance(module, Linear)]
+    groups += [layers for module in modules for layers in joint_layers(module)]
     cases = [
         _Case(
             m,
-            module.in_features,
-            module.out_features,
-            module.bias is not None,
-            module.weight.dtype,
-            module.recipe,
-            module.weight.device,
+            layers[0].in_features,
+            sum(layer.out_features for layer in layers),
+            any(layer.bias is not None for layer in layers),
+            layers[0].weight.dtype,
+            layers[0].recipe,
+            layers[0].weight.device,
         )
         for m in tokens
-        for module in model.modules()
-        if isinstance(module, Linear)
+        for layers in groups
     ]
     return list(dict.fromkeys(cases))
 

@@ -1,4 +1,5 @@
-// fp8::nn::Linear against torch::nn::Linear: same parameters, text, copies and archives.
+// fp8::nn::Linear against torch::nn::Linear: same parameters, text, copies and archives; and
+// fp8::nn::MergedLinear.
 #include <torch/torch.h>
 
 #include <catch2/catch.hpp>
@@ -176,3 +177,42 @@ TEST_CASE("an unknown recipe is refused when the layer is made") {
 }
 
 TEST_CASE("the operators are registered") { REQUIRE_NOTHROW(fp8::ensure_registered()); }
+
+TEST_CASE("layers of one input are merged_linear on parameters of their own") {
+  torch::manual_seed(0);
+  fp8::nn::MergedLinear qkv(fp8::nn::MergedLinearOptions(32, {32, 8, 16}).recipe("rowwise"));
+  REQUIRE(qkv->named_parameters().keys() == std::vector<std::string>{"0.weight", "0.bias",
+                                                                     "1.weight", "1.bias",
+                                                                     "2.weight", "2.bias"});
+  const torch::Tensor x = torch::randn({3, 5, 32});
+  const std::vector<torch::Tensor> outputs = qkv(x);
+  REQUIRE(outputs.size() == 3);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    REQUIRE(torch::equal(outputs[i], qkv->layers[i](x)));  // a scale for each row
+  }
+  (outputs[0].sum() + outputs[2].sum()).backward();
+  REQUIRE(qkv->layers[0]->weight.grad().sizes() == qkv->layers[0]->weight.sizes());
+  REQUIRE_FALSE(qkv->layers[1]->weight.grad().defined());
+
+  std::ostringstream text;
+  qkv->pretty_print(text);
+  REQUIRE(text.str() ==
+          "fp8::nn::MergedLinear(in_features=32, out_features=[32, 8, 16], bias=true, "
+          "recipe=rowwise)");
+
+  const auto copy = std::dynamic_pointer_cast<fp8::nn::MergedLinearImpl>(qkv->clone());
+  REQUIRE(torch::equal(copy->forward(x)[1], outputs[1]));
+  REQUIRE_THROWS_AS(fp8::nn::MergedLinear(32, std::vector<int64_t>{}), c10::ValueError);
+}
+
+TEST_CASE("layers of one input keep one history, and step aside for a static scale") {
+  torch::manual_seed(0);
+  fp8::nn::MergedLinear layers(fp8::nn::MergedLinearOptions(16, {8, 8}).recipe("delayed"));
+  const torch::Tensor x = torch::randn({4, 16});
+  layers(x);
+  REQUIRE(layers->history.defined());
+  REQUIRE_FALSE(layers->layers[0]->history.defined());
+  fp8::nn::MergedLinear given(fp8::nn::MergedLinearOptions(16, {8, 8}));
+  given->layers[1]->set_input_scale(torch::tensor(0.01F));
+  REQUIRE(torch::equal(given(x)[1], given->layers[1](x)));
+}

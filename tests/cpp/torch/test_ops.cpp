@@ -315,3 +315,19 @@ TEST_CASE("errors have types and say what came") {
   REQUIRE_THROWS_AS(fp8::fused_linear(p.x, p.weight.to(at::kDouble), p.bias), c10::TypeError);
   REQUIRE_THROWS_AS(fp8::quantize_rowwise(p.x.to(at::kInt)), c10::TypeError);
 }
+
+TEST_CASE("merged_linear is fused_linear on joined weights, split") {
+  at::manual_seed(0);
+  const at::Tensor x = at::randn({6, 32}).set_requires_grad(true);
+  const at::Tensor w = at::randn({16, 32}).set_requires_grad(true);
+  const at::Tensor v = at::randn({8, 32}).set_requires_grad(true);
+  const at::Tensor b = at::randn({8}).set_requires_grad(true);
+  const std::vector<at::Tensor> ys = fp8::merged_linear(x, {w, v}, {std::nullopt, b});
+  const at::Tensor bias = at::cat({at::zeros({16}), b.detach()});
+  const at::Tensor y = fp8::fused_linear(x, at::cat({w, v}), bias);
+  REQUIRE(at::equal(at::cat(ys, 1), y));
+  (ys[0].sum() + ys[1].sum()).backward();
+  REQUIRE(w.grad().sizes() == w.sizes());
+  REQUIRE(at::equal(b.grad(), at::full({8}, 6.0)));
+  REQUIRE_THROWS_AS(fp8::merged_linear(x, {w, at::randn({8, 16})}), c10::ValueError);
+}

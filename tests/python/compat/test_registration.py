@@ -27,6 +27,7 @@ SCHEMAS = {
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
     "fused_linear": ("x weight bias recipe input_scale history", 1),
+    "merged_linear": ("x weights biases recipe history", 1),
     "mlp": (
         "x gate up down activation recipe gate_bias up_bias down_bias save gate_second alpha limit"
         " gate_history up_history down_history",
@@ -103,6 +104,9 @@ def test_registration_only_accumulation_and_histories_modify():
         "_linear_forward": ["history"],
         "_linear_backward": ["main_grad", "history"],
         "_fused_linear_into": ["history"],
+        "merged_linear": ["history"],
+        "_merged_forward": ["history"],
+        "_merged_backward": ["history"],
     }
     for name in ("mlp", "_mlp_forward", "_mlp_backward"):
         written[name] = ["gate_history", "up_history", "down_history"]

@@ -7,7 +7,7 @@ import samples
 import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fp8
 from fp8._native import operators as _operators
@@ -172,22 +172,16 @@ def test_vmap_of_every_operator(name, index):
             return value
         return torch.stack([value.detach(), value.detach() * 3])
 
-    args, kwargs = tree_map(batch, (chosen.args, chosen.kwargs))
-    batched = [
-        0 if isinstance(v, Tensor) and batch(o) is not o else None
-        for v, o in zip(
-            (*args, *kwargs.values()), (*chosen.args, *chosen.kwargs.values()), strict=True
-        )
-    ]
+    given, spec = tree_flatten((chosen.args, chosen.kwargs))
+    values = [batch(value) for value in given]
+    batched = [0 if v is not g else None for v, g in zip(values, given, strict=True)]
     if not any(dim == 0 for dim in batched):
         pytest.skip("has no tensor to batch")
-    keys = list(kwargs)
 
-    def call(*values):
-        count = len(values) - len(keys)
-        return op(*values[:count], **dict(zip(keys, values[count:], strict=True)))
+    def call(*leaves):
+        args, kwargs = tree_unflatten(leaves, spec)
+        return op(*args, **kwargs)
 
-    values = [*args, *kwargs.values()]
     examples = [
         [v if d is None else v[i].clone() for v, d in zip(values, batched, strict=True)]
         for i in range(2)

@@ -183,6 +183,7 @@ def test_public_names():
             "GroupedLinear",
             "Linear",
             "MLP",
+            "MergedLinear",
             "RMSNorm",
             "Recipe",
             "__version__",
