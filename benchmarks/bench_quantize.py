@@ -6,7 +6,7 @@ that the operator must move.
 
 And the passes between the grouped products of moe_experts, by profile (passes.py), beside the pass
 over the rows of a matrix that they are held against, at 67 to 940 MB of gates and ups;
-and norms, by profile too (norms.py).
+and norms and rotary position embedding, by profile too (norms.py, ropes.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import merged_passes
 import mlp_passes
 import norms
 import passes
+import ropes
 import tables
 import timing
 import torch
@@ -86,7 +87,9 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
     quick = passes.INPUT_MB[:1] if options.quick else passes.INPUT_MB
     for kind in (passes, mlp_passes, merged_passes):
         rows += kind.measure(5, quick)
-    return rows + norms.measure(10, norms.SHAPES[:1] if options.quick else norms.SHAPES), {}
+    for kind in (norms, ropes):
+        rows += kind.measure(10, kind.SHAPES[:1] if options.quick else kind.SHAPES)
+    return rows, {}
 
 
 def table(rows: list[Row]) -> str:

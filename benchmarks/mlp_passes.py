@@ -14,9 +14,9 @@ HIDDEN, FEATURES = 4096, 14336  # Llama-3-8B's
 # By recipe: the pass, its kernels, bytes an element of [rows, FEATURES].
 PASSES = {
     "tensorwise": (
-        ("mlp forward, amax", ("statistics_kernel", "UnitSource"), 4),
+        ("mlp forward, amax", ("unit_screened_amax_kernel", "UnitSource"), 4),
         ("mlp forward, cast", ("cast_kernel", "UnitSource"), 5),
-        ("mlp backward, amax", ("unit_amax_kernel",), 6),
+        ("mlp backward, amax", ("unit_screened_amax_kernel", "BackwardParams"), 6),
         ("mlp backward, cast", ("unit_cast_kernel",), 11),
     ),
     "rowwise": (

@@ -11,7 +11,7 @@ if(FP8_WITH_CUDA)
   list(PREPEND _libraries fp8_core)
 endif()
 install(TARGETS ${_libraries} LIBRARY DESTINATION lib COMPONENT runtime)
-# Not core_grouped.h and core_norm.h: how the passes of layers are cut is no promise.
+# Not core_grouped.h, core_norm.h and core_rope.h: how the passes of layers are cut is no promise.
 install(FILES csrc/include/fp8/core.h csrc/include/fp8/ops.h csrc/include/fp8/nn.h
   ${CMAKE_CURRENT_BINARY_DIR}/include/fp8/version.h DESTINATION include/fp8 COMPONENT devel)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8Config.cmake ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8ConfigVersion.cmake

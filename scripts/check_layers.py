@@ -22,12 +22,12 @@ FLOORS = (
     ("host",),
     ("core/device",),
     ("core/quantize", "core/matmul"),
-    ("core/grouped", "core/norm", "core/mlp"),
+    ("core/grouped", "core/norm", "core/rope", "core/mlp"),
     ("cpu",),
     ("torch/common",),
     ("torch/quantize",),
     ("torch/matmul",),
-    ("torch/linear", "torch/grouped", "torch/norm"),
+    ("torch/linear", "torch/grouped", "torch/norm", "torch/rope"),
     ("torch/merged", "torch/mlp"),
     ("torch/registration",),
     ("bindings",),
@@ -58,7 +58,7 @@ def core_files(root: Path) -> set[Path]:
     """Every file of the layer that the rule starts from."""
     csrc = root / "csrc"
     kernels = {path.resolve() for path in [*csrc.rglob("*.cu"), *csrc.rglob("*.cuh")]}
-    headers = [csrc / f"include/fp8/core{name}.h" for name in ("", "_grouped", "_norm")]
+    headers = [csrc / f"include/fp8/core{name}.h" for name in ("", "_grouped", "_norm", "_rope")]
     public = {header.resolve() for header in headers if header.is_file()}
     return kernels | cmake_sources(root) | public
 

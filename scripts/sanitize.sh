@@ -36,7 +36,7 @@ core=build/tests/cpp/test_core_gpu
 if [ -x "$core" ]; then
   torch=$("$python" -c 'import torch; print(torch.__path__[0])')
   LD_LIBRARY_PATH=python/fp8/lib:$torch/lib:$torch/../nvidia/cu13/lib \
-    step "racecheck passes" "$core" '[quantize],[grouped],[norm]'
+    step "racecheck passes" "$core" '[quantize],[grouped],[norm],[mlp]'
 else
   echo "racecheck of column sums and grouped passes left out: the C++ tests are not built (no Catch2 header)"
 fi

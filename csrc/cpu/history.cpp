@@ -29,13 +29,13 @@ struct Known {
   uint32_t print(uint32_t ago) const {
     return words[kHistoryFingerprint + (count() - ago) % core::kAmaxRecords];
   }
-  // Inf or NaN, of a call with column sums, says nothing.
+  // Of the window's largest, with its margin. Inf or NaN, of a call with column sums, says nothing.
   uint32_t window_amax() const {
     uint32_t bits = 0;
     for (uint32_t ago = 1; ago <= core::kAmaxWindow; ++ago) {
       if (own(ago) < kExponentBits) bits = std::max(bits, own(ago));
     }
-    return bits;
+    return with_margin(bits);
   }
 };
 

@@ -29,7 +29,7 @@ void round_all(Floats& values, Dtype dtype) {
 // Sums over a row, as its threads on a GPU make them.
 class RowSum {
  public:
-  explicit RowSum(const NormPlan& plan) : threads_(plan.threads_per_row) {}
+  explicit RowSum(const NormPlan& plan) : threads_(plan.pairs ? 32 : plan.threads_per_row) {}
 
   // Of term(c) for each column c.
   template <typename F>
@@ -68,8 +68,8 @@ Floats parameter(const void* values, const NormArgs& norm, float otherwise) {
 
 Floats factors(const NormArgs& norm) {
   Floats found = parameter(norm.weight, norm, 1.0F);
-  const bool one_plus = norm.form == NormForm::kScaleByOnePlus && norm.weight != nullptr;
-  for (float& value : found) value = norm_factor(value, one_plus);
+  const float offset = norm_offset(norm.form, norm.weight != nullptr);
+  for (float& value : found) value = norm_factor(value, offset);
   return found;
 }
 

@@ -59,6 +59,16 @@ FP8_HOST_DEVICE constexpr bool suits(float used, float own) {
   return own == 0.0F ? used <= FLT_MAX : own <= used && used <= core::kAmaxSlack * own;
 }
 
+// An amax, as bits, with the margin that a window's has.
+FP8_HOST_DEVICE inline uint32_t with_margin(uint32_t amax_bits) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(fminf(__uint_as_float(amax_bits) * core::kAmaxMargin, FLT_MAX));
+#else
+  const float amax = std::min(std::bit_cast<float>(amax_bits) * core::kAmaxMargin, FLT_MAX);
+  return std::bit_cast<uint32_t>(amax);
+#endif
+}
+
 // Words of a history: a ring of records, of which record i lies at i % kAmaxRecords, first all of
 // the calls' own amaxes, then what was used, then fingerprints; the number of records made so far,
 // modulo 2^32 (where it is 0 again, the history begins anew); the next cast's guess, or 0.

@@ -8,13 +8,15 @@
 // Order of a sum over a row: eight elements in a row are joined in pairs. Eight number e belongs to
 // thread e % threads_per_row, which adds its eights as they come; then the threads of a warp are
 // joined, at distances that halve, then the warps in order.
+// In the backward a row of up to 32 eights has a thread for each in that order. There a kernel's
+// thread holds several (NormPlan::pairs) and joins them as those threads would.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
 #include "fp8/core_norm.h"
-#include "host/formats.h"
+#include "host/arithmetic.h"
 #include "host/launch.h"
 
 namespace fp8 {
@@ -24,6 +26,8 @@ namespace core {
 struct NormPlan {
   int threads_per_row = 1;  // a power of two, at most kMaxRowThreads
   int iterations = 1;       // > 1: the row does not fit into registers and is read more than once
+  // A thread's eights count as a thread's each: those at the largest distance are joined first.
+  bool pairs = false;
 };
 
 constexpr int kNormVectors = 4;  // of eight elements, that a thread keeps in registers
@@ -47,11 +51,12 @@ inline NormPlan plan_norm(int64_t cols, int vectors = kNormVectors, int least_th
   return plan;
 }
 
-// A row has a warp at least: compute-sanitizer's racecheck reports hazards in the sums over a
-// block's rows where rows share one. What it sees there is not understood; no wrong result was.
 inline NormPlan plan_norm_backward(const NormArgs& norm) {
-  return plan_norm(norm.cols, norm_backward_vectors(norm.form == NormForm::kLayer, norm.dtype),
-                   /*least_threads=*/32);
+  const int vectors = norm_backward_vectors(norm.form == NormForm::kLayer, norm.dtype);
+  const bool pairs = ceil_div(norm.cols, 8) <= 32;
+  NormPlan plan = plan_norm(norm.cols, vectors, /*least_threads=*/pairs ? 1 : 32);
+  plan.pairs = pairs;
+  return plan;
 }
 
 // The gradients of weight and bias: block b of `parts` has `slots` rows at a time, from row b *
@@ -67,7 +72,7 @@ constexpr int kNormLanes = 32;
 constexpr int kNormBackwardThreads = 512;
 constexpr int kNormSms = 132;  // for the CPU, so that it has the order of an H100 or H200
 
-// One block to a multiprocessor: its threads need 128 registers.
+// One block to a multiprocessor: its threads need 128 registers, and most of the shared memory.
 inline NormParts plan_norm_parts(const NormPlan& plan, int64_t rows, int sm_count) {
   NormParts parts;
   parts.slots = plan.iterations > 1 ? 1 : kNormBackwardThreads / plan.threads_per_row;
@@ -77,31 +82,35 @@ inline NormParts plan_norm_parts(const NormPlan& plan, int64_t rows, int sm_coun
 
 }  // namespace core
 
-// --- formulas ---------------------------------------------------------------------------------
+// Division of numbers below 2^31 by one that is known before: a product and a shift.
+struct Divisor {
+  uint32_t magic = 0;  // 0: by 1
+  uint32_t shift = 0;
 
-#ifdef __CUDA_ARCH__
-FP8_HOST_DEVICE inline float mul(float a, float b) { return __fmul_rn(a, b); }
-FP8_HOST_DEVICE inline float add(float a, float b) { return __fadd_rn(a, b); }
-FP8_HOST_DEVICE inline float sub(float a, float b) { return __fsub_rn(a, b); }
-FP8_HOST_DEVICE inline float divide(float a, float b) { return __fdiv_rn(a, b); }
-FP8_HOST_DEVICE inline float root(float a) { return __fsqrt_rn(a); }
-#else
-FP8_HOST_DEVICE inline float mul(float a, float b) { return a * b; }
-FP8_HOST_DEVICE inline float add(float a, float b) { return a + b; }
-FP8_HOST_DEVICE inline float sub(float a, float b) { return a - b; }
-FP8_HOST_DEVICE inline float divide(float a, float b) { return a / b; }
-FP8_HOST_DEVICE inline float root(float a) { return sqrtf(a); }
-#endif
+  Divisor() = default;
+  explicit Divisor(uint32_t by) {
+    if (by <= 1) return;
+    while ((uint64_t{2} << shift) < by) ++shift;  // 2^shift < by <= 2 * 2^shift
+    magic = static_cast<uint32_t>(((uint64_t{1} << (32 + shift)) + by - 1) / by);
+  }
+  FP8_HOST_DEVICE uint32_t quotient(uint32_t number) const {
+    const auto high = static_cast<uint32_t>(uint64_t{number} * magic >> 32);
+    return magic == 0 ? number : high >> shift;
+  }
+};
+
+// --- formulas ---------------------------------------------------------------------------------
 
 // From the sum of squares, of x or of x - mean.
 FP8_HOST_DEVICE inline float rstd_of(float squares, float cols, float eps) {
   return divide(1.0F, root(add(divide(squares, cols), eps)));
 }
 
-// What multiplies xhat.
-FP8_HOST_DEVICE inline float norm_factor(float weight, bool one_plus) {
-  return one_plus ? add(1.0F, weight) : weight;
+// What multiplies xhat: offset + weight, where an offset of -0 changes no weight.
+inline float norm_offset(core::NormForm form, bool has_weight) {
+  return form == core::NormForm::kScaleByOnePlus && has_weight ? 1.0F : -0.0F;
 }
+FP8_HOST_DEVICE inline float norm_factor(float weight, float offset) { return add(offset, weight); }
 
 template <bool kLayer>
 FP8_HOST_DEVICE inline float norm_hat(float x, float mean, float rstd) {

@@ -31,6 +31,13 @@ NORM = [
         VALUES,
     ),
     Fault(
+        "a short row's eights are added as they come",
+        "csrc/cpu/norm.cpp",
+        "plan.pairs ? 32 : plan.threads_per_row",
+        "plan.threads_per_row",
+        VALUES,
+    ),
+    Fault(
         "the residual's gradient joins before dx is rounded",
         "csrc/cpu/norm.cpp",
         "        round_all(g, norm.dtype);\n        read(args.add",

@@ -40,9 +40,10 @@ from fuzz_merged import MERGED  # noqa: E402
 from fuzz_moe import MOE  # noqa: E402
 from fuzz_norm import NORM  # noqa: E402
 from fuzz_quantize import DEQUANTIZE, QUANTIZE  # noqa: E402
+from fuzz_rope import ROPE  # noqa: E402
 
-KINDS = (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, MERGED, DELAYED, GROUPED, MOE, NORM)
-FAMILIES = {f.name: f for f in KINDS}
+_ALL = (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, MERGED, DELAYED, GROUPED, MOE, NORM, ROPE)
+FAMILIES = {f.name: f for f in _ALL}
 SECONDS = {"cpu": 180, "cuda": 300}
 LAST_CASE = ROOT / "build" / "fuzz" / "last_case.txt"  # for a case that ends the process
 SHRINK_SECONDS = 20.0

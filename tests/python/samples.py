@@ -466,6 +466,62 @@ def _norm_backward(device: str) -> list[Sample]:
     return found
 
 
+ROPE_LAYOUTS = ("halves", "interleaved", "interleaved_to_halves")  # in the order of their numbers
+_ROPES = (
+    # batch, heads of q and of k (0: no k), positions, D, columns of cos, R, layout
+    ((2,), 5, 2, 3, 64, 64, 64, 0),
+    ((2,), 5, 4, 3, 24, 8, 16, 1),
+    ((), 3, 0, 5, 20, 10, 20, 2),
+    ((0,), 3, 2, 4, 16, 16, 16, 1),
+)
+
+
+def _rope_tensors(case: tuple, device: str, dtype: torch.dtype, cos_dtype: torch.dtype) -> list:
+    """q, k, cos and sin; in memory positions lie before heads."""
+    batch, *heads, positions, size, columns, _, _ = case
+    options = {"device": device, "dtype": dtype, "requires_grad": True}
+    rows = [(*batch, positions, count, size) for count in heads if count]
+    q, k = [*(torch.randn(s, **options).transpose(-2, -3) for s in rows), None][:2]
+    return [q, k, *(torch.randn(positions, columns, device=device).to(cos_dtype) for _ in "cs")]
+
+
+def _rope(device: str) -> list[Sample]:
+    found = []
+    bf16 = torch.bfloat16
+    for case in _ROPES:
+        *_, rotary, layout = case
+        for rounding in ("each", "sum", "once"):
+            wide = torch.float32 if rounding == "sum" else bf16
+            options = {"layout": ROPE_LAYOUTS[layout], "rotary_dim": rotary, "rounding": rounding}
+            args = (*_rope_tensors(case, device, bf16, wide),)
+            found.append(Sample(f"{case} {rounding}", args, options))
+    q, k, cos, sin = _rope_tensors(_ROPES[0], device, torch.float16, torch.float32)
+    found.append(Sample("fp32 results", (q, k, cos, sin)))
+    found.append(Sample("no grad", (q.detach(), k.detach(), cos.half(), sin.half())))
+    angles = [torch.randn(2, 1, 3, 64, device=device) for _ in range(2)]
+    found.append(Sample("angles of each batch", (q, k.detach(), *angles)))
+    x, angles = torch.randn(8, 6, device=device), torch.randn(2, 6, 8, device=device)
+    found.append(Sample("columns", (x.t(), None, *angles)))
+    found.append(Sample("1-D", (x[0], None, *torch.randn(2, 6, device=device))))
+    return found
+
+
+def _private_rope(device: str) -> list[Sample]:
+    """Numbers of forms: csrc/torch/rope/rope_ops.h."""
+    found = []
+    for case in _ROPES:
+        *_, rotary, layout = case
+        q, k, *angles = _rope_tensors(case, device, torch.bfloat16, torch.bfloat16)
+        order = list(range(q.dim()))
+        for form in (0, 4, 8, 16, 16 | 8, 16 | 32):
+            args = (q, k, *angles, rotary, layout | form, None, order, [])
+            found.append(Sample(f"{case} {form}", args))
+        found.append(Sample(f"{case} k", (None, q, *angles, rotary, layout, None, [], order)))
+    q, _, *angles = _rope_tensors(_ROPES[0], device, torch.float32, torch.float32)
+    found.append(Sample("to bf16", (q, None, *angles, 64, 16, torch.bfloat16, [], [])))
+    return found
+
+
 _MLPS = (
     # shape of x, I, H, form (0 plain, 1 separate, 2 merged), biases
     ((32, 64), 48, 64, 1, False),
@@ -597,4 +653,6 @@ TABLE: dict[str, Callable[[str], list[Sample]]] = {
     "add_rms_norm": _add_rms_norm,
     "_norm_forward": _norm_forward,
     "_norm_backward": _norm_backward,
+    "rope": _rope,
+    "_rope": _private_rope,
 }

@@ -3,9 +3,11 @@
 // the bits of the operators it takes the place of. (The CPU runs those operators.)
 //
 // An activation has
-//   value<T>(x, usual)          act(x), to be rounded
-//   gradient<T>(dy, x, usual)   act'(x) * dy, to be rounded
-// `usual`: see quotient. A new one is a struct and a line of with_mlp_activation.
+//   value<T, kFast>(x)          act(x), to be rounded
+//   gradient<T, kFast>(dy, x)   act'(x) * dy, to be rounded
+//   allows_fast<T>(x8)          whether the fast forms give the same bits for eight x; without it,
+//                               kFast makes no difference
+// A new one is a struct and a line of with_mlp_activation.
 #pragma once
 
 #include <type_traits>
@@ -15,59 +17,111 @@
 
 namespace fp8::core {
 
-// As a store to memory and a load would.
+// As a store to memory and a load would. Converted in pairs: a single conversion is made by the
+// unit of exponentials, at a quarter of the rate.
 template <typename T>
 __device__ __forceinline__ float rounded(float x) {
   if constexpr (std::is_same_v<T, float>) {
     return x;
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __bfloat162float(__float2bfloat16_rn(x));
+    uint32_t pair;  // bits of x's, then of zero's
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(x), "f"(0.0F));
+    return __uint_as_float(pair);
   } else {
-    return __half2float(__float2half_rn(x));
+    return __low2float(__floats2half2_rn(x, 0.0F));
   }
 }
 
-// 1 / d for d >= 1, without a branch. `usual` becomes false where that is not the quotient to the
-// bit; without `usual` it always is.
-__device__ __forceinline__ float reciprocal(float d, bool* usual) {
-  if (usual == nullptr) return __fdiv_rn(1.0F, d);
-  *usual = *usual && d < 0x1p126F;
+__device__ __forceinline__ float approximate_exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+__device__ __forceinline__ float approximate_reciprocal(float d) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  return r;
+}
+
+constexpr float kLog2e = 1.44269504088896340736F;
+constexpr float kLeastFast = -87.0F;  // from here on 1 + exp(-x) < 2^126
+
+// 1 / (1 + exp(-x)) to the bit. Fast: without a branch, for x >= kLeastFast.
+template <bool kFast>
+__device__ __forceinline__ float logistic(float x) {
+  const float d = 1.0F + expf(-x);
+  if constexpr (!kFast) return __fdiv_rn(1.0F, d);
+  const float r = approximate_reciprocal(d);
   return __fmaf_rn(r, -__fmaf_rn(d, r, -1.0F), r);
 }
 
-// The same of x / d.
-__device__ __forceinline__ float quotient(float x, float d, bool* usual) {
-  if (usual == nullptr) return __fdiv_rn(x, d);
-  *usual = *usual && fabsf(x) > 0x1p-100F;
-  const float r = reciprocal(d, usual);
-  float q = x * r;
-  q = __fmaf_rn(r, __fmaf_rn(-d, q, x), q);
-  return __fmaf_rn(r, __fmaf_rn(-d, q, x), q);
+// Whether all eight are kLeastFast at least; NaN as it comes.
+template <typename T>
+__device__ __forceinline__ bool none_below_fast(const Vec8<T>& x) {
+  if constexpr (sizeof(T) == 4) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) all = all && !(x.get(i) < kLeastFast);
+    return all;
+  } else {  // negative ones are greater the lower they are, as unsigned integers
+    constexpr uint32_t kLeast = std::is_same_v<T, __half> ? 0xD570U : 0xC2AEU;
+    const uint32_t words = __vmaxu2(__vmaxu2(x.words[0], x.words[1]),  //
+                                    __vmaxu2(x.words[2], x.words[3]));
+    return max(words >> 16, words & 0xFFFFU) <= kLeast;
+  }
 }
 
 struct Silu {
+  // bf16: the fast value is rounded to the same bits for each of the 65,536 x that there are, as a
+  // test counts on every GPU that it runs on (tests/python/mlp/test_mlp_cuda.py).
   template <typename T>
-  static __device__ __forceinline__ float value(float x, bool* usual) {
-    return quotient(x, 1.0F + expf(-x), usual);
+  static __device__ __forceinline__ bool allows_fast(const Vec8<T>& x) {
+    bool allows = none_below_fast(x);
+    if constexpr (!std::is_same_v<T, __nv_bfloat16>) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {  // the quotient below is that of others
+        const float size = fabsf(x.get(i));
+        allows = allows && size > 0x1p-100F && size < INFINITY;
+      }
+    }
+    return allows;
   }
-  template <typename T>
-  static __device__ __forceinline__ float gradient(float dy, float x, bool* usual) {
-    const float s = reciprocal(1.0F + expf(-x), usual);
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float value(float x) {
+    if constexpr (!kFast) {
+      return __fdiv_rn(x, 1.0F + expf(-x));
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return x * approximate_reciprocal(1.0F + approximate_exp2(x * -kLog2e));
+    } else {
+      const float d = 1.0F + expf(-x);
+      const float r = logistic<true>(x);
+      float q = x * r;
+      q = __fmaf_rn(r, __fmaf_rn(-d, q, x), q);
+      return __fmaf_rn(r, __fmaf_rn(-d, q, x), q);
+    }
+  }
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float gradient(float dy, float x) {
+    const float s = logistic<kFast>(x);
     return dy * s * (1.0F + x * (1.0F - s));
+  }
+  // Of a value whose gradient is asked for too: one exponential for both.
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float value_beside_gradient(float x) {
+    if constexpr (kFast && std::is_same_v<T, __nv_bfloat16>) return x * logistic<true>(x);
+    return value<T, kFast>(x);
   }
 };
 
 struct Gelu {
   static constexpr float kAlpha = 0.70710678118654752440F;                 // 1 / sqrt(2)
   static constexpr float kBeta = 1.12837916709551257390F * kAlpha * 0.5F;  // 1 / sqrt(2 pi)
-  template <typename T>
-  static __device__ __forceinline__ float value(float x, bool* /*usual*/) {
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float value(float x) {
     return x * 0.5F * (1.0F + erff(x * kAlpha));
   }
-  template <typename T>
-  static __device__ __forceinline__ float gradient(float dy, float x, bool* /*usual*/) {
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float gradient(float dy, float x) {
     const float cdf = 0.5F * (1.0F + erff(x * kAlpha));
     const float pdf = expf(-0.5F * x * x) * kBeta;
     return dy * (cdf + x * pdf);
@@ -78,14 +132,14 @@ struct GeluTanh {
   // sqrt(2 / pi)
   static constexpr float kBeta = 1.41421356237309504880F * 1.12837916709551257390F * 0.5F;
   static constexpr float kKappa = 0.044715F;
-  template <typename T>
-  static __device__ __forceinline__ float value(float x, bool* /*usual*/) {
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float value(float x) {
     const float x_cube = x * x * x;
     const float inner = kBeta * (x + kKappa * x_cube);
     return 0.5F * x * (1.0F + tanhf(inner));
   }
-  template <typename T>
-  static __device__ __forceinline__ float gradient(float dy, float x, bool* /*usual*/) {
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float gradient(float dy, float x) {
     const float x_sq = x * x;
     const float x_cube = x_sq * x;
     const float inner = kBeta * (x + kKappa * x_cube);
@@ -101,27 +155,27 @@ struct GeluTanh {
 };
 
 struct Relu {
-  template <typename T>
-  static __device__ __forceinline__ float value(float x, bool* /*usual*/) {
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float value(float x) {
     return isnan(x) ? x : fmaxf(x, 0.0F);
   }
-  template <typename T>
-  static __device__ __forceinline__ float gradient(float dy, float x, bool* /*usual*/) {
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float gradient(float dy, float x) {
     return x <= 0.0F ? 0.0F : dy;
   }
 };
 
 // square(relu(x))
 struct ReluSquared {
-  template <typename T>
-  static __device__ __forceinline__ float value(float x, bool* usual) {
-    const float r = Relu::value<T>(x, usual);
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float value(float x) {
+    const float r = Relu::value<T, kFast>(x);
     return r * r;
   }
-  template <typename T>
-  static __device__ __forceinline__ float gradient(float dy, float x, bool* usual) {
-    return Relu::gradient<T>(rounded<T>(dy * rounded<T>(2.0F * Relu::value<T>(x, usual))), x,
-                             usual);
+  template <typename T, bool kFast>
+  static __device__ __forceinline__ float gradient(float dy, float x) {
+    const float slope = rounded<T>(2.0F * Relu::value<T, kFast>(x));
+    return Relu::gradient<T, kFast>(rounded<T>(dy * slope), x);
   }
 };
 
@@ -132,20 +186,33 @@ struct UnitGradients {
   float h;
 };
 
+template <typename Act, typename T>
+concept HasFastForm = requires(const Vec8<T>& x) { Act::allows_fast(x); };
+
 // act(gate) * up, or act(gate) alone.
 template <typename Act, typename T, bool kGated>
 struct Unit {
-  static __device__ __forceinline__ float h(float gate, float up, const MlpUnitArgs& /*args*/,
-                                            bool* usual) {
-    const float a = rounded<T>(Act::template value<T>(gate, usual));
+  static constexpr bool kHasFastForm = HasFastForm<Act, T>;
+  static __device__ __forceinline__ bool allows_fast(const Vec8<T>& gate,
+                                                     const MlpUnitArgs& /*args*/) {
+    return Act::allows_fast(gate);
+  }
+  template <bool kFast>
+  static __device__ __forceinline__ float h(float gate, float up, const MlpUnitArgs& /*args*/) {
+    const float a = rounded<T>(Act::template value<T, kFast>(gate));
     return kGated ? rounded<T>(a * up) : a;
   }
+  template <bool kFast>
   static __device__ __forceinline__ UnitGradients backward(float gate, float up, float dh,
-                                                           const MlpUnitArgs& /*args*/,
-                                                           bool* usual) {
-    const float a = rounded<T>(Act::template value<T>(gate, usual));
+                                                           const MlpUnitArgs& /*args*/) {
+    float a;
+    if constexpr (kHasFastForm) {
+      a = rounded<T>(Act::template value_beside_gradient<T, kFast>(gate));
+    } else {
+      a = rounded<T>(Act::template value<T, kFast>(gate));
+    }
     const float da = kGated ? rounded<T>(dh * up) : dh;
-    return {rounded<T>(Act::template gradient<T>(da, gate, usual)),
+    return {rounded<T>(Act::template gradient<T, kFast>(da, gate)),
             kGated ? rounded<T>(dh * a) : 0.0F, kGated ? rounded<T>(a * up) : a};
   }
 };
@@ -154,24 +221,38 @@ struct Unit {
 struct ClampedSilu {};
 template <typename T, bool kGated>
 struct Unit<ClampedSilu, T, kGated> {
+  static constexpr bool kHasFastForm = true;
   static __device__ __forceinline__ float clamped(float x, float low, float high) {
     return isnan(x) ? x : fminf(fmaxf(x, low), high);
   }
-  static __device__ __forceinline__ float sigmoid(float x, bool* usual) {
-    return rounded<T>(reciprocal(1.0F + expf(-x), usual));
+  static __device__ __forceinline__ float gate_of(float gate, const MlpUnitArgs& args) {
+    return rounded<T>(clamped(gate, -INFINITY, args.limit));
   }
-  static __device__ __forceinline__ float h(float gate, float up, const MlpUnitArgs& args,
-                                            bool* usual) {
-    const float g = rounded<T>(clamped(gate, -INFINITY, args.limit));
+  static __device__ __forceinline__ bool allows_fast(const Vec8<T>& gate, const MlpUnitArgs& args) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      all = all && !(rounded<T>(gate_of(gate.get(i), args) * args.alpha) < kLeastFast);
+    }
+    return all;
+  }
+  template <bool kFast>
+  static __device__ __forceinline__ float sigmoid(float x) {
+    return rounded<T>(logistic<kFast>(x));
+  }
+  template <bool kFast>
+  static __device__ __forceinline__ float h(float gate, float up, const MlpUnitArgs& args) {
+    const float g = gate_of(gate, args);
     const float u = rounded<T>(clamped(up, -args.limit, args.limit));
-    const float s = sigmoid(rounded<T>(g * args.alpha), usual);
+    const float s = sigmoid<kFast>(rounded<T>(g * args.alpha));
     return rounded<T>(rounded<T>(u + 1.0F) * rounded<T>(g * s));
   }
+  template <bool kFast>
   static __device__ __forceinline__ UnitGradients backward(float gate, float up, float dh,
-                                                           const MlpUnitArgs& args, bool* usual) {
-    const float g = rounded<T>(clamped(gate, -INFINITY, args.limit));
+                                                           const MlpUnitArgs& args) {
+    const float g = gate_of(gate, args);
     const float u1 = rounded<T>(rounded<T>(clamped(up, -args.limit, args.limit)) + 1.0F);
-    const float s = sigmoid(rounded<T>(g * args.alpha), usual);
+    const float s = sigmoid<kFast>(rounded<T>(g * args.alpha));
     const float glu = rounded<T>(g * s);
     const float d_glu = rounded<T>(dh * u1);
     const float d_s = rounded<T>(d_glu * g);

@@ -1,10 +1,21 @@
-// A tile of an MLP's backward (core/quantize/tile.cuh): from gate, up and dh the codes of both
-// gradients, row-major and transposed, and h's, transposed. A thread keeps four rows of three
-// inputs on their way and three sets of codes: 128 registers, two blocks to a multiprocessor, 24 KB
-// of shared memory each for three tiles to turn in.
+// Tiles of an MLP's backward (core/quantize/tile.cuh): from gate, up and dh the codes of both
+// gradients, row-major and transposed, and h's, transposed.
+//
+// A block takes every so-manyth tile, a few. A thread copies its part of the next tile to
+// shared memory (48 KB of a block, bf16) while it computes this one, each row as soon as that of
+// this tile has left its place; only the thread itself reads it, so nobody waits for anybody. A
+// further 24 KB are for three tiles to turn in.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
 #include "core/device/device.h"
+#include "core/device/dispatch.cuh"
+#include "core/device/shared_memory.h"
 #include "core/mlp/plan.h"
 #include "core/mlp/unit.cuh"
 #include "core/quantize/tile.cuh"
@@ -53,14 +64,101 @@ struct UnitTile {
         col0(col + threadIdx.x % kColGroups * 8) {}
 };
 
+// A thread's part of tiles: in shared memory, four rows of gate, dh and up.
 template <typename T, bool kGated>
-__device__ __forceinline__ void fetch_tile(const MlpBackwardArgs& a, const UnitTile& at,
-                                           UnitInputs<T> (&in)[kRowsPerThread]) {
+class TileInputs {
+ public:
+  static constexpr int kQuadsPerRow = (kGated ? 3 : 2) * kQuads<T>;
+  static constexpr int kBytes = kRowsPerThread * kQuadsPerRow * kThreads * 16;  // of a block
+
+  __device__ __forceinline__ TileInputs(const MlpBackwardArgs& args, uint4* shared)
+      : args_(args), own_(shared + threadIdx.x) {}
+
+  // Begins to copy row r of the thread's part of a tile; what lies at the edge where there is none.
+  __device__ __forceinline__ void copy(const UnitTile& at, int r) const {
+    const int64_t row = min(at.row0 + r, args_.unit.rows - 1);
+    const int64_t col = min(at.col0, args_.unit.features - 8);
+    uint4* to = own_ + r * kQuadsPerRow * kThreads;
+    const auto copy8 = [&](const void* from, int64_t ld) {
+      const T* eight = static_cast<const T*>(from) + row * ld + col;
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {  // something that exists where there is nothing
-    in[r] = fetch_unit<T, kGated>(a.unit, a.dh, a.dh_ld, min(at.row0 + r, a.unit.rows - 1),
-                                  min(at.col0, a.unit.features - 8));
+      for (int quad = 0; quad < kQuads<T>; ++quad) {
+        __pipeline_memcpy_async(to, reinterpret_cast<const uint4*>(eight) + quad, 16);
+        to += kThreads;
+      }
+    };
+    copy8(args_.unit.gate, args_.unit.ld);
+    if (args_.dh != nullptr) copy8(args_.dh, args_.dh_ld);
+    if constexpr (kGated) {
+      if (args_.dh == nullptr) to += kQuads<T> * kThreads;
+      copy8(args_.unit.up, args_.unit.ld);
+    }
   }
+  __device__ __forceinline__ void copy(const UnitTile& at) const {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) copy(at, r);
+    __pipeline_commit();
+  }
+  // After all copies; dh is zeros where there is none.
+  __device__ __forceinline__ UnitInputs<T> take(int r) const {
+    UnitInputs<T> in;
+    in.gate = take8(r, 0);
+    in.dh = args_.dh == nullptr ? zero8<T>() : take8(r, 1);
+    if constexpr (kGated) in.up = take8(r, 2);
+    return in;
+  }
+
+ private:
+  __device__ __forceinline__ Vec8<T> take8(int r, int input) const {
+    const uint4* from = own_ + (r * kQuadsPerRow + input * kQuads<T>)*kThreads;
+    Vec8<T> v;
+#pragma unroll
+    for (int quad = 0; quad < kQuads<T>; ++quad) {
+      const uint4 q = from[quad * kThreads];
+      v.words[4 * quad] = q.x;
+      v.words[4 * quad + 1] = q.y;
+      v.words[4 * quad + 2] = q.z;
+      v.words[4 * quad + 3] = q.w;
+    }
+    return v;
+  }
+
+  const MlpBackwardArgs& args_;
+  uint4* own_;
+};
+
+// f(tile, take) for each of the block's tiles, every gridDim.x-th: take(r) is row r of the thread's
+// part, once each, in order. `first` has been copied, or is on its way. place(tile): where it lies.
+template <typename T, bool kGated, typename Place, typename F>
+__device__ __forceinline__ void for_tiles(const TileInputs<T, kGated>& inputs, unsigned tiles,
+                                          const Place& place, const F& f) {
+  for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const unsigned next = tile + gridDim.x;
+    __pipeline_wait_prior(0);
+    f(tile, [&](int r) {
+      const UnitInputs<T> in = inputs.take(r);
+      if (next < tiles) inputs.copy(place(next), r);
+      if (r == kRowsPerThread - 1) __pipeline_commit();
+      return in;
+    });
+    if (next < tiles) __syncthreads();  // this tile has left the shared memory that it turned in
+  }
+}
+
+// A few tiles to a block: some multiprocessors are faster than others, and take more blocks then.
+constexpr int64_t kTilesOfBlock = 6;
+
+// Launches a kernel of such blocks. most_tiles: of a block, as long as the GPU is full.
+template <auto kKernel, typename Inputs, typename Params>
+void launch_tiles(int64_t tiles, int blocks_per_sm, const DeviceInfo& device, cudaStream_t stream,
+                  const Params& params, bool pdl, int64_t most_tiles = kTilesOfBlock) {
+  constexpr int kStaticBytes = 28 * 1024;  // tiles that turn, and scales
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  shared_memory_of(reinterpret_cast<const void*>(kKernel), known, kStaticBytes);
+  const int64_t at_a_time = static_cast<int64_t>(device.sm_count) * blocks_per_sm;
+  const int64_t each = std::clamp<int64_t>(ceil_div(tiles, at_a_time), 1, most_tiles);
+  launch(kKernel, static_cast<unsigned>(ceil_div(tiles, each)), kThreads, stream, params,
+         {.pdl = pdl, .shared_bytes = Inputs::kBytes});
 }
 
 // h's scale as the forward had it.
@@ -83,11 +181,11 @@ __device__ __forceinline__ void store_rows(const Destination& to, int64_t row0, 
   }
 }
 
-// see(results): called with what is there of each of the thread's rows; it may change them.
-// turning: of shared memory, which no thread reads any more.
-template <typename T, typename Format, bool kGated, typename See>
+// take(r): as for_tiles has it. see(results): called with what is there of each of the thread's
+// rows; it may change them. turning: of shared memory, which no thread reads any more.
+template <typename T, typename Format, bool kGated, typename Act, typename Take, typename See>
 __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const UnitTile& at,
-                                               const UnitInputs<T> (&in)[kRowsPerThread],
+                                               const Take& take,
                                                const UnitMultipliers& multipliers,
                                                uint32_t (&turning)[3][kTransposedWords],
                                                const See& see) {
@@ -96,7 +194,8 @@ __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const U
   uint2 h[kRowsPerThread];
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    UnitResults<T> d = unit_backward<T, kGated>(in[r].gate, in[r].up, in[r].dh, a.unit);
+    const UnitInputs<T> in = take(r);
+    UnitResults<T> d = unit_backward<T, kGated, Act>(in.gate, in.up, in.dh, a.unit);
     const bool exists = at.row0 + r < a.unit.rows && at.col0 < a.unit.features;
     if (exists) see(d);
     const int valid = exists ? 8 : 0;
@@ -120,7 +219,10 @@ __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const U
   turn(a.h_t, h, 2);
 }
 
-template <typename T>
-constexpr int kUnitCastBlocks = sizeof(T) == 4 ? 1 : 2;
+// Blocks to a multiprocessor, as their registers allow.
+template <typename T, typename Act>
+constexpr int kUnitCastBlocks = sizeof(T) == 4                        ? 1
+                                : std::is_same_v<Act, AnyActivation> ? 2
+                                                                      : 3;
 
 }  // namespace fp8::core

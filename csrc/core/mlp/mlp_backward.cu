@@ -9,6 +9,7 @@
 #include "core/device/dispatch.cuh"
 #include "core/mlp/backward_tile.cuh"
 #include "core/mlp/plan.h"
+#include "core/mlp/screen.cuh"
 
 namespace fp8::core {
 namespace {
@@ -58,6 +59,52 @@ __global__ void __launch_bounds__(kThreads, kAmaxBlocks<T>)
   p.up_amax[part] = up_bits;
 }
 
+// The same of what may raise them alone (screen.cuh).
+template <typename T, bool kGated>
+__global__ void __launch_bounds__(kThreads, kAmaxBlocks<T>)
+    unit_screened_amax_kernel(const BackwardParams p) {
+  __shared__ uint32_t of_block[2];
+  let_next_start();
+  if (threadIdx.x < 2) of_block[threadIdx.x] = 0;
+  __syncthreads();
+  const MlpBackwardArgs& a = p.args;
+  const int64_t own_col = blockIdx.x * kUnitAmaxCols + threadIdx.x % 32 * 8;
+  const int64_t col = min(own_col, a.unit.features - 8);  // the last ones again
+  const int64_t begin = blockIdx.y * p.plan.rows_per_chunk;
+  const int64_t end = min(begin + p.plan.rows_per_chunk, a.unit.rows);
+  RisingAmax of_gate(&of_block[0]);
+  RisingAmax of_up(&of_block[1]);
+  for (int64_t row = begin + threadIdx.x / 32; row < end; row += kUnitAmaxRows) {
+    UnitInputs<T> in[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // the last row again where there is none
+      in[i] = fetch_unit<T, kGated>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1), col);
+    }
+    of_gate.exchange();
+    if constexpr (kGated) of_up.exchange();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const GradientEstimates estimates =
+          gradient_estimates<T, kGated>(in[i].gate, in[i].up, in[i].dh);
+      const bool gate_may = of_gate.may_rise(estimates.gate);
+      const bool up_may = kGated && of_up.may_rise(estimates.up);
+      if (!gate_may && !up_may) continue;
+      const UnitResults<T> d =
+          unit_backward_of<Silu, T, kGated>(in[i].gate, in[i].up, in[i].dh, a.unit);
+      of_gate.raise(amax_bits(d.gate));
+      if constexpr (kGated) of_up.raise(amax_bits(d.up));
+    }
+  }
+  of_gate.exchange();
+  if constexpr (kGated) of_up.exchange();
+  __syncthreads();
+  wait_for_previous();
+  if (threadIdx.x != 0) return;
+  const int64_t part = blockIdx.y * p.plan.col_tiles + blockIdx.x;
+  p.gate_amax[part] = of_block[0];
+  p.up_amax[part] = of_block[1];
+}
+
 // The maximum of the first pass's results, in every thread.
 __device__ __forceinline__ uint32_t reduce_parts(const uint32_t* amax, int64_t parts,
                                                  uint32_t* scratch) {
@@ -66,17 +113,20 @@ __device__ __forceinline__ uint32_t reduce_parts(const uint32_t* amax, int64_t p
   return block_max<kWarps>(max_of<8>(amax + thread, kThreads, count), scratch);
 }
 
-template <typename T, typename Format, bool kGated>
-__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
+template <typename T, typename Format, bool kGated, typename Act>
+__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
     unit_cast_kernel(const BackwardParams p) {
+  extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
   __shared__ uint32_t scratch[2][kWarps];
   let_next_start();
   const MlpBackwardArgs& a = p.args;
   // From below: the amax pass ended there, and part of its input is in L2 still.
-  const UnitTile at(p.row_tiles - 1 - blockIdx.x / p.col_tiles, blockIdx.x % p.col_tiles);
-  UnitInputs<T> in[kRowsPerThread];
-  fetch_tile<T, kGated>(a, at, in);
+  const auto place = [&](unsigned tile) {
+    return UnitTile(p.row_tiles - 1 - tile / p.col_tiles, tile % p.col_tiles);
+  };
+  const TileInputs<T, kGated> inputs(a, slots);
+  inputs.copy(place(blockIdx.x));
   wait_for_previous();
 
   const bool writes_scales = blockIdx.x == 0 && threadIdx.x == 0;
@@ -98,19 +148,21 @@ __global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
     }
   }
   multipliers.h = h_multiplier(a, writes_scales);
-  cast_unit_tile<T, Format, kGated>(a, at, in, multipliers, turning, [](UnitResults<T>&) {});
+  for_tiles(inputs, p.col_tiles * p.row_tiles, place, [&](unsigned tile, const auto& take) {
+    cast_unit_tile<T, Format, kGated, Act>(a, place(tile), take, multipliers, turning,
+                                      [](UnitResults<T>&) {});
+  });
 }
 
-template <typename T, typename Format, bool kGated>
-void launch_backward(const BackwardParams& params, bool overlap, Stream stream) {
+template <typename T, bool kGated>
+void launch_amax(const BackwardParams& params, cudaStream_t stream) {
   const UnitAmaxPlan& plan = params.plan;
-  const bool gradients = params.args.dh != nullptr;
-  if (gradients) {
-    const dim3 grid(static_cast<unsigned>(plan.col_tiles), static_cast<unsigned>(plan.row_chunks));
-    launch(unit_amax_kernel<T, kGated>, grid, kThreads, stream, params);
+  const dim3 grid(static_cast<unsigned>(plan.col_tiles), static_cast<unsigned>(plan.row_chunks));
+  const auto go = [&](auto kernel) { launch(kernel, grid, kThreads, stream, params); };
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (has_screen(params.args.unit)) return go(unit_screened_amax_kernel<T, kGated>);
   }
-  launch(unit_cast_kernel<T, Format, kGated>, params.col_tiles * params.row_tiles, kThreads, stream,
-         params, {.pdl = overlap && gradients});
+  go(unit_amax_kernel<T, kGated>);
 }
 
 }  // namespace
@@ -151,16 +203,17 @@ void mlp_backward(const MlpBackwardArgs& args, Stream stream) {
   }
   params.gate_amax = static_cast<uint32_t*>(args.workspace);
   if (args.dh != nullptr) params.up_amax = params.gate_amax + params.plan.parts;
-  const bool overlap = has_hopper_launches(device);
-  dispatch_input(unit.dtype, [&](auto input) {
+  const bool gradients = args.dh != nullptr;
+  with_unit_kind(unit, [&](auto input, auto gated, auto activation) {
+    using T = typename decltype(input)::type;
+    using Act = typename decltype(activation)::type;
+    constexpr bool kGated = decltype(gated)::value;
+    if (gradients) launch_amax<T, kGated>(params, stream);
     dispatch_format(args.dtype, [&](auto format) {
-      using T = typename decltype(input)::type;
       using Format = typename decltype(format)::type;
-      if (unit.up != nullptr) {
-        launch_backward<T, Format, true>(params, overlap, stream);
-      } else {
-        launch_backward<T, Format, false>(params, overlap, stream);
-      }
+      launch_tiles<unit_cast_kernel<T, Format, kGated, Act>, TileInputs<T, kGated>>(
+          tiles.cols * tiles.rows, kUnitCastBlocks<T, Act>, device, stream, params,
+          gradients && has_hopper_launches(device));
     });
   });
 }

@@ -12,8 +12,6 @@
 namespace fp8::core {
 namespace {
 
-constexpr int kSettleBlocks = 2;  // to a multiprocessor
-
 // Whether a gradient is made at all: gate's is part 0, up's 1.
 template <bool kGated>
 __device__ __forceinline__ bool is_made(const MlpBackwardArgs& a, int part) {
@@ -51,22 +49,24 @@ struct Seen {
   }
 };
 
-template <typename T, typename Format, bool kGated>
-__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
+template <typename T, typename Format, bool kGated, typename Act>
+__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
     unit_cast_delayed_kernel(const BackwardParams p) {
   constexpr int kParts = kGated ? 2 : 1;
+  extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
   __shared__ uint2 warp_report[kParts][kWarps];
+  __shared__ uint32_t guesses[kParts];
   let_next_start();
   const MlpBackwardArgs& a = p.args;
-  const unsigned strip = blockIdx.x / p.col_tiles;
-  const unsigned tile_col = blockIdx.x % p.col_tiles;
-  const UnitTile at(strip, tile_col);
-  UnitInputs<T> in[kRowsPerThread];
-  fetch_tile<T, kGated>(a, at, in);
+  const auto place = [&](unsigned tile) {
+    return UnitTile(tile / p.col_tiles, tile % p.col_tiles);
+  };
+  const TileInputs<T, kGated> inputs(a, slots);
+  inputs.copy(place(blockIdx.x));
   wait_for_previous();
 
-  const int64_t tiles = static_cast<int64_t>(p.col_tiles) * p.row_tiles;
+  const unsigned tiles = p.col_tiles * p.row_tiles;
   UnitMultipliers multipliers;
   multipliers.h = h_multiplier(a, blockIdx.x == 0 && threadIdx.x == 0);
 #pragma unroll
@@ -76,38 +76,48 @@ __global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
     const uint32_t guess = guessed_amax(history);
     const GroupScale scale = scale_from_amax(guess, Format::kMax, a.power_of_two);
     (part == 0 ? multipliers.gate : multipliers.up) = scale.quant_multiplier;
-    if (threadIdx.x == 0) p.tile_guess[part * tiles + blockIdx.x] = guess;
+    if (threadIdx.x == 0) guesses[part] = guess;
     if (blockIdx.x == 0 && threadIdx.x < kAmaxHistorySize) {
       p.history_before[part * kAmaxHistorySize + threadIdx.x] = __ldcg(history + threadIdx.x);
     }
   }
 
-  Seen<T> seen[kParts];
+  for_tiles(inputs, tiles, place, [&](unsigned tile, const auto& take) {
+    const UnitTile at = place(tile);
+    Seen<T> seen[kParts];
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) seen[part].amax.clear();
-  cast_unit_tile<T, Format, kGated>(a, at, in, multipliers, turning, [&](UnitResults<T>& d) {
-    seen[0].look(d.gate);
-    if constexpr (kGated) seen[1].look(d.up);
-  });
+    for (int part = 0; part < kParts; ++part) seen[part].amax.clear();
+    cast_unit_tile<T, Format, kGated, Act>(a, at, take, multipliers, turning,
+                                           [&](UnitResults<T>& d) {
+                                             seen[0].look(d.gate);
+                                             if constexpr (kGated) seen[1].look(d.up);
+                                           });
 
-  // A tile's number in the matrix that a gradient is part of.
-  const unsigned across = a.joint ? 2 * p.col_tiles : p.col_tiles;
+    // A tile's number in the matrix that a gradient is part of.
+    const unsigned tile_col = tile % p.col_tiles;
+    const unsigned across = a.joint ? 2 * p.col_tiles : p.col_tiles;
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    const bool second = a.joint && (part == 1) != a.gate_second;
-    const unsigned tile = strip * across + tile_col + (second ? p.col_tiles : 0);
-    const uint2 of_warp = seen[part].report(tile * kThreads + threadIdx.x);
-    if (threadIdx.x % 32 == 0) warp_report[part][threadIdx.x / 32] = of_warp;
-  }
-  __syncthreads();
-  if (threadIdx.x >= kParts) return;
-  uint2 all = warp_report[threadIdx.x][0];
+    for (int part = 0; part < kParts; ++part) {
+      const bool second = a.joint && (part == 1) != a.gate_second;
+      const unsigned number = tile / p.col_tiles * across + tile_col + (second ? p.col_tiles : 0);
+      const uint2 of_warp = seen[part].report(number * kThreads + threadIdx.x);
+      if (threadIdx.x % 32 == 0) warp_report[part][threadIdx.x / 32] = of_warp;
+    }
+    __syncthreads();
+    if (threadIdx.x >= kParts) return;
+    uint2 all = warp_report[threadIdx.x][0];
 #pragma unroll
-  for (int i = 1; i < kWarps; ++i) {
-    all.x = max(all.x, warp_report[threadIdx.x][i].x);
-    all.y += warp_report[threadIdx.x][i].y;
-  }
-  p.tile_report[threadIdx.x * tiles + blockIdx.x] = all;
+    for (int i = 1; i < kWarps; ++i) {
+      all.x = max(all.x, warp_report[threadIdx.x][i].x);
+      all.y += warp_report[threadIdx.x][i].y;
+    }
+    const int64_t report = static_cast<int64_t>(threadIdx.x) * tiles + tile;
+    p.tile_report[report] = all;
+    // Of each tile: where another stream writes the history meanwhile, guesses differ.
+    if (is_made<kGated>(a, static_cast<int>(threadIdx.x))) {
+      p.tile_guess[report] = guesses[threadIdx.x];
+    }
+  });
 }
 
 struct Settled {
@@ -134,9 +144,10 @@ __device__ __forceinline__ Settled settle(const BackwardParams& p, int part, int
   return {scale.quant_multiplier, settled.used};
 }
 
-template <typename T, typename Format, bool kGated>
-__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
+template <typename T, typename Format, bool kGated, typename Act>
+__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
     unit_settle_kernel(const BackwardParams p) {
+  extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
   __shared__ uint32_t scratch[2][2 * kWarps];
   let_next_start();
@@ -163,16 +174,18 @@ __global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
   }
   if (!again) return;
 
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const UnitTile at(tile / p.col_tiles, tile % p.col_tiles);
-    UnitInputs<T> in[kRowsPerThread];
-    fetch_tile<T, kGated>(a, at, in);
-    __syncthreads();  // the tile before has left
-    cast_unit_tile<T, Format, kGated>(a, at, in, multipliers, turning, [](UnitResults<T>& d) {
-      infinite_to_nan(d.gate);
-      if constexpr (kGated) infinite_to_nan(d.up);
-    });
-  }
+  const auto place = [&](unsigned tile) {
+    return UnitTile(tile / p.col_tiles, tile % p.col_tiles);
+  };
+  const TileInputs<T, kGated> inputs(a, slots);
+  inputs.copy(place(blockIdx.x));
+  for_tiles(inputs, static_cast<unsigned>(tiles), place, [&](unsigned tile, const auto& take) {
+    cast_unit_tile<T, Format, kGated, Act>(a, place(tile), take, multipliers, turning,
+                                           [](UnitResults<T>& d) {
+                                             infinite_to_nan(d.gate);
+                                             if constexpr (kGated) infinite_to_nan(d.up);
+                                           });
+  });
 }
 
 }  // namespace
@@ -188,21 +201,18 @@ void launch_backward_delayed(BackwardParams params, const DeviceInfo& device, cu
   params.tile_report = static_cast<uint2*>(a.workspace);
   params.tile_guess = reinterpret_cast<uint32_t*>(params.tile_report + 2 * tiles);
   params.history_before = params.tile_guess + 2 * tiles;
-  const auto settle_blocks =
-      static_cast<unsigned>(std::min<int64_t>(tiles, int64_t{device.sm_count} * kSettleBlocks));
-  const auto go = [&](auto cast, auto settle) {
-    launch(cast, static_cast<unsigned>(tiles), kThreads, stream, params);
-    launch(settle, settle_blocks, kThreads, stream, params, {.pdl = has_hopper_launches(device)});
-  };
-  dispatch_input(a.unit.dtype, [&](auto input) {
+  with_unit_kind(a.unit, [&](auto input, auto gated, auto activation) {
+    using T = typename decltype(input)::type;
+    using Act = typename decltype(activation)::type;
+    constexpr bool kGated = decltype(gated)::value;
     dispatch_format(a.dtype, [&](auto format) {
-      using T = typename decltype(input)::type;
       using Format = typename decltype(format)::type;
-      if (a.unit.up != nullptr) {
-        go(unit_cast_delayed_kernel<T, Format, true>, unit_settle_kernel<T, Format, true>);
-      } else {
-        go(unit_cast_delayed_kernel<T, Format, false>, unit_settle_kernel<T, Format, false>);
-      }
+      using Inputs = TileInputs<T, kGated>;
+      constexpr int kBlocks = kUnitCastBlocks<T, Act>;
+      launch_tiles<unit_cast_delayed_kernel<T, Format, kGated, Act>, Inputs>(
+          tiles, kBlocks, device, stream, params, /*pdl=*/false);
+      launch_tiles<unit_settle_kernel<T, Format, kGated, Act>, Inputs>(
+          tiles, kBlocks, device, stream, params, has_hopper_launches(device), tiles);
     });
   });
 }

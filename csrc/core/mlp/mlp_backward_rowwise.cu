@@ -30,7 +30,7 @@ struct AxisParams {
 template <typename T>
 constexpr int kAxisBlocks = sizeof(T) == 4 ? 1 : 2;
 
-template <typename T, bool kGated>
+template <typename T, bool kGated, typename Act>
 __global__ void __launch_bounds__(kThreads, kAxisBlocks<T>)
     unit_axis_amax_kernel(const AxisParams p) {
   constexpr int kWords = Vec8<T>::kWords;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, kAxisBlocks<T>)
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const UnitResults<T> d = unit_backward<T, kGated>(in[i].gate, in[i].up, in[i].dh, a.unit);
+      const UnitResults<T> d = unit_backward<T, kGated, Act>(in[i].gate, in[i].up, in[i].dh, a.unit);
       const int64_t at = row + i * kWarps;
       // The last row again, or the last columns, change no maximum of a column that exists.
       amax[0].update(d.gate);
@@ -143,58 +143,66 @@ __global__ void __launch_bounds__(kThreads) unit_axis_join_kernel(const AxisPara
   }
 }
 
-template <typename T, bool kGated>
-__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T>)
+template <typename T, bool kGated, typename Act>
+__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
     unit_axis_cast_kernel(const AxisParams p) {
+  extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
   __shared__ alignas(16) float col_multiplier[kColumnParts][kTileCols];
   let_next_start();
   const MlpBackwardArgs& a = p.args;
-  const UnitTile at(p.row_tiles - 1 - blockIdx.x / p.col_tiles, blockIdx.x % p.col_tiles);
-  UnitInputs<T> in[kRowsPerThread];
-  fetch_tile<T, kGated>(a, at, in);
-  wait_for_previous();
-  for (int i = static_cast<int>(threadIdx.x); i < kColumnParts * kTileCols; i += kThreads) {
-    const int64_t col = at.col + i % kTileCols;
-    const bool made = (kGated || i / kTileCols != 1) && col < a.unit.features;
-    (&col_multiplier[0][0])[i] =
-        made ? __ldcg(p.col_multiplier + i / kTileCols * a.unit.features + col) : 1.0F;
-  }
-  __syncthreads();
-
-  uint2 gate[kRowsPerThread];
-  uint2 up[kRowsPerThread];
-  uint2 h[kRowsPerThread];
-  const int first = static_cast<int>(at.col0 - at.col);
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    const UnitResults<T> d = unit_backward<T, kGated>(in[r].gate, in[r].up, in[r].dh, a.unit);
-    const int64_t row = at.row0 + r;
-    const int valid = row < a.unit.rows && at.col0 < a.unit.features ? 8 : 0;
-    const auto put = [&](const Destination& to, int part, const Vec8<T>& v) {
-      if (to.data == nullptr || row >= to.rows || at.col0 >= a.unit.features) return;
-      const float multiplier = __ldcg(p.row_multiplier + part * p.padded_rows + row);
-      *reinterpret_cast<uint2*>(static_cast<uint8_t*>(to.data) + row * to.ld + at.col0) =
-          keep_first(encode8<E4M3>(v, [&](int) { return multiplier; }), valid);
-    };
-    put(a.gate, 0, d.gate);
-    if constexpr (kGated) put(a.up, 1, d.up);
-    const auto by_column = [&](int part, const Vec8<T>& v) {
-      return keep_first(encode8<E4M3>(v, [&](int j) { return col_multiplier[part][first + j]; }),
-                        valid);
-    };
-    gate[r] = by_column(0, d.gate);
-    if constexpr (kGated) up[r] = by_column(1, d.up);
-    h[r] = by_column(2, d.h);
-  }
-  const auto turn = [&](const Destination& to, const uint2(&codes)[kRowsPerThread], int place) {
-    if (to.data != nullptr) {
-      store_transposed_tile(to, to.ld, at.row, at.col, codes, turning[place]);
-    }
+  const auto place = [&](unsigned tile) {
+    return UnitTile(p.row_tiles - 1 - tile / p.col_tiles, tile % p.col_tiles);
   };
-  turn(a.gate_t, gate, 0);
-  if constexpr (kGated) turn(a.up_t, up, 1);
-  turn(a.h_t, h, 2);
+  const TileInputs<T, kGated> inputs(a, slots);
+  inputs.copy(place(blockIdx.x));
+  wait_for_previous();
+
+  for_tiles(inputs, p.col_tiles * p.row_tiles, place, [&](unsigned tile, const auto& take) {
+    const UnitTile at = place(tile);
+    for (int i = static_cast<int>(threadIdx.x); i < kColumnParts * kTileCols; i += kThreads) {
+      const int64_t col = at.col + i % kTileCols;
+      const bool made = (kGated || i / kTileCols != 1) && col < a.unit.features;
+      (&col_multiplier[0][0])[i] =
+          made ? __ldcg(p.col_multiplier + i / kTileCols * a.unit.features + col) : 1.0F;
+    }
+    __syncthreads();
+
+    uint2 gate[kRowsPerThread];
+    [[maybe_unused]] uint2 up[kRowsPerThread];
+    uint2 h[kRowsPerThread];
+    const int first = static_cast<int>(at.col0 - at.col);
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const UnitInputs<T> in = take(r);
+      const UnitResults<T> d = unit_backward<T, kGated, Act>(in.gate, in.up, in.dh, a.unit);
+      const int64_t row = at.row0 + r;
+      const int valid = row < a.unit.rows && at.col0 < a.unit.features ? 8 : 0;
+      const auto put = [&](const Destination& to, int part, const Vec8<T>& v) {
+        if (to.data == nullptr || row >= to.rows || at.col0 >= a.unit.features) return;
+        const float multiplier = __ldcg(p.row_multiplier + part * p.padded_rows + row);
+        *reinterpret_cast<uint2*>(static_cast<uint8_t*>(to.data) + row * to.ld + at.col0) =
+            keep_first(encode8<E4M3>(v, [&](int) { return multiplier; }), valid);
+      };
+      put(a.gate, 0, d.gate);
+      if constexpr (kGated) put(a.up, 1, d.up);
+      const auto by_column = [&](int part, const Vec8<T>& v) {
+        return keep_first(encode8<E4M3>(v, [&](int j) { return col_multiplier[part][first + j]; }),
+                          valid);
+      };
+      gate[r] = by_column(0, d.gate);
+      if constexpr (kGated) up[r] = by_column(1, d.up);
+      h[r] = by_column(2, d.h);
+    }
+    const auto turn = [&](const Destination& to, const uint2(&codes)[kRowsPerThread], int place) {
+      if (to.data != nullptr) {
+        store_transposed_tile(to, to.ld, at.row, at.col, codes, turning[place]);
+      }
+    };
+    turn(a.gate_t, gate, 0);
+    if constexpr (kGated) turn(a.up_t, up, 1);
+    turn(a.h_t, h, 2);
+  });
 }
 
 int64_t padded_rows_of(const MlpBackwardArgs& args) {
@@ -229,20 +237,14 @@ void launch_backward_rowwise(const BackwardParams& params, const DeviceInfo& dev
                   static_cast<unsigned>(p.plan.row_chunks));
   const auto joins =
       static_cast<unsigned>(ceil_div(p.padded_rows + a.unit.features, int64_t{kThreads}));
-  const auto go = [&](auto amax, auto join, auto cast) {
-    launch(amax, grid, kThreads, stream, p);
-    launch(join, joins, kThreads, stream, p, {.pdl = pdl});
-    launch(cast, p.col_tiles * p.row_tiles, kThreads, stream, p, {.pdl = pdl});
-  };
-  dispatch_input(a.unit.dtype, [&](auto input) {
+  with_unit_kind(a.unit, [&](auto input, auto gated, auto activation) {
     using T = typename decltype(input)::type;
-    if (a.unit.up != nullptr) {
-      go(unit_axis_amax_kernel<T, true>, unit_axis_join_kernel<true>,
-         unit_axis_cast_kernel<T, true>);
-    } else {
-      go(unit_axis_amax_kernel<T, false>, unit_axis_join_kernel<false>,
-         unit_axis_cast_kernel<T, false>);
-    }
+    using Act = typename decltype(activation)::type;
+    constexpr bool kGated = decltype(gated)::value;
+    launch(unit_axis_amax_kernel<T, kGated, Act>, grid, kThreads, stream, p);
+    launch(unit_axis_join_kernel<kGated>, joins, kThreads, stream, p, {.pdl = pdl});
+    launch_tiles<unit_axis_cast_kernel<T, kGated, Act>, TileInputs<T, kGated>>(
+        int64_t{p.col_tiles} * p.row_tiles, kUnitCastBlocks<T, Act>, device, stream, p, pdl);
   });
 }
 

@@ -7,6 +7,7 @@
 #include "core/device/device.h"
 #include "core/mlp/forward_launchers.h"
 #include "core/mlp/plan.h"
+#include "core/mlp/screen.cuh"
 #include "core/mlp/unit.cuh"
 #include "core/quantize/cast.cuh"
 #include "core/quantize/settle_delayed.cuh"
@@ -14,6 +15,42 @@
 
 namespace fp8::core {
 namespace {
+
+// The amax of h, of what may raise it alone (screen.cuh); as statistics_kernel goes over h.
+template <typename Source>
+__global__ void __launch_bounds__(kThreads, 3)
+    unit_screened_amax_kernel(const From<Source, StatisticsParams> from) {
+  using T = typename Source::Element;
+  constexpr bool kGated = Source::kIsGated;
+  __shared__ uint32_t of_block;
+  const StatisticsParams& p = from.to;
+  let_next_start();
+  if (threadIdx.x == 0) of_block = 0;
+  __syncthreads();
+  const int64_t chunk = p.from_below ? gridDim.y - 1 - blockIdx.y : blockIdx.y;
+  const int64_t col = blockIdx.x * kStatisticsCols + threadIdx.x % 32 * 8;
+  const int64_t begin = chunk * p.plan.rows_per_chunk;
+  const int64_t end = min(begin + p.plan.rows_per_chunk, p.plan.rows);
+  RisingAmax known(&of_block);
+  for (int64_t row = begin + threadIdx.x / 32; row < end; row += kWarps) {
+    const int64_t at = from.source.row(row);
+    typename Source::Raw raw[kVectors];
+#pragma unroll  // the last columns again where there are none
+    for (int i = 0; i < kVectors; ++i) raw[i] = from.source.fetch(at, col + i * 256);
+    known.exchange();
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!known.may_rise(h_estimate<T, kGated>(raw[i].gate, raw[i].up))) continue;
+      known.raise(
+          amax_bits(unit_forward_of<Silu, T, kGated>(raw[i].gate, raw[i].up, from.source.args)));
+    }
+  }
+  known.exchange();
+  __syncthreads();
+  wait_for_previous();
+  const bool exists = blockIdx.x < p.plan.col_tiles && chunk < p.plan.row_chunks;
+  if (threadIdx.x == 0 && exists) p.tensor_amax[chunk * p.plan.col_tiles + blockIdx.x] = of_block;
+}
 
 class UnitPasses : public QuantizePasses {
  public:
@@ -26,9 +63,14 @@ class UnitPasses : public QuantizePasses {
                     static_cast<unsigned>(round_up(params.plan.row_chunks, cy)));
     with_unit_source(unit_, [&](auto source) {
       using Source = decltype(source);
-      launch(statistics_kernel<Source, kTensorAmax>, grid, kThreads, stream,
-             From<Source, StatisticsParams>{source, params},
-             {.cluster = dim3(cx, cy), .pdl = params.pdl});
+      const auto go = [&](auto kernel) {
+        launch(kernel, grid, kThreads, stream, From<Source, StatisticsParams>{source, params},
+               {.cluster = dim3(cx, cy), .pdl = params.pdl});
+      };
+      if constexpr (std::is_same_v<typename Source::Element, __nv_bfloat16>) {
+        if (has_screen(unit_)) return go(unit_screened_amax_kernel<Source>);
+      }
+      go(statistics_kernel<Source, kTensorAmax>);
     });
   }
 

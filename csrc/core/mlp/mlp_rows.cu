@@ -11,7 +11,7 @@ namespace {
 constexpr int kMaxVectors = 8;  // of eight features a thread, before a row has more threads
 constexpr int kBlockThreads = 128;
 
-template <typename T, bool kGated>
+template <typename Source>
 struct UnitRows {
   MlpUnitArgs unit;
   RowwisePlan plan;
@@ -19,7 +19,7 @@ struct UnitRows {
   float* scale;
   bool power_of_two;
 
-  __host__ __device__ UnitSource<T, kGated> source() const { return {unit}; }
+  __host__ __device__ Source source() const { return {unit}; }
   __host__ __device__ PaddedRows sink() const { return {data, scale}; }
 };
 
@@ -29,10 +29,10 @@ void launch_unit_rowwise(const MlpUnitArgs& unit, const RowwiseParams& params,
                          cudaStream_t stream) {
   const RowwisePlan plan = plan_rowwise(params.data.ld, kBlockThreads, kMaxVectors);
   with_unit_source(unit, [&](auto source) {
-    using T = typename decltype(source)::Element;
-    constexpr bool kGated = decltype(source)::kIsGated;
-    launch_computed_rows<E4M3, 1>(
-        UnitRows<T, kGated>{unit, plan, params.data, params.scale, params.power_of_two},
+    using Source = decltype(source);
+    constexpr int kMinBlocks = Source::kMinBlocks > 3 ? 2 : 1;  // of 512 threads
+    launch_computed_rows<E4M3, kMinBlocks>(
+        UnitRows<Source>{unit, plan, params.data, params.scale, params.power_of_two},
         params.data.rows, stream);
   });
 }

@@ -1,277 +1,84 @@
-// Gradients of RMSNorm and LayerNorm. One pass: blocks stay, and each of their slots (the threads
-// of a row) takes every so-manyth row, holds x and dy of it in registers, and keeps the sums for
-// weight and bias of its columns in registers over all its rows. A block leaves one partial result,
-// and a second, small launch adds these up. Rows that do not fit into registers are read twice for
-// dx and once more, by columns, for the sums. Bound by bandwidth: 2 + 2 + 2 bytes an element
-// (bf16), 2 more where a residual's gradient is added.
+// Gradients of RMSNorm and LayerNorm. One pass (backward_rows.cuh): a block leaves one partial
+// result for weight and bias, and a second, small launch adds these up. Rows that do not fit into a
+// block's registers are read twice for dx and once more, by columns, for the sums. Bound by
+// bandwidth: 2 + 2
+// + 2 bytes an element (bf16), 2 more where a residual's gradient is added.
+#include <array>
+#include <atomic>
+
 #include "core/device/device.h"
-#include "core/norm/norm.cuh"
+#include "core/device/shared_memory.h"
+#include "core/norm/backward_rows.cuh"
 
 namespace fp8::core {
 namespace {
 
-template <typename T, typename W>
-struct BackwardParams {
-  RowsOf<const T> dy;
-  RowsOf<const T> x;
-  RowsOf<const T> addend;
-  RowsOf<T> dx;
-  NormParameters<W> of;
-  const float* mean;
-  const float* rstd;
-  float* weight_parts;  // [parts, cols], or nullptr
-  float* bias_parts;    // the same
-  int64_t rows;
-  int cols;
-  int threads_per_row;
-};
-
-// What a thread makes of eight elements: g = dy * factor, rounded where autograd rounds it, xhat,
-// and what dy adds to the weight's gradient.
-template <typename T, typename W, bool kLayer>
-struct Eight {
-  float dy[8];
-  float x[8];
-  float hat[8];
-  float g[8];
-
-  __device__ __forceinline__ Eight(const NormParameters<W>& of, const Vec8<T>& dy_values,
-                                   const Vec8<T>& x_values, float mean, float rstd, int col,
-                                   int valid) {
-    float factor[8];
-    of.factors(col, valid, factor);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      dy[j] = dy_values.get(j);
-      x[j] = x_values.get(j);
-      hat[j] = norm_hat<kLayer>(x[j], mean, rstd);
-      g[j] = mul(dy[j], factor[j]);
-    }
-    if (!kLayer && of.round_first) round8<T>(g);
-  }
-  // The sums over a row: of g * x, or of g * xhat and of g. What is not there is 0 in dy.
-  __device__ __forceinline__ void add_to(float (&totals)[kLayer ? 2 : 1]) const {
-    float terms[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) terms[j] = mul(g[j], kLayer ? hat[j] : x[j]);
-    totals[0] = add(totals[0], joined8(terms));
-    if constexpr (kLayer) totals[1] = add(totals[1], joined8(g));
-  }
-  __device__ __forceinline__ void weight_terms(const NormParameters<W>& of,
-                                               float (&terms)[8]) const {
-    const bool rounds = !kLayer && of.round_first;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) terms[j] = hat[j];
-    if (rounds) round8<T>(terms);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) terms[j] = mul(dy[j], terms[j]);
-    if (rounds) round8<T>(terms);
-  }
-};
-
-// T(dx), and T(addend + T(dx)) where there is one.
-template <typename T, typename W>
-__device__ __forceinline__ void store_dx(const BackwardParams<T, W>& p, int64_t row, int col,
-                                         int valid, float (&dx)[8]) {
-  Vec8<T> out = rounded8<T>(dx);
-  if (p.addend.data != nullptr) {
-    const Vec8<T> addend = load8(p.addend.row(row) + col, valid, p.addend.vectorized);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) dx[j] = add(addend.get(j), out.get(j));
-    out = rounded8<T>(dx);
-  }
-  store_first(p.dx.row(row) + col, out, valid, p.dx.vectorized);
+template <BackwardKind kKind, typename T, typename W>
+__device__ __forceinline__ Eight<T, kKind> eight_of(const BackwardParams<T, W>& p, int64_t row,
+                                                    int col, int valid,
+                                                    const RowStatistics& statistics) {
+  const HeldParameter<W, 1> weight(p.of.weight, p.of.vectorized, 1.0F, col, 0, p.cols);
+  return {load8(p.dy.row(row) + col, valid, p.dy.vectorized),
+          load8(p.x.row(row) + col, valid, p.x.vectorized), weight.get(0, col, valid), p.of.offset,
+          statistics};
 }
 
-// Adds the slots' sums [kVectors][8] of a block up and writes them: parts [cols] of this block.
-// shared: [vectors * threads_per_row * 8].
-template <int kVectors>
-__device__ __forceinline__ void leave_part(float (&sums)[kVectors][8], int threads_per_row,
-                                           int cols, float* shared, float* parts) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int offset = threads_per_row; offset < 32; offset *= 2) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        sums[i][j] = add(sums[i][j], __shfl_xor_sync(0xFFFFFFFFU, sums[i][j], offset));
-      }
-    }
-  }
-  const int group_threads = max(threads_per_row, 32);
-  const int group = static_cast<int>(threadIdx.x) / group_threads;
-  const int groups = kNormBackwardThreads / group_threads;
-  const int thread = static_cast<int>(threadIdx.x) % group_threads;
-  const bool writes = threads_per_row >= 32 || lane < threads_per_row;
-  for (int turn = 0; turn < groups; ++turn) {
-    if (turn == group && writes) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int col = (i * threads_per_row + thread) * 8;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (turn > 0) sums[i][j] = add(shared[col + j], sums[i][j]);
-          if (turn + 1 < groups) {
-            shared[col + j] = sums[i][j];
-          } else if (col + j < cols) {
-            parts[col + j] = sums[i][j];
-          }
-        }
-      }
-    }
-    if (turn + 1 < groups) __syncthreads();
-  }
-}
-
-template <typename T, typename W, bool kLayer>
-__global__ void __launch_bounds__(kNormBackwardThreads, 1)
-    norm_backward_kernel(const BackwardParams<T, W> p) {
-  constexpr int kVectors = norm_backward_vectors(kLayer, kDtypeOf<T>);
-  constexpr int kSums = kLayer ? 2 : 1;
-  // Of rows that share a block: at most 256 threads of kVectors eights.
-  __shared__ float shared[kVectors * 8 * kNormBackwardThreads / 2];
-  __shared__ float scratch[2][kSums * kNormBackwardThreads / 32];
-  const int slots = kNormBackwardThreads / p.threads_per_row;
-  const int slot = static_cast<int>(threadIdx.x) / p.threads_per_row;
-  const int thread = static_cast<int>(threadIdx.x) % p.threads_per_row;
-  const int stride = p.threads_per_row * 8;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * slots;
-  const auto cols = static_cast<float>(p.cols);
-
-  float dweight[kVectors][8];
-  float dbias[kLayer ? kVectors : 1][8];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      dweight[i][j] = 0.0F;
-      if constexpr (kLayer) dbias[i][j] = 0.0F;
-    }
-  }
-  // Slots of one warp take as many turns, so that they meet in its shuffles.
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * slots + slot;
-  const int64_t warp_first = first - (p.threads_per_row < 32 ? slot % (32 / p.threads_per_row) : 0);
-  int turn = 0;
-  for (int64_t base = warp_first; base < p.rows; base += step, turn ^= 1) {
-    const int64_t row = base + (first - warp_first);
-    const bool exists = row < p.rows;
-    const int cols_here = exists ? p.cols : 0;
-    const int64_t safe = exists ? row : p.rows - 1;
-    const T* x_row = p.x.row(safe);
-    const T* dy_row = p.dy.row(safe);
-    Vec8<T> x[kVectors];
-    Vec8<T> dy[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int col = i * stride + thread * 8;
-      x[i] = load8(x_row + col, of_eight(cols_here - col), p.x.vectorized);
-      dy[i] = load8(dy_row + col, of_eight(cols_here - col), p.dy.vectorized);
-    }
-    const float rstd = __ldg(p.rstd + safe);
-    const float mean = kLayer ? __ldg(p.mean + safe) : 0.0F;
-
-    float totals[kSums] = {};
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int col = i * stride + thread * 8;
-      const int valid = of_eight(cols_here - col);
-      if (valid <= 0) continue;
-      const Eight<T, W, kLayer> eight(p.of, dy[i], x[i], mean, rstd, col, valid);
-      float terms[8];
-      eight.weight_terms(p.of, terms);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        dweight[i][j] = add(dweight[i][j], terms[j]);
-        if constexpr (kLayer) dbias[i][j] = add(dbias[i][j], eight.dy[j]);
-      }
-      eight.add_to(totals);
-    }
-    if (p.dx.data == nullptr) continue;
-    sum_over_row(totals, slot, p.threads_per_row, scratch[turn]);
-    const NormGradient row_gradient =
-        norm_gradient<kLayer>(kLayer ? totals[kSums - 1] : 0.0F, totals[0], rstd, cols);
-    forget_unpacked(x);
-    forget_unpacked(dy);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int col = i * stride + thread * 8;
-      const int valid = of_eight(cols_here - col);
-      if (valid <= 0) continue;
-      const Eight<T, W, kLayer> eight(p.of, dy[i], x[i], mean, rstd, col, valid);
-      float dx[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        dx[j] = norm_dx<kLayer>(eight.g[j], eight.x[j], eight.hat[j], cols, row_gradient);
-      }
-      store_dx(p, row, col, valid, dx);
-    }
-  }
-  let_next_start();
-  const int64_t part = static_cast<int64_t>(blockIdx.x) * p.cols;
-  if (p.weight_parts != nullptr) {
-    leave_part(dweight, p.threads_per_row, p.cols, shared, p.weight_parts + part);
-  }
-  if constexpr (kLayer) {
-    if (p.bias_parts != nullptr) {
-      __syncthreads();
-      leave_part(dbias, p.threads_per_row, p.cols, shared, p.bias_parts + part);
-    }
-  }
-}
-
-// dx of rows that do not fit into registers: a block reads its row twice.
-template <typename T, typename W, bool kLayer>
+// dx of rows that do not fit into a block's registers: a block reads its row twice.
+template <typename T, typename W, BackwardKind kKind>
 __global__ void __launch_bounds__(kMaxRowThreads)
     norm_backward_long_kernel(const BackwardParams<T, W> p) {
-  constexpr int kSums = kLayer ? 2 : 1;
-  __shared__ float scratch[kSums * kMaxRowThreads / 32];
+  using Eight = Eight<T, kKind>;
+  constexpr bool kLayer = Eight::kLayer;
+  constexpr int kSums = Eight::kSums;
+  __shared__ __align__(16) float scratch[kSumScratch<kSums>];
   const int64_t row = blockIdx.x;
-  const T* x_row = p.x.row(row);
-  const T* dy_row = p.dy.row(row);
-  const float rstd = __ldg(p.rstd + row);
-  const float mean = kLayer ? __ldg(p.mean + row) : 0.0F;
+  const RowStatistics statistics = statistics_of<kKind>(p, row);
   const auto cols = static_cast<float>(p.cols);
   // f(eight, col, valid) of each of the thread's eights.
   const auto for_eights = [&](const auto& f) {
     for (int col = static_cast<int>(threadIdx.x) * 8; col < p.cols; col += kMaxRowThreads * 8) {
       const int valid = of_eight(p.cols - col);
-      f(Eight<T, W, kLayer>(p.of, load8(dy_row + col, valid, p.dy.vectorized),
-                            load8(x_row + col, valid, p.x.vectorized), mean, rstd, col, valid),
-        col, valid);
+      f(eight_of<kKind>(p, row, col, valid, statistics), col, valid);
     }
   };
   float totals[kSums] = {};
-  for_eights(
-      [&](const Eight<T, W, kLayer>& eight, int /*col*/, int /*valid*/) { eight.add_to(totals); });
-  sum_over_row(totals, 0, kMaxRowThreads, scratch);
-  const NormGradient row_gradient =
-      norm_gradient<kLayer>(kLayer ? totals[kSums - 1] : 0.0F, totals[0], rstd, cols);
-  for_eights([&](const Eight<T, W, kLayer>& eight, int col, int valid) {
+  for_eights([&](const Eight& eight, int /*col*/, int valid) {
+    float terms[kSums];
+    eight.row_terms(valid, terms);
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) totals[k] = add(totals[k], terms[k]);
+  });
+  RowSums<kSums>(0, kMaxRowThreads, scratch).join(totals, 0);
+  const NormGradient of_row =
+      norm_gradient<kLayer>(kLayer ? totals[kSums - 1] : 0.0F, totals[0], statistics.rstd, cols);
+  for_eights([&](const Eight& eight, int col, int valid) {
     float dx[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      dx[j] = norm_dx<kLayer>(eight.g[j], eight.x[j], eight.hat[j], cols, row_gradient);
+      dx[j] = norm_dx<kLayer>(eight.g[j], eight.x[j], eight.hat[j], cols, of_row);
     }
-    store_dx(p, row, col, valid, dx);
+    Vec8<T> out = rounded8<T>(dx);
+    if (p.addend.data != nullptr) {
+      out = joined_dx(load8(p.addend.row(row) + col, valid, p.addend.vectorized), out);
+    }
+    store_first(p.dx.row(row) + col, out, valid, p.dx.vectorized);
   });
 }
 
 // And the sums for weight and bias: block (x, y) has 8 * kThreads columns and every gridDim.y-th
 // row.
-template <typename T, typename W, bool kLayer>
+template <typename T, typename W, BackwardKind kKind>
 __global__ void __launch_bounds__(kThreads) norm_columns_kernel(const BackwardParams<T, W> p) {
+  constexpr bool kLayer = kKind == BackwardKind::kLayer;
   const int col = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * 8;
   if (col >= p.cols) return;
   const int valid = of_eight(p.cols - col);
   float dweight[8] = {};
   float dbias[8] = {};
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    const float mean = kLayer ? __ldg(p.mean + row) : 0.0F;
-    const Eight<T, W, kLayer> eight(p.of, load8(p.dy.row(row) + col, valid, p.dy.vectorized),
-                                    load8(p.x.row(row) + col, valid, p.x.vectorized), mean,
-                                    __ldg(p.rstd + row), col, valid);
+    const auto eight = eight_of<kKind>(p, row, col, valid, statistics_of<kKind>(p, row));
     float terms[8];
-    eight.weight_terms(p.of, terms);
+    eight.weight_terms(terms);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       dweight[j] = add(dweight[j], terms[j]);
@@ -322,7 +129,22 @@ __global__ void __launch_bounds__(32 * kNormLanes) norm_finish_kernel(const Fini
   }
 }
 
-template <typename T, typename W, bool kLayer>
+template <typename T, typename W, BackwardKind kKind>
+void launch_rows(BackwardParams<T, W> params, unsigned blocks, Stream stream) {
+  constexpr int kVectors = norm_backward_vectors(kKind == BackwardKind::kLayer, kDtypeOf<T>);
+  const auto kernel = norm_backward_kernel<T, W, kKind>;
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  const size_t room = shared_memory_of(reinterpret_cast<const void*>(kernel), known);
+  const size_t tensors = params.addend.data != nullptr ? 3 : 2;
+  const size_t rows = tensors * sizeof(Vec8<T>) * kVectors * kNormBackwardThreads;  // of all slots
+  params.whole = params.cols % 8 == 0 && params.x.vectorized && params.dy.vectorized &&
+                 params.addend.vectorized && params.dx.vectorized;
+  params.ahead = next_rows_in(room, rows);
+  launch(kernel, blocks, kNormBackwardThreads, stream, params,
+         {.shared_bytes = rows * static_cast<size_t>(params.ahead + 1)});
+}
+
+template <typename T, typename W, BackwardKind kKind>
 void launch_backward(const NormBackwardArgs& args, Stream stream) {
   const NormArgs& norm = args.norm;
   const NormPlan plan = plan_norm_backward(norm);
@@ -343,19 +165,20 @@ void launch_backward(const NormBackwardArgs& args, Stream stream) {
       .bias_parts = args.dbias != nullptr ? args.workspace + part_floats : nullptr,
       .rows = norm.rows,
       .cols = static_cast<int>(norm.cols),
-      .threads_per_row = plan.threads_per_row};
+      .threads_per_row = plan.threads_per_row,
+      .pairs = plan.pairs};
   const auto blocks = static_cast<unsigned>(parts.parts);
   if (plan.iterations > 1) {
     if (args.dx != nullptr) {
-      launch(norm_backward_long_kernel<T, W, kLayer>, static_cast<unsigned>(norm.rows),
+      launch(norm_backward_long_kernel<T, W, kKind>, static_cast<unsigned>(norm.rows),
              kMaxRowThreads, stream, params);
     }
     if (sums) {
       const auto tiles = static_cast<unsigned>(ceil_div(norm.cols, int64_t{8} * kThreads));
-      launch(norm_columns_kernel<T, W, kLayer>, dim3(tiles, blocks), kThreads, stream, params);
+      launch(norm_columns_kernel<T, W, kKind>, dim3(tiles, blocks), kThreads, stream, params);
     }
   } else {
-    launch(norm_backward_kernel<T, W, kLayer>, blocks, kNormBackwardThreads, stream, params);
+    launch_rows<T, W, kKind>(params, blocks, stream);
   }
   if (!sums) return;
   FinishParams finish{.count = parts.parts, .cols = norm.cols};
@@ -388,11 +211,13 @@ void norm_backward(const NormBackwardArgs& args, Stream stream) {
   dispatch_norm(args.norm, [&](auto element, auto parameter) {
     using T = typename decltype(element)::type;
     using W = typename decltype(parameter)::type;
-    if (layer) {
-      launch_backward<T, W, true>(args, stream);
-    } else {
-      launch_backward<T, W, false>(args, stream);
+    if (layer) return launch_backward<T, W, BackwardKind::kLayer>(args, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (args.norm.form == NormForm::kRoundThenScale) {
+        return launch_backward<T, W, BackwardKind::kRoundedRms>(args, stream);
+      }
     }
+    launch_backward<T, W, BackwardKind::kRms>(args, stream);
   });
 }
 

@@ -1,147 +1,106 @@
 // RMSNorm, with or without a residual added before, and LayerNorm, forward: one pass. A row is held
-// in the registers of 1 to 512 threads, up to 32 columns each; short rows share a block. A longer
-// row is read again for each sum over it and for y. Bound by bandwidth: 2 + 2 bytes an element
-// (bf16), 4 + 4 with a residual.
-#include "core/norm/norm.cuh"
+// in the registers of 1 to 512 threads, up to 32 columns each; short rows share a block, and of
+// many rows a block takes several (forward_rows.cuh). A longer row is read again for each sum over
+// it and for y. Bound by bandwidth: 2 + 2 bytes an element (bf16), 4 + 4 with a residual.
+#include <array>
+#include <atomic>
+
+#include "core/device/device.h"
+#include "core/device/shared_memory.h"
+#include "core/norm/forward_rows.cuh"
 
 namespace fp8::core {
 namespace {
 
-enum class Kind : uint8_t { kRms, kAddRms, kLayer };
-
-template <typename T, typename W>
-struct ForwardParams {
-  RowsOf<const T> x;
-  RowsOf<const T> residual;
-  RowsOf<T> y;
-  RowsOf<T> sum;
-  NormParameters<W> of;
-  float* mean;
-  float* rstd;
-  int64_t rows;
-  int cols;
-  float eps;
-  int threads_per_row;
-  int iterations;
-};
-
 // Blocks of 512 threads to a multiprocessor, hence registers a thread: 64 or 128.
-template <typename T, Kind kKind, bool kLong>
-constexpr int kForwardBlocks = sizeof(T) == 4 || kLong || kKind == Kind::kLayer ? 1 : 2;
+template <typename T, ForwardKind kKind, bool kLong>
+constexpr int kForwardBlocks = sizeof(T) == 4 || kLong || kKind == ForwardKind::kLayer ? 1 : 2;
 
 // kLong: more than one iteration.
-template <typename T, typename W, Kind kKind, bool kLong>
+template <typename T, typename W, ForwardKind kKind, bool kLong>
 __global__ void __launch_bounds__(kMaxRowThreads, (kForwardBlocks<T, kKind, kLong>))
     norm_forward_kernel(const ForwardParams<T, W> p) {
-  constexpr bool kLayer = kKind == Kind::kLayer;
+  constexpr bool kAdds = kKind == ForwardKind::kAddRms;
   constexpr int kVectors = kNormVectors;
-  __shared__ float scratch[2][kMaxRowThreads / 32];
-  const int slot = static_cast<int>(threadIdx.x) / p.threads_per_row;
-  const int thread = static_cast<int>(threadIdx.x) % p.threads_per_row;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.threads_per_row) + slot;
+  __shared__ __align__(16) float scratch[2 * kSumScratch<1>];
+  const RowThreads at(p.threads_per_row);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.threads_per_row) + at.slot;
   const bool exists = row < p.rows;
   const int64_t safe = exists ? row : p.rows - 1;
   const T* x = p.x.row(safe);
-  const T* residual = kKind == Kind::kAddRms ? p.residual.row(safe) : nullptr;
-  const int stride = p.threads_per_row * 8;
+  const T* residual = kAdds ? p.residual.row(safe) : nullptr;
   const int iterations = kLong ? p.iterations : 1;
 
   Vec8<T> v[kVectors];
   const auto col_of = [&](int iteration, int i) {
-    return (iteration * kVectors + i) * stride + thread * 8;
+    return ((iteration * kVectors + i) * p.threads_per_row + at.thread) * 8;
   };
   const auto load = [&](int iteration) {
-    Vec8<T> other[kKind == Kind::kAddRms ? kVectors : 1];
+    Vec8<T> other[kAdds ? kVectors : 1];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int col = col_of(iteration, i);
       v[i] = load8(x + col, of_eight(p.cols - col), p.x.vectorized);
-      if constexpr (kKind == Kind::kAddRms) {
+      if constexpr (kAdds) {
         other[i] = load8(residual + col, of_eight(p.cols - col), p.residual.vectorized);
       }
     }
-    if constexpr (kKind == Kind::kAddRms) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        float both[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) both[j] = add(v[i].get(j), other[i].get(j));
-        v[i] = rounded8<T>(both);
-      }
-    }
+    if constexpr (kAdds) add_to(v, other);
   };
-  // f(i, col, valid) of each of the thread's eights; those past the row have none valid.
   const auto for_eights = [&](const auto& f) {
     for (int iteration = 0; iteration < iterations; ++iteration) {
       if (kLong) load(iteration);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int col = col_of(iteration, i);
-        f(i, col, of_eight(p.cols - col));
+        f(v[i], i, col, of_eight(p.cols - col));
       }
     }
   };
-  if (!kLong) load(0);
-
-  const auto cols = static_cast<float>(p.cols);
-  float total[1] = {0.0F};
-  float mean = 0.0F;
-  if constexpr (kLayer) {
-    for_eights([&](int i, int /*col*/, int /*valid*/) {
-      float terms[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) terms[j] = v[i].get(j);
-      total[0] = add(total[0], joined8(terms));
-    });
-    sum_over_row(total, slot, p.threads_per_row, scratch[0]);
-    mean = divide(total[0], cols);
-    total[0] = 0.0F;
-  }
-  for_eights([&](int i, int /*col*/, int valid) {
-    float terms[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float d = v[i].get(j);
-      if constexpr (kLayer) d = j < valid ? sub(d, mean) : 0.0F;
-      terms[j] = mul(d, d);
-    }
-    total[0] = add(total[0], joined8(terms));
-  });
-  sum_over_row(total, slot, p.threads_per_row, scratch[1]);
-  const float rstd = rstd_of(total[0], cols, p.eps);
-
-  if (!exists) return;
-  if (thread == 0) {
-    p.rstd[row] = rstd;
-    if constexpr (kLayer) p.mean[row] = mean;
-  }
-  T* y = p.y.row(row);
-  if (!kLong) forget_unpacked(v);
-  for_eights([&](int i, int col, int valid) {
-    if (valid <= 0) return;
+  const auto scale = [&](float(&out)[8], int /*i*/, int col, int valid) {
     float factor[8];
     p.of.factors(col, valid, factor);
-    float out[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] = norm_hat<kLayer>(v[i].get(j), mean, rstd);
-    if (!kLayer && p.of.round_first) round8<T>(out);
 #pragma unroll
     for (int j = 0; j < 8; ++j) out[j] = mul(out[j], factor[j]);
-    if constexpr (kLayer) {
+    if constexpr (kKind == ForwardKind::kLayer) {
       if (p.of.bias != nullptr) {
         const Vec8<W> bias = load8(p.of.bias + col, valid, p.of.vectorized);
 #pragma unroll
         for (int j = 0; j < 8; ++j) out[j] = add(out[j], bias.get(j));
       }
     }
-    if constexpr (kKind == Kind::kAddRms) {
-      store_first(p.sum.row(row) + col, v[i], valid, p.sum.vectorized);
-    }
-    store_first(y + col, rounded8<T>(out), valid, p.y.vectorized);
+  };
+  if (!kLong) load(0);
+  const RowSums<1> sums(at.slot, p.threads_per_row, scratch);
+  norm_row<kKind>(p, row, exists, at, sums, 0, for_eights, scale, [&] {
+    if (!kLong) forget_unpacked(v);
   });
 }
 
-template <typename T, typename W, Kind kKind>
+// Where each slot of a block has this many rows, blocks stay.
+constexpr int kRowsThatStay = 4;
+
+template <typename T, typename W, ForwardKind kKind>
+bool launch_rows(ForwardParams<T, W> params, Stream stream) {
+  constexpr int kBlocks = kStayingBlocks<kKind>;
+  constexpr size_t kReserved = 1024;  // of each block's shared memory
+  const int blocks = current_device().sm_count * kBlocks;
+  const int64_t slots = kMaxRowThreads / params.threads_per_row;
+  if (params.rows < kRowsThatStay * slots * blocks) return false;
+  const auto kernel = norm_forward_rows_kernel<T, W, kKind>;
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  const size_t room = shared_memory_of(reinterpret_cast<const void*>(kernel), known);
+  const size_t tensors = kKind == ForwardKind::kAddRms ? 2 : 1;
+  const size_t rows = tensors * sizeof(Vec8<T>) * kNormVectors * kMaxRowThreads;  // of all slots
+  params.whole = params.cols % 8 == 0 && params.x.vectorized && params.residual.vectorized &&
+                 params.sum.vectorized && params.y.vectorized;
+  params.ahead = next_rows_in(room / kBlocks - kReserved * (kBlocks - 1), rows);
+  launch(kernel, static_cast<unsigned>(blocks), kMaxRowThreads, stream, params,
+         {.shared_bytes = rows * static_cast<size_t>(params.ahead + 1)});
+  return true;
+}
+
+template <typename T, typename W, ForwardKind kKind>
 void launch_forward(const NormForwardArgs& args, Stream stream) {
   const NormArgs& norm = args.norm;
   const NormPlan plan = plan_norm(norm.cols);
@@ -159,6 +118,9 @@ void launch_forward(const NormForwardArgs& args, Stream stream) {
       .eps = args.eps,
       .threads_per_row = plan.threads_per_row,
       .iterations = plan.iterations};
+  if constexpr (sizeof(T) == 2) {
+    if (plan.iterations == 1 && launch_rows<T, W, kKind>(params, stream)) return;
+  }
   const int slots = std::max(1, kNormForwardThreads / plan.threads_per_row);
   const auto blocks = static_cast<unsigned>(ceil_div(norm.rows, slots));
   const int threads = slots * plan.threads_per_row;
@@ -177,9 +139,9 @@ void norm_forward(const NormForwardArgs& args, Stream stream) {
   dispatch_norm(args.norm, [&](auto element, auto parameter) {
     using T = typename decltype(element)::type;
     using W = typename decltype(parameter)::type;
-    if (layer) return launch_forward<T, W, Kind::kLayer>(args, stream);
-    if (args.residual != nullptr) return launch_forward<T, W, Kind::kAddRms>(args, stream);
-    launch_forward<T, W, Kind::kRms>(args, stream);
+    if (layer) return launch_forward<T, W, ForwardKind::kLayer>(args, stream);
+    if (args.residual != nullptr) return launch_forward<T, W, ForwardKind::kAddRms>(args, stream);
+    launch_forward<T, W, ForwardKind::kRms>(args, stream);
   });
 }
 

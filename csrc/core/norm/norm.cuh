@@ -2,8 +2,12 @@
 // over a row in the order of host/norm.h.
 #pragma once
 
+#include <limits>
+
 #include "core/device/dispatch.cuh"
+#include "core/device/next_rows.cuh"
 #include "core/device/reduce.cuh"
+#include "core/device/rounding.cuh"
 #include "host/norm.h"
 
 namespace fp8::core {
@@ -18,16 +22,22 @@ template <typename T>
 struct RowsOf {
   T* data = nullptr;
   NormRows at;
+  Divisor n1;
+  Divisor n2;
+  int matrix_bytes = 0;  // from row to row of a matrix; -1: of another tensor
   bool vectorized = false;
 
+  // Rows are fewer than 2^30.
   __device__ __forceinline__ T* row(int64_t index) const {
-    if (at.n1 * at.n2 == 1) return data + index * at.stride0;
-    const auto r = static_cast<uint32_t>(index);  // rows are fewer than 2^30
-    const auto n2 = static_cast<uint32_t>(at.n2);
-    const auto n1 = static_cast<uint32_t>(at.n1);
-    const uint32_t outer = r / n2;
-    const uint32_t i = outer / n1;
-    return data + i * at.stride0 + (outer - i * n1) * at.stride1 + (r - outer * n2) * at.stride2;
+    if (matrix_bytes >= 0) {
+      const int64_t bytes = int64_t{static_cast<int>(index)} * matrix_bytes;
+      return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) + bytes);
+    }
+    const auto r = static_cast<uint32_t>(index);
+    const uint32_t outer = n2.quotient(r);
+    const uint32_t i = n1.quotient(outer);
+    return data + i * at.stride0 + (outer - i * static_cast<uint32_t>(at.n1)) * at.stride1 +
+           (r - outer * static_cast<uint32_t>(at.n2)) * at.stride2;
   }
 };
 
@@ -36,44 +46,17 @@ RowsOf<T> rows_of(T* data, const NormRows& at) {
   const auto whole = [](int64_t stride) { return stride * static_cast<int64_t>(sizeof(T)) % 16; };
   const bool vectorized = reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole(at.stride0) == 0 &&
                           whole(at.stride1) == 0 && whole(at.stride2) == 0;
-  return {data, at, vectorized};
+  const int64_t bytes = at.stride0 * static_cast<int64_t>(sizeof(T));
+  const bool matrix = at.n1 * at.n2 == 1 && bytes <= std::numeric_limits<int>::max();
+  return {.data = data,
+          .at = at,
+          .n1 = Divisor(static_cast<uint32_t>(at.n1)),
+          .n2 = Divisor(static_cast<uint32_t>(at.n2)),
+          .matrix_bytes = matrix ? static_cast<int>(bytes) : -1,
+          .vectorized = vectorized};
 }
 
 inline NormRows contiguous_rows(int64_t cols) { return {.stride0 = cols}; }
-
-// The first `valid` of eight.
-template <typename T>
-__device__ __forceinline__ void store_first(T* destination, const Vec8<T>& v, int valid,
-                                            bool vectorized) {
-  if (vectorized && valid >= 8) return store8(destination, v);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i >= valid) continue;
-    if constexpr (sizeof(T) == 4) {
-      reinterpret_cast<uint32_t*>(destination)[i] = v.words[i];
-    } else {
-      reinterpret_cast<unsigned short*>(destination)[i] =
-          static_cast<unsigned short>((i & 1) != 0 ? v.words[i / 2] >> 16 : v.words[i / 2]);
-    }
-  }
-}
-
-// Eight floats, rounded to T.
-template <typename T>
-__device__ __forceinline__ Vec8<T> rounded8(const float (&values)[8]) {
-  Vec8<T> v;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) set_pair(v, j, values[2 * j], values[2 * j + 1]);
-  return v;
-}
-
-template <typename T>
-__device__ __forceinline__ void round8(float (&values)[8]) {
-  if constexpr (sizeof(T) == 4) return;
-  const Vec8<T> v = rounded8<T>(values);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = v.get(i);
-}
 
 // Weight and bias in elements of W, and how a form uses them.
 template <typename W>
@@ -81,7 +64,7 @@ struct NormParameters {
   const W* weight;  // or nullptr
   const W* bias;    // or nullptr
   bool vectorized;
-  bool one_plus;
+  float offset;  // norm_offset()
   bool round_first;
 
   __device__ __forceinline__ void factors(int col, int valid, float (&out)[8]) const {
@@ -92,7 +75,7 @@ struct NormParameters {
     }
     const Vec8<W> v = load8(weight + col, valid, vectorized);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = norm_factor(v.get(i), one_plus);
+    for (int i = 0; i < 8; ++i) out[i] = norm_factor(v.get(i), offset);
   }
 };
 
@@ -102,9 +85,49 @@ NormParameters<W> parameters_of(const NormArgs& args) {
   return {.weight = static_cast<const W*>(args.weight),
           .bias = static_cast<const W*>(args.bias),
           .vectorized = on_16(args.weight) && on_16(args.bias),
-          .one_plus = args.form == NormForm::kScaleByOnePlus,
+          .offset = norm_offset(args.form, args.weight != nullptr),
           .round_first = args.form == NormForm::kRoundThenScale};
 }
+
+// A thread's eights of weight or bias, in registers for all of its rows where 16 of these hold
+// them.
+template <typename W, int kVectors>
+struct HeldParameter {
+  static constexpr bool kHeld = kVectors * Vec8<W>::kWords <= 16;
+
+  const W* values;
+  bool vectorized;
+  float otherwise;
+  Vec8<W> held[kHeld ? kVectors : 1];
+
+  // otherwise: what stands for parameters that are not there.
+  __device__ __forceinline__ HeldParameter(const W* values_, bool vectorized_, float otherwise_,
+                                           int first_col, int stride, int cols)
+      : values(values_), vectorized(vectorized_), otherwise(otherwise_) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const int col = first_col + i * stride;
+        held[i] = load(col, of_eight(cols - col));
+      }
+    }
+  }
+  __device__ __forceinline__ Vec8<W> get(int i, int col, int valid) const {
+    if constexpr (kHeld) return held[i];
+    return load(col, valid);
+  }
+  // Without it the compiler keeps them unpacked, in twice the registers.
+  __device__ __forceinline__ void forget() { forget_unpacked(held); }
+
+ private:
+  __device__ __forceinline__ Vec8<W> load(int col, int valid) const {
+    if (values != nullptr) return load8(values + col, valid, vectorized);
+    Vec8<W> v;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) set_pair(v, j, otherwise, otherwise);
+    return v;
+  }
+};
 
 __device__ __forceinline__ float joined8(const float (&v)[8]) {
   return add(add(add(v[0], v[1]), add(v[2], v[3])), add(add(v[4], v[5]), add(v[6], v[7])));
@@ -115,31 +138,107 @@ __device__ __forceinline__ void wait_for_row(int slot, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(slot + 1), "r"(threads) : "memory");
 }
 
-// Every thread of a row gets its kCount sums. scratch: kCount words a warp, not those of the call
-// before.
+// kCount sums over a row, which every thread of the row gets. scratch: kSumScratch<kCount> words on
+// 16 bytes, or several times these.
 template <int kCount>
-__device__ __forceinline__ void sum_over_row(float (&values)[kCount], int slot, int threads_per_row,
-                                             float* scratch) {
-  for (int offset = min(threads_per_row, 32) / 2; offset > 0; offset /= 2) {
+constexpr int kSumScratch = kCount* kMaxRowThreads / 32;
+
+template <int kCount>
+class RowSums {
+ public:
+  static_assert(kCount == 1 || kCount == 2);
+
+  __device__ __forceinline__ RowSums(int slot, int threads_per_row, const float* scratch)
+      : slot_(slot), threads_(threads_per_row) {
+    const auto lane = static_cast<int>(threadIdx.x) % 32;
+    const auto warp = static_cast<int>(threadIdx.x) / 32;
+    // Of two sums each half of a warp joins one.
+    upper_ = kCount == 2 && lane >= 16;
+    const uint32_t sums = static_cast<uint32_t>(__cvta_generic_to_shared(scratch)) +
+                          (upper_ ? kMaxRowThreads / 32 * sizeof(float) : 0);
+    of_row_ = sums + slot * (threads_per_row / 32) * sizeof(float);
+    of_warp_ = lane % (kCount == 1 ? 32 : 16) == 0 ? sums + warp * sizeof(float) : kNowhere;
+    // Else the compiler makes these addresses anew for each row.
+    asm volatile("" : "+r"(of_row_), "+r"(of_warp_));
+  }
+
+  // part: of scratch, another than in the call before.
+  __device__ __forceinline__ void join(float (&values)[kCount], int part) const {
+    if (threads_ < 32) {
+      for (int offset = threads_ / 2; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) values[k] = add(values[k], across(values[k], offset));
+      }
+      return;
+    }
+    float sum = values[0];
+    if constexpr (kCount == 1) {
+      sum = add(sum, across(sum, 16));
+    } else {
+      const float other = upper_ ? values[0] : values[1];
+      sum = add(upper_ ? values[1] : values[0], across(other, 16));
+    }
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) sum = add(sum, across(sum, offset));
+    if (threads_ > 32) sum = over_warps(sum, part * kSumScratch<kCount> * sizeof(float));
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      values[k] = add(values[k], __shfl_xor_sync(0xFFFFFFFFU, values[k], offset));
+      values[k] = kCount == 1 ? sum : __shfl_sync(0xFFFFFFFFU, sum, 16 * k);
     }
   }
-  if (threads_per_row <= 32) return;
-  const int warps = threads_per_row / 32;
-  if (threadIdx.x % 32 == 0) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) scratch[threadIdx.x / 32 * kCount + k] = values[k];
+
+ private:
+  static constexpr uint32_t kNowhere = 0xFFFFFFFFU;
+
+  static __device__ __forceinline__ float across(float value, int offset) {
+    return __shfl_xor_sync(0xFFFFFFFFU, value, offset);
   }
-  wait_for_row(slot, threads_per_row);
-  const float* of_row = scratch + slot * warps * kCount;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) values[k] = of_row[k];
-  for (int w = 1; w < warps; ++w) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) values[k] = add(values[k], of_row[w * kCount + k]);
+  static __device__ __forceinline__ float4 load_four(uint32_t address) {
+    float4 q;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(q.x), "=f"(q.y), "=f"(q.z), "=f"(q.w)
+                 : "r"(address)
+                 : "memory");
+    return q;
   }
+  // The warps' sums in order.
+  __device__ __forceinline__ float over_warps(float sum, uint32_t offset) const {
+    if (of_warp_ != kNowhere) {
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(of_warp_ + offset), "f"(sum) : "memory");
+    }
+    wait_for_row(slot_, threads_);
+    const uint32_t sums = of_row_ + offset;
+    if (threads_ == 64) {
+      float2 two;
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(two.x), "=f"(two.y)
+                   : "r"(sums)
+                   : "memory");
+      return add(two.x, two.y);
+    }
+    float4 q = load_four(sums);
+    float total = add(add(add(q.x, q.y), q.z), q.w);
+#pragma unroll
+    for (int i = 1; i < kMaxRowThreads / 128; ++i) {
+      if (i >= threads_ / 128) break;
+      q = load_four(sums + i * sizeof(float4));
+      total = add(add(add(add(total, q.x), q.y), q.z), q.w);
+    }
+    return total;
+  }
+
+  int slot_;
+  int threads_;
+  bool upper_;
+  uint32_t of_row_;
+  uint32_t of_warp_;
+};
+
+// How many rows of `row_bytes` a block has on their way at a time, beside the one at hand.
+inline int next_rows_in(size_t shared_bytes, size_t row_bytes) {
+  const auto rows = static_cast<int>(shared_bytes / row_bytes) - 1;
+  require(rows >= 0, "norms expect more shared memory than this GPU has");
+  return std::min(rows, kMaxNextRows);
 }
 
 // f(Type<T>, Type<W>) for what a norm's elements and its weight's are.

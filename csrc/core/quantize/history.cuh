@@ -29,14 +29,15 @@ struct WarpHistory {
   __device__ __forceinline__ uint32_t age(int i) const {
     return (count - 1 - place(i)) % kAmaxRecords;
   }
-  // Largest of the window, as bits. Inf or NaN, of a call with column sums, says nothing.
+  // Of the window's largest, with its margin, as bits. Inf or NaN, of a call with column sums, says
+  // nothing.
   __device__ __forceinline__ uint32_t window_amax() const {
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (age(i) < kAmaxWindow && own[i] < kExponentBits) bits = max(bits, own[i]);
     }
-    return warp_max(bits);
+    return with_margin(warp_max(bits));
   }
 };
 

@@ -2,11 +2,10 @@
 // of columns are wanted too, as for a weight whose transposed copy the backward will need, a block
 // takes several rows one after the other and joins what it found with the other blocks': an
 // integer atomicMax, which has no order, so the bits are the same on every run.
-#include <cuda_pipeline_primitives.h>
-
 #include <array>
 #include <atomic>
 
+#include "core/device/next_rows.cuh"
 #include "core/device/shared_memory.h"
 #include "core/quantize/kernels.h"
 #include "core/quantize/padded_rows.cuh"
@@ -54,57 +53,6 @@ __device__ __forceinline__ void join_columns(const PackedAmax<T>& amax, int64_t 
   __syncwarp();
 }
 
-// A thread's eights of the next rows, on their way through slots in shared memory. It reads what it
-// copied itself, so there is no barrier. Zeros beyond the columns.
-template <typename T, int kVectors>
-struct NextRows {
-  uint4* slots;  // the thread's first word
-  int64_t first_col;
-  int64_t stride;  // columns between a thread's eights
-  int64_t cols;
-
-  __device__ __forceinline__ uint4* slot(int index) const {
-    return slots + index * kVectors * kQuads<T> * blockDim.x;
-  }
-  __device__ __forceinline__ void copy(int index, const T* row, bool vectorized) const {
-    uint4* to = slot(index);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t col = first_col + i * stride;
-      if (col >= cols) break;
-      if (vectorized) {
-#pragma unroll
-        for (int quad = 0; quad < kQuads<T>; ++quad) {
-          __pipeline_memcpy_async(to + (i * kQuads<T> + quad) * blockDim.x,
-                                  reinterpret_cast<const uint4*>(row + col) + quad, 16);
-        }
-      } else {
-        put(to, i, load8(row + col, 8, false));
-      }
-    }
-  }
-  __device__ __forceinline__ void put(uint4* to, int i, const Vec8<T>& v) const {
-#pragma unroll
-    for (int quad = 0; quad < kQuads<T>; ++quad) {
-      to[(i * kQuads<T> + quad) * blockDim.x] = make_uint4(
-          v.words[4 * quad], v.words[4 * quad + 1], v.words[4 * quad + 2], v.words[4 * quad + 3]);
-    }
-  }
-  __device__ __forceinline__ Vec8<T> take(int index, int i) const {
-    Vec8<T> v = zero8<T>();
-    if (first_col + i * stride >= cols) return v;
-#pragma unroll
-    for (int quad = 0; quad < kQuads<T>; ++quad) {
-      const uint4 q = slot(index)[(i * kQuads<T> + quad) * blockDim.x];
-      v.words[4 * quad] = q.x;
-      v.words[4 * quad + 1] = q.y;
-      v.words[4 * quad + 2] = q.z;
-      v.words[4 * quad + 3] = q.w;
-    }
-    return v;
-  }
-};
-
 template <typename Params, typename Format, int kVectors>
 __global__ void __launch_bounds__(kMaxRowThreads, 1) group_rows_kernel(const Params p) {
   using T = ElementOf<Params>;
@@ -119,11 +67,14 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) group_rows_kernel(const Par
   const PartOfGroup sink{p.sink(), end};
   const RowPlace first(p.plan, begin);
   const int step = p.plan.rows_per_block;
-  const int64_t stride = static_cast<int64_t>(p.plan.threads_per_row) * 8;
-  const NextRows<T, kVectors> next{shared + threadIdx.x, int64_t{first.thread} * 8, stride, p.cols};
+  const int stride = p.plan.threads_per_row * 8;
+  const NextRows<T, kVectors> next{first.thread * 8, stride, static_cast<int>(p.cols)};
+  const uint32_t slots = first_slot(shared);
 
   const auto copy = [&](int slot, int64_t row) {
-    if (row < end) next.copy(slot, source.row(row), p.vectorized);
+    const uint32_t to = slots + slot * next.bytes();
+    if (row < end && p.vectorized) next.copy_async(to, source.row(row));
+    if (row < end && !p.vectorized) next.copy_now(to, source.row(row), false);
     __pipeline_commit();
   };
 #pragma unroll
@@ -138,14 +89,14 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) group_rows_kernel(const Par
     copy(slot == 0 ? kSlots - 1 : slot - 1, at.row + (kSlots - 1) * step);
     __pipeline_wait_prior(kSlots - 1);
     Vec8<T> v[kVectors];
-    quantize_row<Format>(p, at, at.row < end ? p.cols : 0, sink, 0, v, warp_amax[turn],
-                         [&](int /*iteration*/) {
+    quantize_row<Format>(
+        p, at, at.row < end ? p.cols : 0, sink, 0, v, warp_amax[turn], [&](int /*iteration*/) {
 #pragma unroll
-                           for (int i = 0; i < kVectors; ++i) {
-                             v[i] = at.row < end ? next.take(slot, i) : zero8<T>();
-                             columns[i].update(v[i]);
-                           }
-                         });
+          for (int i = 0; i < kVectors; ++i) {
+            v[i] = at.row < end ? next.take(slots + slot * next.bytes(), i) : zero8<T>();
+            columns[i].update(v[i]);
+          }
+        });
     turn ^= 1;
     slot = slot == kSlots - 1 ? 0 : slot + 1;
   }

@@ -60,8 +60,8 @@ struct Destination {
 // NaN).
 //
 // Delayed scaling. A call is a function of x and the history: it makes codes
-// and scale, and the next history. With a the amax of x's finite values and A the largest such amax
-// of the last kAmaxWindow records, what makes the scale is
+// and scale, and the next history. With a the amax of x's finite values and A kAmaxMargin times the
+// largest such amax of the last kAmaxWindow records, what makes the scale is
 //   what made it before   if x has one of the last kAmaxRecords - 1 records. The history stays as
 //   it
 //                         is: so one tensor, as a weight in the calls of a step, has one scale and
@@ -82,7 +82,11 @@ struct Destination {
 // A call with column sums reads x twice anyway: a makes its scale, as without a history (NaN and
 // Inf too), and its record has no fingerprint. Where one such record has x's amax, a makes the
 // scale.
+//
+// The margin lets amaxes grow, as those of weights in training do, without a second cast. It costs
+// two of e4m3's 15 binades of normal numbers below the largest.
 inline constexpr int kAmaxWindow = 16;
+inline constexpr float kAmaxMargin = 4.0F;
 inline constexpr float kAmaxSlack = 16.0F;
 inline constexpr int kAmaxRecords = 64;
 inline constexpr int kAmaxHistorySize = 3 * kAmaxRecords + 2;  // records, their number, a guess

@@ -231,6 +231,28 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(
     const std::optional<at::Tensor>& weight = std::nullopt,
     std::optional<double> eps = std::nullopt, std::string_view form = "scale_then_round");
 
+// Rotary position embedding: each pair (a, b) of a row becomes (a cos - b sin, b cos + a sin). q
+// and k [..., D] of one high-precision dtype T, of 1 to 4 dimensions, rotated in one pass; k may be
+// none, and is an empty tensor in the result then. cos and sin broadcast to q[..., :R] and k[...,
+// :R], with R = rotary_dim (none: their columns) even; or to [..., R / 2], a column for each pair.
+// They are in T or float32 and have no gradient. Columns from R on are copied.
+//
+// layout: which columns are pairs. "halves": i and i + R / 2 (Llama's rotate_half); "interleaved":
+// 2 i and 2 i + 1; "interleaved_to_halves": read as the latter, written as the former (DeepSeek
+// V3). rounding: "each" rounds every product and sum, to the wider of both dtypes, in which the
+// results are, as eager PyTorch does in x * cos + rotate_half(x) * sin; "sum" rounds the sum to T,
+// its gradient's products and sum too: (x.float() * cos + rotate_half(x).float() * sin).to(T);
+// "once" rounds the result and the gradient once, as if x were x.float().
+//
+// Values and gradients have the bits of these formulas in eager PyTorch. Results lie in memory in
+// the order of q's and k's dimensions, as eager's; gradients too. Differentiable any number of
+// times.
+std::tuple<at::Tensor, at::Tensor> rope(const at::Tensor& q, const std::optional<at::Tensor>& k,
+                                        const at::Tensor& cos, const at::Tensor& sin,
+                                        std::string_view layout = "halves",
+                                        std::optional<int64_t> rotary_dim = std::nullopt,
+                                        std::string_view rounding = "each");
+
 // For programs that call none of the functions above and only load models that use torch.ops.fp8
 // (TorchScript, AOTInductor): refers to libfp8_torch, which a linker would leave out otherwise, and
 // so has the operators registered before main. Throws c10::Error if they are not.

@@ -15,6 +15,7 @@
 #include "torch/norm/norm_ops.h"
 #include "torch/quantize/memory.h"
 #include "torch/quantize/quantize_ops.h"
+#include "torch/rope/rope_ops.h"
 
 TORCH_LIBRARY(fp8, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
@@ -97,6 +98,10 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor? weight=None, float? eps=None,"
       " str form=\"scale_then_round\") -> (Tensor y, Tensor sum)",
+      tags);
+  m.def(
+      "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, *, str layout=\"halves\","
+      " SymInt? rotary_dim=None, str rounding=\"each\") -> (Tensor q, Tensor k)",
       tags);
   // Not for direct use: scaled_mm_accumulate_ out of place, for torch.compile, and what
   // fused_linear is differentiated through.
@@ -208,6 +213,11 @@ TORCH_LIBRARY(fp8, m) {
       " ScalarType? bias_dtype, int form, bool needs_dx, bool needs_dweight, bool needs_dbias)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
+  // What rope is differentiated through, and its gradient.
+  m.def(
+      "_rope(Tensor? q, Tensor? k, Tensor cos, Tensor sin, SymInt rotary_dim, int form,"
+      " ScalarType? dtype, int[] q_order, int[] k_order) -> (Tensor q, Tensor k)",
+      tags);
 }
 
 namespace {
@@ -229,6 +239,7 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, rms_norm);
   FP8_KERNEL(composite, layer_norm);
   FP8_KERNEL(composite, add_rms_norm);
+  FP8_KERNEL(composite, rope);
 }
 
 // CPU and CUDA share their kernels down to the device's own quantize and matmul.
@@ -258,6 +269,7 @@ void register_kernels(torch::Library& m) {
   FP8_KERNEL(kernel, _moe_backward);
   FP8_KERNEL(kernel, _norm_forward);
   FP8_KERNEL(kernel, _norm_backward);
+  FP8_KERNEL(kernel, _rope);
 }
 
 #undef FP8_KERNEL
@@ -297,10 +309,11 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_moe_backward", TORCH_FN(fp8::meta::_moe_backward));
   m.impl("_norm_forward", TORCH_FN(fp8::meta::_norm_forward));
   m.impl("_norm_backward", TORCH_FN(fp8::meta::_norm_backward));
+  m.impl("_rope", TORCH_FN(fp8::meta::_rope));
 }
 
-// Only the linear ops, merged_linear, mlp, moe_experts and the norms have a gradient. The others
-// say so when a backward reaches them.
+// Only the linear ops, merged_linear, mlp, moe_experts, the norms and rope have a gradient. The
+// others say so when a backward reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
@@ -311,6 +324,8 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("layer_norm", TORCH_FN(fp8::autograd::layer_norm));
   m.impl("add_rms_norm", TORCH_FN(fp8::autograd::add_rms_norm));
   m.impl("_norm_backward", TORCH_FN(fp8::autograd::_norm_backward));
+  m.impl("rope", TORCH_FN(fp8::composite::rope));
+  m.impl("_rope", TORCH_FN(fp8::autograd::_rope));
   m.impl("merged_linear", TORCH_FN(fp8::autograd::merged_linear));
   m.impl("mlp", TORCH_FN(fp8::autograd::mlp));
   for (const char* op : {"quantize_tensorwise",

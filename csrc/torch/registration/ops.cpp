@@ -13,6 +13,7 @@
 #include "torch/mlp/mlp.h"
 #include "torch/norm/norm_ops.h"
 #include "torch/quantize/quantize_ops.h"
+#include "torch/rope/rope_ops.h"
 
 namespace fp8 {
 
@@ -168,6 +169,15 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::T
                                                 std::optional<double> eps, std::string_view form) {
   static const auto op = find<decltype(composite::add_rms_norm)>("fp8::add_rms_norm");
   return op.call(x, residual, weight, eps, form);
+}
+
+std::tuple<at::Tensor, at::Tensor> rope(const at::Tensor& q, const std::optional<at::Tensor>& k,
+                                        const at::Tensor& cos, const at::Tensor& sin,
+                                        std::string_view layout, std::optional<int64_t> rotary_dim,
+                                        std::string_view rounding) {
+  static const auto op = find<decltype(composite::rope)>("fp8::rope");
+  return op.call(q, k, cos, sin, layout,
+                 rotary_dim ? std::optional<c10::SymInt>(*rotary_dim) : std::nullopt, rounding);
 }
 
 void ensure_registered() { find<decltype(composite::fused_linear)>("fp8::fused_linear"); }

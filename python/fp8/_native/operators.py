@@ -42,6 +42,8 @@ NAMES = (
     "add_rms_norm",
     "_norm_forward",
     "_norm_backward",
+    "rope",
+    "_rope",
 )
 """Every operator that computes; asking the dispatcher takes milliseconds. A test compares."""
 

@@ -60,19 +60,22 @@ def convert(
         experts_recipe: of experts, out of `fp8.GROUPED_RECIPES`, with options as in `recipe`; None:
             "rowwise_gw_hp", whatever the linears take, because an FP8 weight gradient does not pay
             for small groups of rows.
-        fuse: which modules run as fused operators: True for "norms" and "siblings", in a model
-            where something is converted; False for none; or names, then in any model. "norms":
-            RMSNorm and LayerNorm modules, recognized by what they compute, whatever their class
-            (`fp8.ops.rms_norm`, `fp8.ops.layer_norm`), in their own precision; values change by the
-            order of float32 sums. "siblings": linears in FP8 that one module calls with one tensor,
-            as q, k and v of attention, recognized by the code of its forward
-            (`fp8.ops.merged_linear`): with one scale per tensor they share it, and the input's
-            gradient is rounded once. "mlp", which has to be asked for: MLPs, gated, merged or
-            plain, whose linears run in FP8, as one node (`fp8.ops.mlp`), with the same bits but for
-            the input's gradient through two weights, which is rounded once less. Such a module
-            keeps its object, parameters and names and takes a subclass of its class, whose forward
-            runs the class's own wherever a call is not of the kind that was recognized. Another
-            call of convert with names, or False, undoes what is not among them.
+        fuse: which modules run as fused operators, recognized by what they compute, whatever their
+            class: True for all of the following, in a model where something is converted; False for
+            none; or names, then in any model.
+            "norms": RMSNorm and LayerNorm modules (`fp8.ops.rms_norm`, `fp8.ops.layer_norm`), in
+            their own precision; values change by the order of float32 sums.
+            "rope": modules whose forward rotates q and k by a function of its file
+            (`fp8.ops.rope`), with the same bits; other modules keep that function.
+            "mlp": MLPs, gated, merged or plain, whose linears run in FP8, as one node
+            (`fp8.ops.mlp`), with the same bits but for the input's gradient through two weights,
+            which is rounded once less.
+            "siblings": linears in FP8 that one module calls with one tensor, as q, k and v of
+            attention, recognized by the code of its forward (`fp8.ops.merged_linear`): with one
+            scale per tensor they share it, and the input's gradient is rounded once.
+            Such a module keeps its object, parameters and names and takes a subclass of its class,
+            whose forward runs the class's own wherever a call is not of the kind that was
+            recognized. Another call of convert with names, or False, undoes what is not among them.
 
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.

@@ -32,13 +32,13 @@ class Fusion(NamedTuple):
     undo: Callable[[nn.Module], str | None]  # why it could not be undone
     describe: Callable[[Fusable], tuple[str, str]]  # size, and what it computes
     unable: Callable[[Fusable], str | None] = lambda _: None  # why one found is not fused
-    by_default: bool = True  # fuse=True means it; else it is to be asked for
 
 
 def fusions() -> tuple[Fusion, ...]:
     """All of them, in the order in which they are applied."""
     from . import _mlp_fusion as mlp
     from . import _norm_fusion as norms
+    from . import _rope_fusion as rope
     from . import _sibling_fusion as siblings
 
     return (
@@ -60,7 +60,15 @@ def fusions() -> tuple[Fusion, ...]:
             undo=mlp.undo,
             describe=mlp.describe,
             unable=mlp.unable,
-            by_default=False,
+        ),
+        Fusion(
+            name="rope",
+            find=rope.find,
+            is_fused=rope.is_fused,
+            stale=rope.stale,
+            apply=rope.apply,
+            undo=rope.undo,
+            describe=rope.describe,
         ),
         Fusion(
             name="siblings",
@@ -78,7 +86,7 @@ def fusions() -> tuple[Fusion, ...]:
 def chosen(fuse: bool | Iterable[str]) -> tuple[Fusion, ...]:
     """The fusions that `fuse` of fp8.convert names. Raises TypeError or ValueError."""
     if isinstance(fuse, bool):
-        return tuple(fusion for fusion in fusions() if fuse and fusion.by_default)
+        return tuple(fusion for fusion in fusions() if fuse)
     names = [fusion.name for fusion in fusions()]
     if isinstance(fuse, str) or not isinstance(fuse, Iterable):
         raise TypeError(

@@ -1,7 +1,8 @@
 """The subclass that a module takes whose forward `fp8.convert` fuses.
 
 It keeps the names of the class that it is made of, so that code which looks at them finds what it
-knows. Pickles and copies name that class, and a function that makes the subclass of it again.
+knows. Pickles and copies name that class, and a function that makes the subclass of it again. Where
+several things of a module are fused, each is a subclass of the one before.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,30 @@ def made_from(kind: type, mark: str) -> type[nn.Module] | None:
     """The class that `subclass` made `kind` of, with this mark; None for any other."""
     found: type[nn.Module] | None = vars(kind).get(mark)
     return found
+
+
+def base_of(kind: type) -> type[nn.Module] | None:
+    """The class that `subclass` made `kind` of, with any mark; None for any other."""
+    found: type[nn.Module] | None = vars(kind).get("_fp8_base")
+    return found
+
+
+def remade(kind: type, base: type[nn.Module]) -> type[nn.Module]:
+    """What `kind` is, which `subclass` made, but of another class."""
+    made: nn.Module = vars(kind)["_fp8_begin"].__func__(base)
+    return type(made)
+
+
+def stacked(base: type[nn.Module], begins: tuple[Callable[..., nn.Module], ...], *args: Any) -> Any:
+    """A module of several fused classes, each of the one before, without attributes: what pickles
+    and copies of such begin with."""
+    kind: Any = base
+    for begin in begins:
+        kind = type(begin(kind))
+    return kind.__new__(kind, *args)
+
+
+stacked.__module__, stacked.__qualname__ = "fp8.nn", "_stacked"
 
 
 def subclass(
@@ -33,6 +58,12 @@ def subclass(
         reduced = super(kind, self).__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and len(reduced) > 1:
             if reduced[1][:1] == (kind,):
+                begins, own = [begin], base
+                while (below := base_of(own)) is not None:
+                    begins.insert(0, vars(own)["_fp8_begin"].__func__)
+                    own = below
+                if len(begins) > 1:
+                    return (stacked, (own, (*begins,), *reduced[1][1:]), *reduced[2:])
                 return (begin, (base, *reduced[1][1:]), *reduced[2:])
             if reduced[0] is kind:  # by a __reduce__ of the class: one that is not fused
                 return (base, *reduced[1:])
@@ -46,6 +77,8 @@ def subclass(
         "__reduce_ex__": reduce,
         "__doc__": base.__doc__,
         mark: base,
+        "_fp8_base": base,
+        "_fp8_begin": staticmethod(begin),
     }
     body |= names | methods
     metaclass: Any = type(base)

@@ -40,6 +40,7 @@ from ._quantize import (
     quantize_tensorwise,
     quantize_tensorwise_transpose,
 )
+from ._rope import rope
 
 __all__ = [  # the operators
     "add_rms_norm",
@@ -59,6 +60,7 @@ __all__ = [  # the operators
     "quantize_tensorwise",
     "quantize_tensorwise_transpose",
     "rms_norm",
+    "rope",
     "scaled_mm",
     "scaled_mm_accumulate_",
 ]

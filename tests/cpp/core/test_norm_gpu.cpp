@@ -120,7 +120,12 @@ void check_norm(int64_t rows, int64_t cols, bool layer) {
 TEST_CASE("norms and their gradients, rows of every kind", "[norm]") {
   for (const bool layer : {false, true}) {
     check_norm(1000, 8, layer);
+    check_norm(1, 128, layer);
     check_norm(333, 128, layer);
+    check_norm(20000, 128, layer);
+    check_norm(7, 264, layer);
+    check_norm(1, 4096, layer);
+    check_norm(1100, 2048, layer);
     check_norm(40, 37, layer);
     check_norm(300, 2048, layer);
     check_norm(19, 5000, layer);

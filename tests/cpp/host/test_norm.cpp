@@ -23,6 +23,37 @@ TEST_CASE("a row's threads hold all of its columns") {
   REQUIRE(plan_norm(128).threads_per_row == 4);
 }
 
+TEST_CASE("in the backward rows of up to 32 eights have few threads and the order of many") {
+  for (const NormForm form : {NormForm::kScaleThenRound, NormForm::kLayer}) {
+    for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat32}) {
+      const int vectors = norm_backward_vectors(form == NormForm::kLayer, dtype);
+      for (const int64_t cols : {1, 8, 37, 128, 200, 256, 257, 512, 1000}) {
+        const NormPlan plan =
+            plan_norm_backward({.form = form, .dtype = dtype, .rows = 1, .cols = cols});
+        INFO("cols=" << cols << " vectors=" << vectors);
+        REQUIRE(plan.pairs == (cols <= 256));
+        REQUIRE(int64_t{8} * vectors * plan.threads_per_row >= cols);
+        // As a thread for each eight: these are no more than the lanes of a warp.
+        if (plan.pairs) REQUIRE(vectors * plan.threads_per_row <= 32);
+        if (!plan.pairs) REQUIRE(plan.threads_per_row >= 32);
+      }
+    }
+  }
+  REQUIRE(plan_norm_backward({.rows = 1, .cols = 128}).threads_per_row == 4);
+}
+
+TEST_CASE("a divisor divides") {
+  for (const uint32_t by : {1U, 2U, 3U, 7U, 32U, 641U, 4096U, 65537U, (1U << 30) - 1, 1U << 30}) {
+    const fp8::Divisor divisor(by);
+    for (const uint32_t number : {0U, 1U, by - 1, by, by + 1, 12345U, 3 * by - 1, 3 * by,
+                                  (1U << 30) - 1, 1U << 30, (1U << 31) - 1}) {
+      if (number > 0x7FFFFFFFU) continue;
+      INFO(number << " / " << by);
+      REQUIRE(divisor.quotient(number) == number / by);
+    }
+  }
+}
+
 TEST_CASE("the backward's slots take every row once") {
   for (const int64_t cols : {1, 128, 4096, 16384, 20000}) {
     for (const int64_t rows : {1, 5, 527, 8192, 100001}) {

@@ -77,6 +77,34 @@ TEST_CASE("norms and their gradients follow torch's") {
                       Catch::Contains("fp8::rms_norm: expected weight of shape [K] = [80]"));
 }
 
+TEST_CASE("rope has the bits of its formula") {
+  at::manual_seed(1);
+  const at::Tensor q = at::randn({2, 5, 4, 32}).transpose(1, 2).requires_grad_();
+  const at::Tensor k = at::randn({2, 5, 1, 32}).transpose(1, 2).requires_grad_();
+  const at::Tensor cos = at::randn({5, 32});
+  const at::Tensor sin = at::randn({5, 32});
+  const auto eager = [&](const at::Tensor& x) {
+    const std::vector<at::Tensor> halves = x.chunk(2, -1);
+    return x * cos + at::cat({-halves[1], halves[0]}, -1) * sin;
+  };
+  const auto [q_rotated, k_rotated] = fp8::rope(q, k, cos, sin);
+  REQUIRE(at::equal(q_rotated, eager(q)));
+  REQUIRE(at::equal(k_rotated, eager(k)));
+  REQUIRE(q_rotated.strides() == q.strides());
+  const at::Tensor dq = at::randn({2, 4, 5, 32});
+  q_rotated.backward(dq);
+  const at::Tensor grad = q.grad().clone();
+  q.mutable_grad().reset();
+  eager(q).backward(dq);
+  REQUIRE(at::equal(grad, q.grad()));
+  const auto [alone, none] =
+      fp8::rope(q, std::nullopt, cos.narrow(1, 0, 8), sin.narrow(1, 0, 8), "interleaved", 16);
+  REQUIRE(none.numel() == 0);
+  REQUIRE(at::equal(alone.narrow(3, 16, 16), q.narrow(3, 16, 16)));
+  REQUIRE_THROWS_WITH(fp8::rope(q, k, cos, sin, "pairs"),
+                      Catch::Contains("fp8::rope: expected layout 'halves'"));
+}
+
 TEST_CASE("fused_linear_into adds the weight gradient to a buffer") {
   for (const char* recipe : {"tensorwise", "rowwise", "rowwise_gw_hp", "blockwise"}) {
     Problem p;

@@ -37,6 +37,7 @@ SCHEMAS = {
     "rms_norm": ("x weight eps form", 1),
     "layer_norm": ("x weight bias eps", 1),
     "add_rms_norm": ("x residual weight eps form", 2),
+    "rope": ("q k cos sin layout rotary_dim rounding", 2),
     "moe_experts": (
         "x top_k_index top_k_weights gate_up down gate_up_bias down_bias activation interleaved"
         " alpha limit recipe",

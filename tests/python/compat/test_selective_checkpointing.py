@@ -89,5 +89,5 @@ def test_selective_checkpointing_names_every_forward():
     names = {op._schema.name.removeprefix("fp8::") for op in fp8.ops.MATMUL_OPS}
     public = {n for n in samples.public_namespace() if not n.startswith(("quantize", "dequant"))}
     forward = {n for n in samples.namespace() if n.endswith("_forward")}
-    without_products = {"rms_norm", "layer_norm", "add_rms_norm", "_norm_forward"}
+    without_products = {"rms_norm", "layer_norm", "add_rms_norm", "_norm_forward", "rope"}
     assert names == (public | forward) - {"scaled_mm_accumulate_"} - without_products

@@ -13,6 +13,7 @@ import fp8
 OPS = torch.ops.fp8
 WINDOW = 16
 RECORDS = 63  # the newest ones, that are searched for a call's x
+MARGIN = 4.0  # of a window's largest amax
 SLACK = 16.0  # the largest factor between the scale of a call and that of its own amax
 
 
@@ -43,7 +44,8 @@ class History:
         repeated = [record.used for record in same if record.print == print]
         if repeated:
             return repeated[-1]  # and the history stays as it is
-        largest = max((record.own for record in self.records[-WINDOW:]), default=0.0)
+        largest = MARGIN * max((record.own for record in self.records[-WINDOW:]), default=0.0)
+        largest = min(largest, float(np.finfo(np.float32).max))
         taken_at_once = any(record.print is None for record in same)
         delayed = len(self.records) >= WINDOW and not taken_at_once and suits(largest, own)
         self.from_window += delayed
