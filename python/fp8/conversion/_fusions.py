@@ -19,6 +19,7 @@ class Fusable(NamedTuple):
     name: str  # as model.named_modules() has it
     what: Any  # the fusion's own: what was found
     refused: str | None = None  # why it must be left alone
+    listed: bool = True  # whether the summary has a line for it
 
 
 class Fusion(NamedTuple):
@@ -131,6 +132,8 @@ def rows(model: nn.Module) -> list[Row]:
     applied = {fusion.name for fusion, _ in fused(model)}
     for fusion in fusions():
         for found in fusion.find(model) if fusion.name in applied else ():
+            if not found.listed:
+                continue
             size, what = fusion.describe(found)
             state = f"fused: {what}"
             if not fusion.is_fused(found.module):
