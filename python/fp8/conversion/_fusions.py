@@ -19,6 +19,7 @@ class Fusable(NamedTuple):
     name: str  # as model.named_modules() has it
     what: Any  # the fusion's own: what was found
     refused: str | None = None  # why it must be left alone
+    listed: bool = True  # whether the summary has a line for it
 
 
 class Fusion(NamedTuple):
@@ -126,11 +127,13 @@ Row = tuple[nn.Module, tuple[str, str, str, str]]
 
 def rows(model: nn.Module) -> list[Row]:
     """For the summary: a line for each module that a fusion knows, where the model has one that is
-    fused by it."""
-    lines: list[Row] = []
+    fused by it. Where several do, one line says so of each."""
+    lines: dict[nn.Module, tuple[str, str, str, str]] = {}
     applied = {fusion.name for fusion, _ in fused(model)}
     for fusion in fusions():
         for found in fusion.find(model) if fusion.name in applied else ():
+            if not found.listed:
+                continue
             size, what = fusion.describe(found)
             state = f"fused: {what}"
             if not fusion.is_fused(found.module):
@@ -141,8 +144,12 @@ def rows(model: nn.Module) -> list[Row]:
             dtype = next(
                 (str(p.dtype).removeprefix("torch.") for p in found.module.parameters()), "-"
             )
-            lines.append((found.module, (found.name or "(model)", size, dtype, state)))
-    return lines
+            if found.module in lines:
+                _, known_size, _, known = lines[found.module]
+                size = size if known_size == "-" else known_size
+                state = f"{known}; {state}"
+            lines[found.module] = (found.name or "(model)", size, dtype, state)
+    return list(lines.items())
 
 
 def totals(model: nn.Module) -> list[str]:

@@ -28,11 +28,10 @@ def find(model: nn.Module) -> list[Fusable]:
         base = own_class(type(module)) or type(module)
         if len(module._modules) < 2 or isinstance(module, MergedLinear):
             continue
-        if own_class_of_mlp(type(module)) is not None:
-            continue  # one node as it is
         what = [tuple(group) for group in groups_of(module, base, _LINEARS)]
         if what or is_fused(module):
-            found.append(Fusable(module, name, what, _refused(module)))
+            one_node = own_class_of_mlp(type(module)) is not None  # unless that is undone
+            found.append(Fusable(module, name, what, _refused(module), listed=not one_node))
     return found
 
 

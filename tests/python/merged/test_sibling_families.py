@@ -4,10 +4,13 @@ generation with a cache."""
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from sibling_models import convert, products
+
+import fp8
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -92,3 +95,30 @@ def test_siblings_of_families(family):
     for name, grad in grads.items():
         error = (grad.float() - theirs[name].float()).norm()
         assert float(error) <= 0.2 * float(theirs[name].float().norm()) + 1e-4, name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_siblings_beside_everything_else(family):
+    """What convert does by default: rotations are fused in the same modules, MLPs are one node, and
+    each is undone by itself."""
+    model = make(family)
+    plain = convert(copy.deepcopy(model), "rowwise", kinds=("norms", "rope", "mlp"))
+    fused = fp8.convert(model, "rowwise", filter=lambda *_: True)
+    assert products(lambda: fused(input_ids=tokens()))[0] == [3] * 2
+    text = fp8.summary(fused)
+    assert "fused: rope, halves; fused: siblings, q_proj, k_proj, v_proj as one" in text
+    assert "2 siblings fused" in text
+    loss, grads = step(fused)
+    expected, theirs = step(plain)
+    assert torch.equal(loss, expected)
+    assert grads.keys() == theirs.keys()
+    again = pickle.loads(pickle.dumps(fused))
+    assert torch.equal(step(again)[0], expected)
+    convert(fused, "rowwise", kinds=("siblings", "norms"))
+    assert products(lambda: fused(input_ids=tokens()))[0] == [3, 2] * 2
+    assert "rope" not in fp8.summary(fused)
+    convert(fused, "rowwise", kinds=("rope",))
+    assert products(lambda: fused(input_ids=tokens()))[0] == []
+    assert "siblings" not in fp8.summary(fused)
+    fp8.revert(fused)
+    assert {type(a) for a in fused.modules()} == {type(a) for a in make(family).modules()}

@@ -202,6 +202,41 @@ def test_siblings_in_threads():
     assert not failed
 
 
+class Waits(Attention):
+    """Two threads are between the calls of their first layer and of the others at a time."""
+
+    barrier = threading.Barrier(2, timeout=60)
+
+    def forward(self, hidden_states):
+        q = self.a(hidden_states)
+        self.barrier.wait()
+        y = q[..., :16] + self.b(hidden_states) + self.c(hidden_states)
+        self.barrier.wait()
+        return y
+
+
+def test_siblings_of_threads_that_take_turns():
+    """What one computes for its layers is not the other's, and nothing is computed in vain."""
+    fused, plain = pair(Waits())
+    inputs = [data(), 2 * data()]
+    results: dict[int, torch.Tensor] = {}
+
+    def run(module: nn.Module, i: int) -> None:
+        results[i] = module(inputs[i])
+
+    found = []
+    for module in (fused, plain):
+        threads = [threading.Thread(target=run, args=(module, i)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found.append([results.pop(i) for i in range(2)])
+    for ours, theirs in zip(*found, strict=True):
+        assert_same_bits(ours, theirs)
+    assert "the others' input" not in fp8.summary(fused)
+
+
 def test_siblings_train():
     """A step with an optimizer changes what the next computes."""
     fused, _ = pair(Block(), "tensorwise", torch.float32)
