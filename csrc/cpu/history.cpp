@@ -39,8 +39,8 @@ struct Known {
   }
 };
 
-bool bits_suit(uint32_t used, uint32_t own) {
-  return suits(std::bit_cast<float>(used), std::bit_cast<float>(own));
+bool bits_suit(uint32_t used, uint32_t own, core::Dtype dtype) {
+  return suits(std::bit_cast<float>(used), std::bit_cast<float>(own), dtype);
 }
 
 struct Settled {
@@ -48,19 +48,19 @@ struct Settled {
   bool repeats;
 };
 
-Settled settle(const Known& known, const Report& own) {
+Settled settle(const Known& known, const Report& own, core::Dtype dtype) {
   bool taken_at_once = false;
   const uint32_t searched = std::min(known.count(), kAmaxSearched);
   for (uint32_t ago = 1; ago <= searched; ++ago) {
     if (known.own(ago) != own.amax) continue;
     const uint32_t print = known.print(ago);
     const uint32_t used = known.used(ago);
-    if (print == own.print && bits_suit(used, own.amax)) return {used, true};
+    if (print == own.print && bits_suit(used, own.amax, dtype)) return {used, true};
     taken_at_once |= print == kNoFingerprint;
   }
   const uint32_t largest = known.window_amax();
   const bool delayed =
-      !taken_at_once && known.count() >= core::kAmaxWindow && bits_suit(largest, own.amax);
+      !taken_at_once && known.count() >= core::kAmaxWindow && bits_suit(largest, own.amax, dtype);
   return {delayed ? largest : own.amax, false};
 }
 
@@ -78,9 +78,9 @@ void leave_record(uint32_t* history, uint32_t count, uint32_t own, uint32_t used
 
 }  // namespace
 
-uint32_t settle_amax(uint32_t* history, const Report& own) {
+uint32_t settle_amax(uint32_t* history, const Report& own, core::Dtype dtype) {
   const Known known(history);
-  const Settled settled = settle(known, own);
+  const Settled settled = settle(known, own, dtype);
   if (!settled.repeats) {
     leave_record(history, known.count(), own.amax, settled.used, own.print);
   }

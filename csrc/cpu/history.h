@@ -11,9 +11,9 @@ struct Report {
   uint32_t print = 0;
 };
 
-// What makes the scale, as bits. Moves the history [core::kAmaxHistorySize] on. Threads may share
+// What makes the scale of codes of this dtype, as bits. Moves the history [core::kAmaxHistorySize] on. Threads may share
 // one.
-uint32_t settle_amax(uint32_t* history, const Report& own);
+uint32_t settle_amax(uint32_t* history, const Report& own, core::Dtype dtype);
 
 // Of a call with column sums, whose scale its own amax makes.
 void record_amax(uint32_t* history, uint32_t own);

@@ -87,7 +87,9 @@ Report finite_report(const Input& in) {
 
 // Delayed scaling: the amax that makes the scale.
 float delayed_amax(const Input& in, uint32_t* history) {
-  if (is_delayed(in.args)) return std::bit_cast<float>(settle_amax(history, finite_report(in)));
+  if (is_delayed(in.args)) {
+    return std::bit_cast<float>(settle_amax(history, finite_report(in), in.args.dtype));
+  }
   const float own = tensor_amax(in);
   record_amax(history, std::bit_cast<uint32_t>(own));
   return own;

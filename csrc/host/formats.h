@@ -55,8 +55,9 @@ constexpr bool takes_own_amax(const core::QuantizeArgs& args) {
 }
 
 // Whether a tensor of amax `own` may be cast with the scale of the amax `used`: see fp8/core.h.
-FP8_HOST_DEVICE constexpr bool suits(float used, float own) {
-  return own == 0.0F ? used <= FLT_MAX : own <= used && used <= core::kAmaxSlack * own;
+FP8_HOST_DEVICE constexpr bool suits(float used, float own, core::Dtype dtype) {
+  const float slack = dtype == core::Dtype::kE5M2 ? core::kAmaxSlackE5M2 : core::kAmaxSlack;
+  return own == 0.0F ? used <= FLT_MAX : own <= used && used <= slack * own;
 }
 
 // An amax, as bits, with the margin that a window's has.

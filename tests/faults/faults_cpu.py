@@ -209,7 +209,7 @@ CPU = [
     Fault(
         "a delayed scale is the window's, whatever the tensor",
         "csrc/cpu/history.cpp",
-        "known.count() >= core::kAmaxWindow && bits_suit(largest, own.amax)",
+        "known.count() >= core::kAmaxWindow && bits_suit(largest, own.amax, dtype)",
         "known.count() >= core::kAmaxWindow",
         DELAYED,
     ),
@@ -237,8 +237,8 @@ CPU = [
     Fault(
         "a recomputation takes the scale of any call with its amax",
         "csrc/cpu/history.cpp",
-        "if (print == own.print && bits_suit(used, own.amax)) return",
-        "if (bits_suit(used, own.amax)) return",
+        "if (print == own.print && bits_suit(used, own.amax, dtype)) return",
+        "if (bits_suit(used, own.amax, dtype)) return",
         RECOMPUTATION,
     ),
     Fault(
@@ -286,7 +286,7 @@ CPU = [
     Fault(
         "a torn record makes a scale that does not suit",
         "csrc/cpu/history.cpp",
-        "print == own.print && bits_suit(used, own.amax)",
+        "print == own.print && bits_suit(used, own.amax, dtype)",
         "print == own.print",
         DELAYED,
     ),

@@ -132,7 +132,7 @@ __device__ __forceinline__ Settled settle(const BackwardParams& p, int part, int
   const int64_t tiles = static_cast<int64_t>(p.col_tiles) * p.row_tiles;
   const uint2 own = whole_report(p.tile_report + part * tiles, reports, scratch);
   const uint32_t* before = p.history_before + part * kAmaxHistorySize;
-  const SettledAmax settled = settled_amax(before, own);
+  const SettledAmax settled = settled_amax<Format>(before, own);
   const GroupScale scale = scale_from_amax(settled.used, Format::kMax, p.args.power_of_two);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *scale_out = scale.scale;
@@ -144,8 +144,12 @@ __device__ __forceinline__ Settled settle(const BackwardParams& p, int part, int
   return {scale.quant_multiplier, settled.used};
 }
 
+// What most calls return from at once.
+template <typename T, typename Act>
+constexpr int kSettleBlocks = std::is_same_v<Act, AnyActivation> ? 1 : kUnitCastBlocks<T, Act>;
+
 template <typename T, typename Format, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
+__global__ void __launch_bounds__(kThreads, kSettleBlocks<T, Act>)
     unit_settle_kernel(const BackwardParams p) {
   extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
@@ -212,7 +216,7 @@ void launch_backward_delayed(BackwardParams params, const DeviceInfo& device, cu
       launch_tiles<unit_cast_delayed_kernel<T, Format, kGated, Act>, Inputs>(
           tiles, kBlocks, device, stream, params, /*pdl=*/false);
       launch_tiles<unit_settle_kernel<T, Format, kGated, Act>, Inputs>(
-          tiles, kBlocks, device, stream, params, has_hopper_launches(device), tiles);
+          tiles, kSettleBlocks<T, Act>, device, stream, params, has_hopper_launches(device), tiles);
     });
   });
 }

@@ -56,7 +56,11 @@ struct SettledAmax {
 };
 
 // own: amax and fingerprint of x. The same for every warp.
+template <typename Format>
 __device__ __forceinline__ SettledAmax settled_amax(const uint32_t* history, const uint2& own) {
+  const auto fits = [&](uint32_t bits) {
+    return suits(__uint_as_float(bits), __uint_as_float(own.x), Format::kDtype);
+  };
   const WarpHistory known(history);
   uint32_t used[WarpHistory::kPerLane];
   uint32_t newest = kAmaxRecords;
@@ -68,7 +72,7 @@ __device__ __forceinline__ SettledAmax settled_amax(const uint32_t* history, con
     const uint32_t print = __ldcg(record + kHistoryFingerprint);
     const uint32_t age = known.age(i);
     const bool same = age < kAmaxSearched && age < known.count && known.own[i] == own.x;
-    const bool suitable = suits(__uint_as_float(used[i]), __uint_as_float(own.x));
+    const bool suitable = fits(used[i]);
     if (same && print == own.y && suitable) newest = min(newest, age);
     taken_at_once |= same && print == kNoFingerprint;
   }
@@ -82,8 +86,7 @@ __device__ __forceinline__ SettledAmax settled_amax(const uint32_t* history, con
   }
   const bool at_once = __any_sync(0xFFFFFFFFU, taken_at_once) != 0;
   const uint32_t largest = known.window_amax();
-  const bool delayed = !at_once && known.count >= kAmaxWindow &&
-                       suits(__uint_as_float(largest), __uint_as_float(own.x));
+  const bool delayed = !at_once && known.count >= kAmaxWindow && fits(largest);
   return {delayed ? largest : own.x, false};
 }
 

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int64_t tiles = p.plan.col_tiles * p.plan.row_tiles;
   const uint2 own = whole_report(p.tile_report, tiles, scratch);
-  const SettledAmax settled = settled_amax(p.history_before, own);
+  const SettledAmax settled = settled_amax<Format>(p.history_before, own);
   const GroupScale scale = scale_from_amax(settled.used, Format::kMax, p.power_of_two);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     if (p.scale != nullptr) *p.scale = scale.scale;

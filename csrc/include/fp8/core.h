@@ -67,10 +67,10 @@ struct Destination {
 //                         is: so one tensor, as a weight in the calls of a step, has one scale and
 //                         moves no window, and a recomputation (activation checkpointing) has the
 //                         bits of what it repeats
-//   A                     else, if the history has kAmaxWindow records and a <= A <= kAmaxSlack *
-//   a:
+//   A                     else, if the history has kAmaxWindow records and a <= A <= slack * a:
 //                         nothing saturates, and the smallest values lose no more than a factor of
-//                         kAmaxSlack to underflow. Any A is good for zeros
+//                         slack to underflow. kAmaxSlack for e4m3; e5m2, whose normal numbers reach
+//                         2^-29 of the largest, can spare kAmaxSlackE5M2. Any A is good for zeros
 //   a                     else
 // and a record is left: a, what made the scale, and a fingerprint of x. Inf becomes NaN, and
 // neither enters a scale.
@@ -87,7 +87,8 @@ struct Destination {
 // two of e4m3's 15 binades of normal numbers below the largest.
 inline constexpr int kAmaxWindow = 16;
 inline constexpr float kAmaxMargin = 4.0F;
-inline constexpr float kAmaxSlack = 16.0F;
+inline constexpr float kAmaxSlack = 64.0F;
+inline constexpr float kAmaxSlackE5M2 = 1024.0F;
 inline constexpr int kAmaxRecords = 64;
 inline constexpr int kAmaxHistorySize = 3 * kAmaxRecords + 2;  // records, their number, a guess
 

@@ -14,12 +14,14 @@ OPS = torch.ops.fp8
 WINDOW = 16
 RECORDS = 63  # the newest ones, that are searched for a call's x
 MARGIN = 4.0  # of a window's largest amax
-SLACK = 16.0  # the largest factor between the scale of a call and that of its own amax
+SLACK = 64.0  # the largest factor between the scale of a call and that of its own amax
+SLACK_E5M2 = 1024.0
 
 
-def suits(used: float, own: float) -> bool:
+def suits(used: float, own: float, dtype: torch.dtype) -> bool:
     """Whether x of amax `own` may be cast with the scale of `used`."""
-    return own == 0 or own <= used <= SLACK * own
+    slack = SLACK_E5M2 if dtype == torch.float8_e5m2 else SLACK
+    return own == 0 or own <= used <= slack * own
 
 
 class Record(NamedTuple):
@@ -47,7 +49,7 @@ class History:
         largest = MARGIN * max((record.own for record in self.records[-WINDOW:]), default=0.0)
         largest = min(largest, float(np.finfo(np.float32).max))
         taken_at_once = any(record.print is None for record in same)
-        delayed = len(self.records) >= WINDOW and not taken_at_once and suits(largest, own)
+        delayed = len(self.records) >= WINDOW and not taken_at_once and suits(largest, own, self.dtype)
         self.from_window += delayed
         used = largest if delayed else own
         self.records.append(Record(own, used, print))
