@@ -14,6 +14,7 @@ GPU = "tests/python/rope/test_rope_cuda.py"
 SPEC = "python/fp8/nn/_rope_spec.py"
 PROBE = "python/fp8/nn/_rope_probe.py"
 FUSED = "python/fp8/nn/_fused_rope.py"
+ROTATIONS = "python/fp8/nn/_rotations.py"
 
 ROPE = [
     Fault(
@@ -74,14 +75,14 @@ ROPE = [
     ),
     Fault(
         "a rotation that was patched is not called",
-        FUSED,
+        ROTATIONS,
         "if function is recognized and unchanged():",
         "if unchanged():",
         f"{CHANGES} {FAMILIES}",
     ),
     Fault(
         "what a rotation calls is patched unnoticed",
-        FUSED,
+        ROTATIONS,
         "if function is recognized and unchanged():",
         "if function is recognized:",
         CHANGES,
@@ -95,7 +96,7 @@ ROPE = [
     ),
     Fault(
         "an argument that was not seen is dropped",
-        FUSED,
+        ROTATIONS,
         "if name in given and given[name] is not defaults[name]:",
         "if False:",
         FUSION,
@@ -116,7 +117,7 @@ ROPE = [
     ),
     Fault(
         "torch.func does not see the function",
-        FUSED,
+        ROTATIONS,
         "if not torch.compiler.is_compiling() and _transformed():",
         "if False:",
         USES,

@@ -74,6 +74,11 @@ class Rope : public torch::autograd::Function<Rope> {
   }
 };
 
+// Of a trace the order is part: a compiler may lay q out in another one.
+std::vector<int64_t> known_order(const OptionalTensor& x, at::IntArrayRef given) {
+  return x && given.empty() ? order_of(*x) : given.vec();
+}
+
 bool has_tangent(const OptionalTensor& t) { return t && t->defined() && t->_fw_grad(0).defined(); }
 
 }  // namespace
@@ -86,6 +91,8 @@ std::tuple<at::Tensor, at::Tensor> _rope(const OptionalTensor& q, const Optional
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(q) && !has_tangent(k) && !has_tangent(cos) && !has_tangent(sin),
       "fp8::rope: expected reverse mode, got a tangent: forward-mode AD (jvp) is not supported");
+  const std::vector<int64_t> q_known = known_order(q, q_order);
+  const std::vector<int64_t> k_known = known_order(k, k_order);
   if (at::GradMode::is_enabled()) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         !wants_grad(cos) && !wants_grad(sin),
@@ -93,12 +100,12 @@ std::tuple<at::Tensor, at::Tensor> _rope(const OptionalTensor& q, const Optional
         "them, or rotate in plain torch operations");
     if (wants_grad(q) || wants_grad(k)) {
       const variable_list made =
-          Rope::apply(q, k, cos, sin, rotary_dim, form, dtype, q_order.vec(), k_order.vec());
+          Rope::apply(q, k, cos, sin, rotary_dim, form, dtype, q_known, k_known);
       return {made[0], made[1]};
     }
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  return rope_op().call(q, k, cos, sin, rotary_dim, form, dtype, q_order, k_order);
+  return rope_op().call(q, k, cos, sin, rotary_dim, form, dtype, q_known, k_known);
 }
 
 }  // namespace fp8::autograd

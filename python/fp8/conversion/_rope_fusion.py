@@ -7,7 +7,6 @@ from ..nn import _fused_rope
 from ..nn._calls import has_own_forward
 from ..nn._fused_classes import base_of
 from ..nn._fused_rope import (
-    Rotation,
     fused_class,
     obstacle,
     original,
@@ -16,6 +15,7 @@ from ..nn._fused_rope import (
     without_stand_ins,
 )
 from ..nn._rope_spec import RopeSpec
+from ..nn._rotations import Rotation
 from ._fusions import Fusable
 
 

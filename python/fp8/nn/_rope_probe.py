@@ -53,7 +53,10 @@ _SHAPES = (
 
 def may_rotate(function: FunctionType) -> bool:
     """Whether it may be asked: it needs three or four arguments, of which any may be named."""
-    parameters = _parameters(function)
+    try:
+        parameters = _parameters(function)
+    except (TypeError, ValueError):  # it says nothing of them
+        return False
     needed = [p for p in parameters if p.default is p.empty]
     return len(needed) in (3, 4) and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 

@@ -85,5 +85,5 @@ def rope(
         >>> q, k = fp8.ops.rope(q, k, angles.cos(), angles.sin())
     """
     options = {"layout": layout, "rotary_dim": rotary_dim, "rounding": rounding}
-    q_rotated, k_rotated = _ops.rope.default(q, k, cos, sin, **options)
-    return q_rotated, None if k is None else k_rotated
+    result: tuple[Tensor, Tensor] = _ops.rope.default(q, k, cos, sin, **options)
+    return result if k is not None else (result[0], None)

@@ -13,7 +13,7 @@ from rope_modules import MODULES, POSITIONS, SIZE, Attention, calls_of, fuse, in
 from torch import nn
 
 import fp8
-from fp8.nn import _fused_rope, _rope_probe
+from fp8.nn import _rope_probe, _rotations
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -53,7 +53,7 @@ def test_function_of_wide_angles_is_replaced(monkeypatch, device, x_dtype, funct
     cos, sin = torch.randn(2, 2, 5, 16, device=device)
     spec = _rope_probe.probe(function)
     tensors = (q, k) if spec.k else (q,)
-    call = _fused_rope._call_of(function, _fused_rope.rotation_of(function))
+    call = _rotations._call_of(function, _rotations.rotation_of(function))
     results, seen = [], calls_of(monkeypatch)
     for run in (lambda *args: call(function, *args), function):
         leaves = [x.detach().requires_grad_() for x in tensors]
