@@ -41,19 +41,10 @@ SIBLINGS = [
         VALUES,
     ),
     Fault(
-        "results that share memory are views of one tensor",
-        NODE,
-        "    return merged::parts_of(y, weights);",
-        "    const at::AutoDispatchBelowAutograd views;\n    return y.split_with_sizes([&] {\n"
-        "      std::vector<int64_t> rows;\n      for (const at::Tensor& w : weights) "
-        "rows.push_back(w.size(0));\n      return rows;\n    }(), -1);",
-        AUTOGRAD,
-    ),
-    Fault(
-        "the CPU puts parts side by side one below the other",
+        "the CPU puts parts side by side one over the other",
         "csrc/cpu/quantize.cpp",
         "const int64_t first = joined.side_by_side ? begin : begin * whole.cols;",
-        "const int64_t first = begin * whole.cols;",
+        "const int64_t first = joined.side_by_side ? 0 : begin * whole.cols;",
         VALUES,
     ),
     Fault(
