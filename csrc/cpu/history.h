@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "fp8/core.h"
+
 namespace fp8::cpu {
 
 // amax of x's finite values, as bits, and a fingerprint of x.

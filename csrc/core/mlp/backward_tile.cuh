@@ -219,7 +219,11 @@ __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const U
   turn(a.h_t, h, 2);
 }
 
-// Blocks to a multiprocessor, as their registers allow.
+// Blocks to a multiprocessor, as their registers allow. kFewerBlocks: of kernels that keep more of a
+// tile than codes.
+template <typename T, bool kGated, typename Act>
+constexpr int kFewerBlocks =
+    sizeof(T) == 4 || (kGated && std::is_same_v<Act, AnyActivation>) ? 1 : 2;
 template <typename T, typename Act>
 constexpr int kUnitCastBlocks = sizeof(T) == 4                        ? 1
                                 : std::is_same_v<Act, AnyActivation> ? 2

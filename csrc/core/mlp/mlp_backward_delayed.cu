@@ -50,7 +50,7 @@ struct Seen {
 };
 
 template <typename T, typename Format, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
+__global__ void __launch_bounds__(kThreads, kFewerBlocks<T, kGated, Act>)
     unit_cast_delayed_kernel(const BackwardParams p) {
   constexpr int kParts = kGated ? 2 : 1;
   extern __shared__ uint4 slots[];
@@ -144,12 +144,8 @@ __device__ __forceinline__ Settled settle(const BackwardParams& p, int part, int
   return {scale.quant_multiplier, settled.used};
 }
 
-// What most calls return from at once.
-template <typename T, typename Act>
-constexpr int kSettleBlocks = std::is_same_v<Act, AnyActivation> ? 1 : kUnitCastBlocks<T, Act>;
-
 template <typename T, typename Format, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kSettleBlocks<T, Act>)
+__global__ void __launch_bounds__(kThreads, kFewerBlocks<T, kGated, Act>)
     unit_settle_kernel(const BackwardParams p) {
   extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
@@ -212,11 +208,11 @@ void launch_backward_delayed(BackwardParams params, const DeviceInfo& device, cu
     dispatch_format(a.dtype, [&](auto format) {
       using Format = typename decltype(format)::type;
       using Inputs = TileInputs<T, kGated>;
-      constexpr int kBlocks = kUnitCastBlocks<T, Act>;
+      constexpr int kBlocks = kFewerBlocks<T, kGated, Act>;
       launch_tiles<unit_cast_delayed_kernel<T, Format, kGated, Act>, Inputs>(
           tiles, kBlocks, device, stream, params, /*pdl=*/false);
       launch_tiles<unit_settle_kernel<T, Format, kGated, Act>, Inputs>(
-          tiles, kSettleBlocks<T, Act>, device, stream, params, has_hopper_launches(device), tiles);
+          tiles, kBlocks, device, stream, params, has_hopper_launches(device), tiles);
     });
   });
 }

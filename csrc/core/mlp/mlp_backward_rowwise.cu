@@ -144,7 +144,11 @@ __global__ void __launch_bounds__(kThreads) unit_axis_join_kernel(const AxisPara
 }
 
 template <typename T, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
+constexpr int kAxisCastBlocks =
+    std::is_same_v<Act, Silu> ? kUnitCastBlocks<T, Act> : kFewerBlocks<T, kGated, Act>;
+
+template <typename T, bool kGated, typename Act>
+__global__ void __launch_bounds__(kThreads, kAxisCastBlocks<T, kGated, Act>)
     unit_axis_cast_kernel(const AxisParams p) {
   extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
@@ -244,7 +248,7 @@ void launch_backward_rowwise(const BackwardParams& params, const DeviceInfo& dev
     launch(unit_axis_amax_kernel<T, kGated, Act>, grid, kThreads, stream, p);
     launch(unit_axis_join_kernel<kGated>, joins, kThreads, stream, p, {.pdl = pdl});
     launch_tiles<unit_axis_cast_kernel<T, kGated, Act>, TileInputs<T, kGated>>(
-        int64_t{p.col_tiles} * p.row_tiles, kUnitCastBlocks<T, Act>, device, stream, p, pdl);
+        int64_t{p.col_tiles} * p.row_tiles, kAxisCastBlocks<T, kGated, Act>, device, stream, p, pdl);
   });
 }
 

@@ -116,7 +116,7 @@ __device__ __forceinline__ Place place_of(const Side& side, uint32_t item, uint3
 
 // In, Out, Cos: of x, y, and of cos and sin. kInterleaves: x or y may be; the others are not then.
 template <typename In, typename Out, typename Cos, bool kInterleaves>
-__global__ void __launch_bounds__(kRopeThreads) rope_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kRopeThreads, 4) rope_kernel(const __grid_constant__ Params p) {
   constexpr int kHeads = rope_heads(sizeof(In));
   const bool is_first = blockIdx.x < p.first_blocks;
   const Side& side = p.sides[is_first ? 0 : 1];
