@@ -137,11 +137,12 @@ def test_mlp_needs_fp8_layers():
     assert any(line.endswith("- (not fused: c is not in FP8)") for line in lines)
 
 
-def test_mlp_is_to_be_asked_for():
+def test_mlp_is_fused_by_default():
     model = nn.Sequential(models.Gated(), nn.LayerNorm(K))
-    fp8.convert(model, filter=lambda *_: True)
+    fp8.convert(model, filter=lambda *_: True, fuse=False)
     assert not is_fused(model[0])
     assert "mlp" not in fp8.summary(model)
+    assert is_fused(fp8.convert(copy.deepcopy(model), filter=lambda *_: True)[0])
     both = fuse(model, kinds={"norms", "mlp"})
     assert is_fused(both[0])
     assert nodes(both, data(torch.float32)) == 1
