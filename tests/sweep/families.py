@@ -166,7 +166,7 @@ def make(family: Family, dtype: torch.dtype) -> nn.Module:
                 size = sum(p.numel() for p in auto.from_config(config).parameters())
             if size > MOST_PARAMETERS:
                 raise Unfit(f"{size / 1e6:.0f} million parameters: not made small")
-            model = auto.from_config(config, attn_implementation="eager")
+            model = randomize(auto.from_config(config, attn_implementation="eager"))
     except Unfit:
         raise
     except Exception as error:
@@ -174,7 +174,7 @@ def make(family: Family, dtype: torch.dtype) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return randomize(model).to(dtype).train()
+    return model.to(dtype).train()
 
 
 def _first_line(error: Exception) -> str:

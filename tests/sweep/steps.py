@@ -17,6 +17,9 @@ REMAINDER = 0.05
 """Gradients whose norm is less than this part of the largest are remainders of larger terms, which
 nearly cancel: their errors are measured against that part."""
 
+LOSS = 0.1
+"""Largest error of a loss in FP8, relative where it is above 1."""
+
 Loss = Callable[[nn.Module], Tensor]
 
 
@@ -90,3 +93,31 @@ def same_bits(actual: Step, expected: Step) -> bool:
     pairs = [(actual.loss, expected.loss)]
     pairs += [(grad, expected.grads[name]) for name, grad in actual.grads.items()]
     return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+class Beside(NamedTuple):
+    """A fused model beside a composed one."""
+
+    found: Distance
+    limit: float  # of gradients
+
+    @property
+    def good(self) -> bool:
+        return self.found.loss < min(LOSS, self.limit) / 2 and self.found.whole < self.limit
+
+
+def beside(fused: nn.Module, composed: nn.Module, given: dict[str, Tensor], limit: float) -> Beside:
+    """A step of both. Where they are further apart than `limit`, so may be the composed model and
+    itself with weights one step of fp32 off (a scale at a power of two, a tie between codes): then
+    that is the limit, three times. It leaves `composed` so."""
+    theirs = run(composed, given)
+    found = distance(run(fused, given), theirs)
+    if not Beside(found, limit).good and any(
+        p.dtype == torch.float32 for p in composed.parameters()
+    ):
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for p in composed.parameters():
+                p.mul_(1 + 2.0**-23 * torch.randn(p.shape, generator=generator).to(p))
+        limit = max(limit, 3 * distance(run(composed, given), theirs).whole)
+    return Beside(found, limit)

@@ -7,6 +7,7 @@ NotHere where a family has no such thing.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import random
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from converted import Step
 from families import Family
-from steps import Distance, Mismatch, convert, distance, run
+from steps import Distance, Mismatch, beside, convert, distance, run
 from torch import Tensor, nn
 
 import fp8
@@ -57,12 +58,11 @@ class Subject(NamedTuple):
 
     def compare(self, fused: nn.Module, composed: nn.Module, close: float = 0.0) -> Distance:
         """A step of both."""
-        found = distance(run(fused, self.given), run(composed, self.given))
-        if not (
-            found.loss < 0.01 and found.whole < (ROUTED if self.routed else close or self.close)
-        ):
-            raise Mismatch(str(found))
-        return found
+        limit = ROUTED if self.routed else close or self.close
+        result = beside(fused, composed, self.given, limit)
+        if not result.good:
+            raise Mismatch(str(result.found))
+        return result.found
 
 
 def checkpointing(subject: Subject, use_reentrant: bool) -> None:
@@ -124,7 +124,10 @@ def _adapted(model: nn.Module, targets: list[str]) -> nn.Module:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(9)
-            return peft.get_peft_model(model, config)
+            try:
+                return peft.get_peft_model(model, config)
+            except ValueError as error:
+                raise NotHere(f"peft refuses: {error}") from error
     model.requires_grad_(False)
     for name in targets:
         parent, _, child = name.rpartition(".")
@@ -213,6 +216,7 @@ def compiled(subject: Subject) -> None:
 
 def _compiled_step(model: nn.Module, given: dict[str, Tensor]) -> Step:
     torch._dynamo.reset()
+    torch._logging.set_logs(all=logging.CRITICAL)  # of graphs that break
     try:
         found = run(torch.compile(model, backend="aot_eager"), given)
     finally:
