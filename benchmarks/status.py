@@ -85,7 +85,7 @@ def load(folder: Path) -> list[Row]:
 def table(runs: list[Row]) -> str:
     """Markdown: a line for each check and device."""
     if not runs:
-        return "No results yet: `make test-gpu`, `make sanitize`, `make fuzz`, `make soak` and `make sweep`."
+        return "No results yet: `make` test-gpu, sanitize, fuzz, soak and sweep write them."
     lines = []
     for run in runs:
         head = run["header"]
