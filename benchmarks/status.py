@@ -2,8 +2,8 @@
 
 From these, status_CHECK_GPU.json (or _cpu), the README's table is made.
 
-`make fuzz`, `make soak` and `make sweep` call write(). For `make test-gpu` and `make sanitize` their scripts run
-this file:
+`make fuzz`, `make soak` and `make sweep` call write(). For `make test-gpu` and `make sanitize`
+their scripts run this file:
 
     python benchmarks/status.py test-gpu --begin EPOCH --arguments "$ARGS" --junit FILE ...
     python benchmarks/status.py sanitize --begin EPOCH --log NAME=STATUS=FILE ...
@@ -85,7 +85,7 @@ def load(folder: Path) -> list[Row]:
 def table(runs: list[Row]) -> str:
     """Markdown: a line for each check and device."""
     if not runs:
-        return "No results yet: `make` test-gpu, sanitize, fuzz, soak and sweep write them."
+        return "No results yet of `make test-gpu`, `make sanitize`, `make fuzz`, `make soak`, ..."
     lines = []
     for run in runs:
         head = run["header"]

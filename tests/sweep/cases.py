@@ -92,7 +92,7 @@ def examine(
     family: Family, number: int, device: str = "cpu", variant: str | None = None
 ) -> Outcome:
     """All checks, and the variant, or the one whose turn it is."""
-    variant = variant or turn(number)
+    variant = variant or turn(family.name, number)
     outcome = Outcome(family, variant)
     try:
         plain = make(family, torch.bfloat16).to(device)
