@@ -172,7 +172,8 @@ def _norms(outcome: Outcome, plain: nn.Module, given: dict[str, Tensor]) -> None
     if not outcome.kinds & {"norms", "rope"}:
         return
     fused = _only(plain, outcome.kinds & {"norms", "rope"})
-    result = beside(fused, copy.deepcopy(plain), given, FLOAT32)
+    limit = max(FLOAT32, outcome.own / 2**8)  # bf16 is 2^16 times as coarse
+    result = beside(fused, copy.deepcopy(plain), given, limit)
     outcome.check("norms", lambda _: result.good, result.found)
 
 
