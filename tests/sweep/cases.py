@@ -47,7 +47,8 @@ MLP = 0.25
 
 
 def fused_kinds(model: nn.Module) -> set[str]:
-    return {fusion.name for fusion, _ in _fusions.fused(model)}
+    """Of the fusions that run somewhere in it."""
+    return {fusion.name for fusion, m in _fusions.fused(model) if fusion.stale(m) is None}
 
 
 def is_routed(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from converted import randomize
-from family_settings import SETTINGS, UNFIT
+from family_settings import SETTINGS
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -155,8 +155,6 @@ def make(family: Family, dtype: torch.dtype) -> nn.Module:
 
     Raises Unfit where there is none.
     """
-    if family.name in UNFIT:
-        raise Unfit(UNFIT[family.name])
     try:
         config = make_config(family)
         with torch.random.fork_rng(devices=[]):

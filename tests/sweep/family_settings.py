@@ -28,7 +28,6 @@ _SWIN = {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2], "patch_size": 4
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
-    "cohere_compass_text": _SLIDING,
     "deepseek_v2": _MOE | {"topk_group": 1, "n_group": 1},
     "dots1": _MOE,
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
@@ -45,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 8, "n_groups": 1},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention"],
         "mamba_num_heads": 8,
         "mamba_head_dim": 16,
         "n_groups": 1,
@@ -53,10 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "xlstm": {"chunk_size": 4},
-    "zamba2": _MAMBA | {"mamba_headdim": 16, "use_mamba_kernels": False},
     "data2vec-audio": _SOUND,
-    "deit": {"pooler_output_size": 64},
     "distilbert": {"dim": 64, "hidden_dim": 96},
     "donut-swin": _SWIN,
     "esm": {"vocab_size": 96, "mask_token_id": 3, "token_dropout": False},
@@ -64,8 +61,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hubert": _SOUND,
     "longt5": _T5,
     "pop2piano": _T5,
-    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8]},
-    "siglip2": {},
     "swin": _SWIN,
     "swinv2": _SWIN,
     "switch_transformers": _T5 | {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
@@ -76,5 +71,3 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wavlm": _SOUND,
     "xmod": {"default_language": "en_XX"},
 }
-
-UNFIT: dict[str, str] = {}
