@@ -44,7 +44,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize fuzz soak bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -100,6 +100,10 @@ fuzz: build  ## any operator, any input, against a reference: 3 minutes, on a GP
 
 soak: build  ## thousands of steps in every recipe: memory, handles, losses; on a GPU 5 minutes
 	@$(PY) tests/soak/soak.py $(ARGS)
+
+# Where test-compat has installed its packages, peft makes the adapters.
+sweep: build  ## every small model of transformers, fused, composed and bf16: minutes
+	@PYTHONPATH="$$PYTHONPATH$(if $(SITE),:$(CURDIR)/$(SITE))" $(PY) tests/sweep/sweep.py $(ARGS)
 
 bench: build  ## every benchmark, the README's tables and the plots; needs a GPU, 12 minutes
 	@status=0; PYTHON=$(PY) scripts/bench.sh $(ARGS) || status=$$?; [ $$status -ne 2 ] || exit 2; \

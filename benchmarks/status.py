@@ -2,8 +2,8 @@
 
 From these, status_CHECK_GPU.json (or _cpu), the README's table is made.
 
-`make fuzz` and `make soak` call write(). For `make test-gpu` and `make sanitize` their scripts run
-this file:
+`make fuzz`, `make soak` and `make sweep` call write(). For `make test-gpu` and `make sanitize`
+their scripts run this file:
 
     python benchmarks/status.py test-gpu --begin EPOCH --arguments "$ARGS" --junit FILE ...
     python benchmarks/status.py sanitize --begin EPOCH --log NAME=STATUS=FILE ...
@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 import tables
 from runs import RESULTS, ROOT, Row, header, slug
 
-CHECKS = ("test-gpu", "sanitize", "fuzz", "soak")
+CHECKS = ("test-gpu", "sanitize", "fuzz", "soak", "sweep")
 PARTIAL = ROOT / "build" / "status"
 
 
@@ -85,7 +85,7 @@ def load(folder: Path) -> list[Row]:
 def table(runs: list[Row]) -> str:
     """Markdown: a line for each check and device."""
     if not runs:
-        return "No results yet: `make test-gpu`, `make sanitize`, `make fuzz` and `make soak`."
+        return "No results yet of `make test-gpu`, `make sanitize`, `make fuzz`, `make soak`, ..."
     lines = []
     for run in runs:
         head = run["header"]
@@ -105,7 +105,7 @@ def table(runs: list[Row]) -> str:
 
 def main_counts(counts: Row) -> Row:
     """Those that a reader looks for: cases of each family stay in the JSON."""
-    known = ("passed", "failed", "skipped", "cases", "steps", "calls", "errors")
+    known = ("passed", "failed", "skipped", "cases", "steps", "calls", "errors", "checks")
     return {name: n for name, n in counts.items() if name in known}
 
 

@@ -1,4 +1,4 @@
-"""Puts the folders of `make fuzz`, `make soak` and their results on the path, as they do."""
+"""Puts the folders of `make fuzz`, `soak`, `sweep` and their results on the path, as they do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-sys.path[:0] = [str(ROOT / folder) for folder in ("tests/fuzz", "tests/soak", "benchmarks")]
+FOLDERS = ("tests/fuzz", "tests/soak", "tests/sweep", "tests/compat", "benchmarks")
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 
 @pytest.fixture
