@@ -117,7 +117,7 @@ bench-check: build  ## the same into build/bench-new; fails where a ratio is wor
 lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering, clang-tidy
 	@scripts/lint.sh
 
-tidy: build $(LINTERS)  ## clang-tidy on all host code; lint takes the part without torch
+tidy: build $(LINTERS)
 	@scripts/tidy.sh all
 
 format: $(INSTALLED) $(LINTERS)  ## let the formatters write

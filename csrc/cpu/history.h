@@ -13,8 +13,8 @@ struct Report {
   uint32_t print = 0;
 };
 
-// What makes the scale of codes of this dtype, as bits. Moves the history [core::kAmaxHistorySize] on. Threads may share
-// one.
+// What makes the scale of codes of this dtype, as bits. Moves the history [core::kAmaxHistorySize]
+// on. Threads may share one.
 uint32_t settle_amax(uint32_t* history, const Report& own, core::Dtype dtype);
 
 // Of a call with column sums, whose scale its own amax makes.

@@ -185,8 +185,7 @@ __device__ __forceinline__ void store_rows(const Destination& to, int64_t row0, 
 // rows; it may change them. turning: of shared memory, which no thread reads any more.
 template <typename T, typename Format, bool kGated, typename Act, typename Take, typename See>
 __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const UnitTile& at,
-                                               const Take& take,
-                                               const UnitMultipliers& multipliers,
+                                               const Take& take, const UnitMultipliers& multipliers,
                                                uint32_t (&turning)[3][kTransposedWords],
                                                const See& see) {
   uint2 gate[kRowsPerThread];
@@ -219,14 +218,14 @@ __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const U
   turn(a.h_t, h, 2);
 }
 
-// Blocks to a multiprocessor, as their registers allow. kFewerBlocks: of kernels that keep more of a
-// tile than codes.
+// Blocks to a multiprocessor, as their registers allow. kFewerBlocks: of kernels that keep more of
+// a tile than codes.
 template <typename T, bool kGated, typename Act>
 constexpr int kFewerBlocks =
     sizeof(T) == 4 || (kGated && std::is_same_v<Act, AnyActivation>) ? 1 : 2;
 template <typename T, typename Act>
-constexpr int kUnitCastBlocks = sizeof(T) == 4                        ? 1
+constexpr int kUnitCastBlocks = sizeof(T) == 4                       ? 1
                                 : std::is_same_v<Act, AnyActivation> ? 2
-                                                                      : 3;
+                                                                     : 3;
 
 }  // namespace fp8::core

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
   multipliers.h = h_multiplier(a, writes_scales);
   for_tiles(inputs, p.col_tiles * p.row_tiles, place, [&](unsigned tile, const auto& take) {
     cast_unit_tile<T, Format, kGated, Act>(a, place(tile), take, multipliers, turning,
-                                      [](UnitResults<T>&) {});
+                                           [](UnitResults<T>&) {});
   });
 }
 

@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kThreads, kAxisBlocks<T>)
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const UnitResults<T> d = unit_backward<T, kGated, Act>(in[i].gate, in[i].up, in[i].dh, a.unit);
+      const UnitResults<T> d =
+          unit_backward<T, kGated, Act>(in[i].gate, in[i].up, in[i].dh, a.unit);
       const int64_t at = row + i * kWarps;
       // The last row again, or the last columns, change no maximum of a column that exists.
       amax[0].update(d.gate);
@@ -248,7 +249,8 @@ void launch_backward_rowwise(const BackwardParams& params, const DeviceInfo& dev
     launch(unit_axis_amax_kernel<T, kGated, Act>, grid, kThreads, stream, p);
     launch(unit_axis_join_kernel<kGated>, joins, kThreads, stream, p, {.pdl = pdl});
     launch_tiles<unit_axis_cast_kernel<T, kGated, Act>, TileInputs<T, kGated>>(
-        int64_t{p.col_tiles} * p.row_tiles, kAxisCastBlocks<T, kGated, Act>, device, stream, p, pdl);
+        int64_t{p.col_tiles} * p.row_tiles, kAxisCastBlocks<T, kGated, Act>, device, stream, p,
+        pdl);
   });
 }
 

@@ -137,9 +137,7 @@ template <typename T, bool kGated, typename Act>
 struct UnitSource {
   using Element = T;
   static constexpr bool kIsGated = kGated;
-  static constexpr int kMinBlocks = sizeof(T) == 4                        ? 1
-                                    : std::is_same_v<Act, AnyActivation> ? 3
-                                                                          : 4;
+  static constexpr int kMinBlocks = sizeof(T) == 4 ? 1 : std::is_same_v<Act, AnyActivation> ? 3 : 4;
   static constexpr int kBlockwiseMinBlocks = sizeof(T) == 4 ? 1 : 2;
   MlpUnitArgs args;
 

@@ -141,7 +141,7 @@ __device__ __forceinline__ void wait_for_row(int slot, int threads) {
 // kCount sums over a row, which every thread of the row gets. scratch: kSumScratch<kCount> words on
 // 16 bytes, or several times these.
 template <int kCount>
-constexpr int kSumScratch = kCount* kMaxRowThreads / 32;
+constexpr int kSumScratch = kCount * kMaxRowThreads / 32;
 
 template <int kCount>
 class RowSums {

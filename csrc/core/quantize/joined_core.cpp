@@ -46,8 +46,8 @@ QuantizeArgs whole(const JoinedArgs& args) {
   return all;
 }
 
-// Longer rows of weights with a scale each were not equal to those of one matrix, to the bit, on the
-// GPU that they were tried on; why is not known.
+// Longer rows of weights with a scale each were not equal to those of one matrix, to the bit, on
+// the GPU that they were tried on; why is not known.
 constexpr int64_t kMostRowwiseCols = 4096;
 
 // What the kernels were made for: weights in e4m3 one below the other, gradients side by side.

@@ -107,8 +107,8 @@ at::Tensor& scaled_mm_accumulate_(at::Tensor& out, const at::Tensor& a, const at
 // history (make_history, with "delayed"): of the calls with one weight. The call moves it on, and
 // so does its backward; result and next history depend on the arguments alone. x, weight and dy
 // each take the scale of the largest amax of the last 16 records, and of their own amax where that
-// would saturate or be more than 64 times (dy: 1024 times) as large; a tensor that comes again keeps its scale
-// (core::Delayed). Inf becomes NaN. dy with a bias gradient takes its own amax.
+// would saturate or be more than 64 times (dy: 1024 times) as large; a tensor that comes again
+// keeps its scale (core::Delayed). Inf becomes NaN. dy with a bias gradient takes its own amax.
 // Without a history "delayed" is "tensorwise".
 //
 // input_scale ([] fp32 on x's device, with "tensorwise" or "delayed"): static scaling of x, in one

@@ -241,7 +241,8 @@ TEST_CASE("amaxes that are screened are exact", "[mlp]") {
 
 TEST_CASE("tiles of an MLP's backward: the codes of its values, both ways", "[mlp]") {
   // More tiles than blocks that run at a time, and edges that are not whole.
-  for (const auto& [rows, features] : {std::pair<int64_t, int64_t>{3, 16}, {130, 208}, {4000, 1040}}) {
+  for (const auto& [rows, features] :
+       {std::pair<int64_t, int64_t>{3, 16}, {130, 208}, {4000, 1040}}) {
     INFO("rows=" << rows << " features=" << features);
     const int64_t count = rows * features;
     const Bits gate = random_bf16(count, 1);
@@ -258,22 +259,19 @@ TEST_CASE("tiles of an MLP's backward: the codes of its values, both ways", "[ml
     const Buffer<uint8_t> h_t(features * padded);
     const Buffer<float> scales(3);
     const Buffer<float> h_amax(std::vector<float>{8.0F});
-    MlpBackwardArgs args{.unit = {.gate = g.data,
-                                  .up = u.data,
-                                  .rows = rows,
-                                  .features = features,
-                                  .ld = features},
-                         .dh = d.data,
-                         .dh_ld = features,
-                         .gate = {gate_codes.data, padded, features},
-                         .up = {up_codes.data, padded, features},
-                         .gate_t = {gate_t.data, features, padded},
-                         .up_t = {up_t.data, features, padded},
-                         .h_t = {h_t.data, features, padded},
-                         .gate_scale = scales.data,
-                         .up_scale = scales.data + 1,
-                         .h_amax = h_amax.data,
-                         .h_scale = scales.data + 2};
+    MlpBackwardArgs args{
+        .unit = {.gate = g.data, .up = u.data, .rows = rows, .features = features, .ld = features},
+        .dh = d.data,
+        .dh_ld = features,
+        .gate = {gate_codes.data, padded, features},
+        .up = {up_codes.data, padded, features},
+        .gate_t = {gate_t.data, features, padded},
+        .up_t = {up_t.data, features, padded},
+        .h_t = {h_t.data, features, padded},
+        .gate_scale = scales.data,
+        .up_scale = scales.data + 1,
+        .h_amax = h_amax.data,
+        .h_scale = scales.data + 2};
     const Buffer<uint8_t> space(mlp_backward_workspace_bytes(args));
     args.workspace = space.data;
     mlp_backward(args, nullptr);

@@ -49,7 +49,9 @@ class History:
         largest = MARGIN * max((record.own for record in self.records[-WINDOW:]), default=0.0)
         largest = min(largest, float(np.finfo(np.float32).max))
         taken_at_once = any(record.print is None for record in same)
-        delayed = len(self.records) >= WINDOW and not taken_at_once and suits(largest, own, self.dtype)
+        delayed = (
+            len(self.records) >= WINDOW and not taken_at_once and suits(largest, own, self.dtype)
+        )
         self.from_window += delayed
         used = largest if delayed else own
         self.records.append(Record(own, used, print))

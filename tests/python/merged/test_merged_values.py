@@ -86,8 +86,8 @@ def test_merged_of_equal_amaxes_is_separate_layers(device, recipe):
     if recipe != "rowwise":  # its gradients share the scales of rows
         for dw, expected in zip(ours.dweights, theirs.dweights, strict=True):
             assert_same_bits(dw, expected)
-        # Sums of the same products in another order: 24 terms of at most 1, each rounded to fp32, on
-        # a GPU to the 14 bits of a tensor core.
+        # Sums of the same products in another order: 24 terms of at most 1, each rounded to fp32,
+        # on a GPU to the 14 bits of a tensor core.
         rounding = 2.0**-13 if torch.device(device).type == "cuda" else 2.0**-20
         torch.testing.assert_close(ours.dx, theirs.dx, rtol=0, atol=24 * rounding)
 
