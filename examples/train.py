@@ -23,7 +23,7 @@ from byte_model import ByteModel, ModelSize, parameter_count
 from comparison import Batch, Schedule, Variant, evaluate, make_variant, train
 from fp8.recipe import check_recipe
 from stdlib_text import Text, load_text
-from training_report import table, write_csv, write_plot
+from training_report import table, totals, write_csv, write_plot
 
 CLOSE = 0.05  # nats per byte of held-out loss: what the last line calls close to the baseline
 HELD_OUT_BATCHES = 8
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variants = make_variants(job, options.recipes, schedule, options.seed, device)
     print(describe(job, text, variants[0].model, device, schedule.steps))
     for variant in variants[1:]:
-        for line in fp8.summary(variant.model).splitlines()[-2:]:  # of linears, and of norms
+        for line in totals(fp8.summary(variant.model)):
             print(f"{variant.name:12} {line}")
     if job.small and options.recipes:
         print("        (too small for fp8.convert's size rule: a filter takes all but lm_head)")

@@ -26,7 +26,7 @@ from byte_model import parameter_count
 from comparison import Batch, Schedule, Variant, evaluate, make_variant, train
 from stdlib_text import VOCABULARY, Text, load_text
 from train import HELD_OUT_BATCHES, verdict
-from training_report import table, write_csv, write_plot
+from training_report import table, totals, write_csv, write_plot
 
 RECIPES = {
     # Nothing accumulates fast there.
@@ -155,8 +155,7 @@ def describe(family: str, job: Job, variants: Sequence[Variant], steps: int) -> 
         f"steps   {steps} of {job.batch} x {job.length} bytes, AdamW, eager mode",
     ]
     for variant in variants[1:]:
-        # Of linears, experts and norms.
-        lines += [f"fp8     {line}" for line in fp8.summary(variant.model).splitlines()[-3:]]
+        lines += [f"fp8     {line}" for line in totals(fp8.summary(variant.model))]
     return "\n".join(lines)
 
 

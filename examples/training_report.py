@@ -19,6 +19,12 @@ from comparison import Variant
 COLOURS = ("#1f1f1f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe-Ito
 
 
+def totals(summary: str) -> list[str]:
+    """The lines of fp8.summary's text below its rows: linears, experts, what is fused."""
+    lines = summary.splitlines()
+    return lines[next(i for i, line in enumerate(lines) if " linear: " in line) :]
+
+
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Mean over the `window` (odd) values around each; near the ends over fewer, still centred."""
     last = len(values) - 1

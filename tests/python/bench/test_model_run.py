@@ -115,12 +115,14 @@ def test_ours_that_fails_is_fatal_and_leaves_what_was_measured(
 @pytest.fixture
 def liger(monkeypatch):
     """A stand-in for Liger that patches transformers' module; its calls."""
+    from transformers.models.llama import modeling_llama
+
+    own = modeling_llama.apply_rotary_pos_emb  # given back, whichever model the patch was for
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own)
     calls = []
 
     def apply_to(name):
         def apply(**options):
-            from transformers.models.llama import modeling_llama
-
             calls.append((name, options))
             modeling_llama.apply_rotary_pos_emb = rope
 
