@@ -73,7 +73,7 @@ __device__ __forceinline__ bool none_below_fast(const Vec8<T>& x) {
 
 struct Silu {
   // bf16: the fast value is rounded to the same bits for each of the 65,536 x that there are, as a
-  // test counts on every GPU that it runs on (tests/python/mlp/test_mlp_cuda.py).
+  // test shows on every GPU that it runs on (tests/cpp/core/test_mlp_gpu.cpp).
   template <typename T>
   static __device__ __forceinline__ bool allows_fast(const Vec8<T>& x) {
     bool allows = none_below_fast(x);

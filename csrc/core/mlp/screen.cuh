@@ -96,7 +96,7 @@ __device__ __forceinline__ GradientEstimates gradient_estimates(const Vec8<T>& g
       most_da = greater(most_da, da);
       most.up = greater(most.up, __fmaf_rn(fabsf(x), s, kRoundingOfSmall) * dy);
     }
-    // 1 + x (1 - s) is exact to 2^-20 |x| s; its smallest magnitude at any x in bf16 is 2^-11.
+    // 1 + x (1 - s) is exact to 2^-20 |x| s; its smallest magnitude at any x in bf16 is 2^-8.5.
     const float slope = fabsf(__fmaf_rn(x, 1.0F - s, 1.0F)) + 0x1p-14F;
     most.gate = greater(most.gate, da * s * slope);
   }
