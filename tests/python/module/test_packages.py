@@ -22,7 +22,8 @@ importing it gives the function."""
 PUBLIC = {"fp8", "fp8.recipe"} | {
     f"fp8.{name}"
     for name in (
-        *("conversion", "integrations", "integrations.transformers", "nn", "ops", "tools"),
+        *("checkpoints", "conversion", "integrations", "integrations.transformers", "nn", "ops"),
+        "tools",
     )
 }
 
@@ -81,7 +82,10 @@ def test_names_of_the_packages_are_those_of_fp8():
 
 @pytest.mark.parametrize(
     "module",
-    [fp8.Linear(16, 16), fp8.GroupedLinear(1, 16, 16), fp8.GatedMLP(16, 16), fp8.MLP(16, 16)],
+    [
+        *(fp8.Linear(16, 16), fp8.FrozenLinear(16, 16), fp8.GroupedLinear(1, 16, 16)),
+        *(fp8.GatedMLP(16, 16), fp8.MLP(16, 16)),
+    ],
 )
 def test_pickles_name_public_modules(module):
     data = pickle.dumps(module, protocol=0)
