@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion._freeze import shared_weights
+from ..conversion._readers import dtype_readers
 from ..conversion._rules import find_linears
 from ..nn._calls import has_own_forward
 from ..nn._frozen import FrozenLinear
@@ -103,13 +104,14 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, strict: bool) -> Plan:
 
 def _plan_frozen(model: nn.Module, checkpoint: Checkpoint, plan: Plan, used: set[str]) -> None:
     """The linear layers whose weight is codes in the checkpoint."""
-    tensors, shared = checkpoint.tensors, shared_weights(model)
+    tensors = checkpoint.tensors
+    others = shared_weights(model) | dtype_readers(model)
     for found in find_linears(model):
         module = found.module
         plan.names[module] = found.name
         if type(module) not in (nn.Linear, Linear, FrozenLinear) or found.reader is not None:
             continue
-        if has_own_forward(module) or module in shared or "weight" not in module._parameters:
+        if has_own_forward(module) or module in others or "weight" not in module._parameters:
             continue
         names = [n for prefix in (found.name, *found.aliases) for n in names_of_codes(prefix)]
         codes = next((n for n in names if n in tensors and tensors[n].dtype == CODES), None)

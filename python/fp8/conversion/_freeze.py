@@ -22,6 +22,7 @@ from ..nn._mlp import MLP, GatedMLP
 from ..recipe import Recipe, check_recipe
 from . import _mlp_fusion, _sibling_fusion
 from ._convert import check_model
+from ._readers import dtype_readers
 from ._rules import Found, find_linears, label
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -51,7 +52,8 @@ def freeze(
 
     Left alone are, whatever the filter says: weights that another module has too (tied embeddings),
     subclasses of nn.Linear, layers whose weight is used without calling them, weights that are not
-    bfloat16, float16 or float32 or that are sharded, children of fp8.GatedMLP, fp8.MLP and
+    bfloat16, float16 or float32 or that are sharded, layers whose input is cast to the dtype of
+    their weight (T5's `wo`), children of fp8.GatedMLP, fp8.MLP and
     fp8.MergedLinear, and experts. By default `lm_head`, routers and layers whose weight is read
     past their forward too; and, in a model with fp8.Linear layers, those that `fp8.convert` left in
     high precision. The sizes for which training gains do not count: half the memory is half the
@@ -118,12 +120,14 @@ def not_frozen(
 ) -> dict[nn.Linear, str]:
     """Which linears of a model freeze leaves alone, and why; without the default rules where there
     is a filter."""
-    shared, blocks = shared_weights(model), _in_blocks(model)
+    others = shared_weights(model) | _in_blocks(model)
+    for module, where in dtype_readers(model).items():
+        others[module] = f"{where} casts to the dtype of its weight"
     converted = any(isinstance(linear.module, Linear) for linear in linears)
     reasons: dict[nn.Linear, str] = {}
     for linear in linears:
         module = linear.module
-        why = blocks.get(module) or linear.refused() or _unfit(module) or shared.get(module)
+        why = linear.refused() or _unfit(module) or others.get(module)
         if why is None and by_default and not isinstance(module, Linear):
             why = linear.exempt()
             if why is None and converted:

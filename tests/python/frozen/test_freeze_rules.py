@@ -141,3 +141,23 @@ def test_convert_and_revert_leave_frozen_layers():
     assert [type(m) for m in model] == [fp8.FrozenLinear, fp8.Linear]
     fp8.revert(model)
     assert [type(m) for m in model] == [fp8.FrozenLinear, nn.Linear]
+
+
+class Casting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wi, self.wo = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.wi(x)
+        if x.dtype != self.wo.weight.dtype:
+            x = x.to(self.wo.weight.dtype)
+        return self.wo(x)
+
+
+def test_freeze_leaves_layers_whose_dtype_is_cast_to():
+    """The dtype of codes is no dtype to cast an input to."""
+    model = fp8.freeze(nn.Sequential(Casting()), filter=every)
+    assert frozen_layers(model) == ["0.wi"]
+    assert "- (Casting.forward casts to the dtype of its weight)" in row(model, "0.wo")
+    assert model(torch.randn(2, 16)).dtype == torch.float32
