@@ -8,6 +8,7 @@ scales, into the dtype that the model has there.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..nn._scales import to_float32
 from ._experts_plan import Slice
 from ._folder import Checkpoint, open_checkpoint
 from ._layers import FrozenWeight, squeezed
-from ._plan import Plan, make_plan
+from ._plan import Plan, Target, make_plan
 from ._safetensors import Reader, reading
 
 
@@ -115,7 +116,7 @@ def load(
     plan = make_plan(model, checkpoint, strict)
     place = torch.device("cpu" if device is None else device)
     with reading() as reader, torch.no_grad():
-        _fill(model, checkpoint, plan, reader, place, static_inputs, progress)
+        _fill(plan, _Source(checkpoint, reader, place), static_inputs, progress)
     unfuse(model)
     return Loaded(
         frozen=tuple(dict.fromkeys(plan.names[module] for module in plan.frozen)),
@@ -145,125 +146,92 @@ def _renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Che
     return checkpoint._replace(tensors=tensors)
 
 
+class _Source:
+    """The tensors of a checkpoint, read while the model is filled."""
+
+    def __init__(self, checkpoint: Checkpoint, reader: Reader, device: torch.device) -> None:
+        self.tensors, self.reader, self.device = checkpoint.tensors, reader, device
+
+    def place(self, tensor: Tensor) -> torch.device:
+        """Where what takes the tensor's place belongs."""
+        return self.device if tensor.is_meta else tensor.device
+
+    def read(self, name: str) -> Tensor:
+        """A view of the file."""
+        return self.reader.read(self.tensors[name])
+
+    def at(self, name: str) -> tuple[str, int]:
+        """Where a tensor lies."""
+        return str(self.tensors[name].file), self.tensors[name].begin
+
+    def codes(self, weight: FrozenWeight, device: torch.device, static: bool = True) -> Codes:
+        """The tensors of a layer, on `device`."""
+        scale = self._scale(weight.scale, device)
+        name = weight.input_scale if static else None
+        input_scale = None if name is None else self._scale(name, device).reshape(())
+        data = self.read(weight.codes).to(device, copy=True)
+        return Codes(data, scale, input_scale, weight.granularity, None, False)
+
+    def _scale(self, name: str, device: torch.device) -> Tensor:
+        values = self.read(name)
+        values = to_float32(values.reshape(squeezed(tuple(values.shape))), f"fp8.load: {name!r}")
+        return values.to(device, copy=True)
+
+    def numbers(self, weight: FrozenWeight, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Codes times their scale, rounded to `dtype`."""
+        codes = self.codes(weight, device, static=False)
+        layer = FrozenLinear.from_codes(
+            codes.weight, codes.scale, compute_dtype=dtype, granularity=weight.granularity
+        )
+        return layer.dequantize()
+
+    def freeze(self, module: nn.Linear, weight: FrozenWeight, static: bool) -> None:
+        """Make the module hold these codes."""
+        codes = self.codes(weight, self.place(module.weight), static)
+        freeze_in_place(module, codes, weight.scale_name, weight.input_scale_name)
+
+    def copy(self, target: Target, name: str) -> None:
+        """Into the model, in its dtype."""
+        target.set(self.read(name), self.device)
+
+    def dequantize(self, target: Target, weight: FrozenWeight) -> None:
+        """The same of codes."""
+        values = self.numbers(weight, self.place(target.get()), target.dtype)
+        target.set(values, self.device)
+
+    def merge(self, target: Target, slices: list[Slice]) -> None:
+        """A parameter of merged experts, from those of each."""
+        where = self.place(target.get())
+        whole = torch.empty(target.shape, dtype=target.dtype, device=where)
+        for part in slices:
+            if part.weight is not None:
+                values = self.numbers(part.weight, where, target.dtype)
+            else:
+                values = self.read(part.source).to(where)
+            expert = whole[part.expert].t() if part.transposed else whole[part.expert]
+            expert[part.first : part.first + values.size(0)].copy_(values)
+        target.set(whole, self.device)
+
+
 def _fill(
-    model: nn.Module,
-    checkpoint: Checkpoint,
     plan: Plan,
-    reader: Reader,
-    device: torch.device,
+    source: _Source,
     static_inputs: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    tensors = checkpoint.tensors
-    # In the order of the files, so that a disk is read from one end to the other.
-    work: list[tuple[Any, Callable[[], None]]] = []
-
-    def at(name: str) -> tuple[str, int]:
-        return str(tensors[name].file), tensors[name].begin
-
+    """In the order of the files, so that a disk is read from one end to the other."""
+    work: list[tuple[tuple[str, int], Callable[[], None]]] = []
     for module, weight in plan.frozen.items():
-        where = _place(module.weight, device)
-        work.append(
-            (
-                at(weight.codes),
-                lambda m=module, w=weight, d=where: _freeze(  # type: ignore[misc]
-                    m, codes_of(reader, checkpoint, w, d, static_inputs), w
-                ),
-            )
-        )
+        act = partial(source.freeze, module, weight, static_inputs)
+        work.append((source.at(weight.codes), act))
     for target, name in plan.copied.items():
-        work.append((at(name), lambda t=target, n=name: t.set(reader.read(tensors[n]), device)))  # type: ignore[misc]
+        work.append((source.at(name), partial(source.copy, target, name)))
     for target, weight in plan.dequantized.values():
-        work.append(
-            (
-                at(weight.codes),
-                lambda t=target, w=weight: t.set(  # type: ignore[misc]
-                    dequantized(reader, checkpoint, w, _place(t.get(), device), t.dtype), device
-                ),
-            )
-        )
-    for _, (target, slices) in plan.experts.items():
-        work.append(
-            (
-                at(slices[0].source),
-                lambda t=target, s=slices: _fill_experts(  # type: ignore[misc]
-                    reader, checkpoint, t, s, device
-                ),
-            )
-        )
+        work.append((source.at(weight.codes), partial(source.dequantize, target, weight)))
+    for target, slices in plan.experts.values():
+        work.append((source.at(slices[0].source), partial(source.merge, target, slices)))
     work.sort(key=lambda item: item[0])
     for done, (_, act) in enumerate(work, 1):
         act()
         if progress is not None:
             progress(done, len(work))
-
-
-def _place(tensor: Tensor, device: torch.device) -> torch.device:
-    return device if tensor.is_meta else tensor.device
-
-
-def _freeze(module: nn.Linear, codes: Codes, weight: FrozenWeight) -> None:
-    freeze_in_place(module, codes, weight.scale_name, weight.input_scale_name)
-
-
-def codes_of(
-    reader: Reader,
-    checkpoint: Checkpoint,
-    weight: FrozenWeight,
-    device: torch.device,
-    static_inputs: bool = True,
-) -> Codes:
-    """The tensors of a layer, read from the files."""
-    tensors = checkpoint.tensors
-
-    def scale(name: str) -> Tensor:
-        values = reader.read(tensors[name])
-        values = to_float32(values.reshape(squeezed(tuple(values.shape))), f"fp8.load: {name!r}")
-        return values.to(device, copy=True)
-
-    static = weight.input_scale if static_inputs else None
-    return Codes(
-        reader.read(tensors[weight.codes]).to(device, copy=True),
-        scale(weight.scale),
-        None if static is None else scale(static).reshape(()),
-        weight.granularity,
-        None,
-        False,
-    )
-
-
-def dequantized(
-    reader: Reader,
-    checkpoint: Checkpoint,
-    weight: FrozenWeight,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Codes times their scale, rounded to `dtype`."""
-    codes = codes_of(reader, checkpoint, weight, device, static_inputs=False)
-    layer = FrozenLinear.from_codes(
-        codes.weight, codes.scale, compute_dtype=dtype, granularity=weight.granularity
-    )
-    return layer.dequantize()
-
-
-def _fill_experts(
-    reader: Reader,
-    checkpoint: Checkpoint,
-    target: Any,
-    slices: list[Slice],
-    device: torch.device,
-) -> None:
-    """A parameter of merged experts, from those of each."""
-    where = _place(target.get(), device)
-    whole = torch.empty(target.shape, dtype=target.dtype, device=where)
-    for part in slices:
-        if part.weight is not None:
-            values = dequantized(reader, checkpoint, part.weight, where, target.dtype)
-        else:
-            values = reader.read(checkpoint.tensors[part.source]).to(where)
-        place = whole[part.expert]
-        if part.transposed:
-            place = place.t()
-        place[part.first : part.first + values.size(0)].copy_(values)
-    target.set(whole, device)
