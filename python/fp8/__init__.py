@@ -30,7 +30,7 @@ from . import ops
 from . import tools as tools
 from ._native import flops as _flops
 from ._native import operators as _operators
-from .checkpoints import load
+from .checkpoints import export_weights, load, save
 from .conversion import convert, freeze, revert, summary
 from .integrations.transformers import _registration
 from .nn import MLP, FrozenLinear, GatedMLP, GroupedLinear, Linear, MergedLinear, RMSNorm
@@ -69,6 +69,7 @@ __all__ = [
     "calibrate",
     "cmake_prefix_path",
     "convert",
+    "export_weights",
     "freeze",
     "info",
     "load",
@@ -76,6 +77,7 @@ __all__ = [
     "plan_cache_clear",
     "plan_cache_info",
     "revert",
+    "save",
     "summary",
     "uncalibrate",
 ]

@@ -8,9 +8,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._safetensors import Entry, read_header
+from ._safetensors import Entry, Header, read_header
 
 INDEX = ".safetensors.index.json"
+
+INPUTS = "fp8_inputs"
+"""In the metadata of files: how inputs are scaled, where config.json has no words for it."""
 
 METHODS = ("fp8", "compressed-tensors", "fbgemm_fp8", "modelopt", "quark", "torchao")
 """quant_method of those that may hold what is read here: float8_e4m3fn codes with their scales."""
@@ -27,6 +30,8 @@ class Checkpoint(NamedTuple):
     path: Path
     tensors: dict[str, Entry]
     quantization: dict[str, Any]
+    inputs: dict[str, tuple[Any, bool]]
+    """Of files that `save` wrote: how a layer scales its input (granularity, powers of two)."""
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -41,7 +46,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise _pickled(path)
-        return Checkpoint(path, read_header(path).tensors, {})
+        header = read_header(path)
+        return Checkpoint(path, header.tensors, {}, inputs_of(path, header))
     quantization = _quantization(path)
     _refuse(path, quantization)
     indexes = sorted(path.glob(f"*{INDEX}"))
@@ -50,7 +56,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if not indexes:
             raise ValueError(f"fp8.load: {path} has several indexes *{INDEX}, and no model{INDEX}")
     if indexes:
-        return Checkpoint(path, _indexed(indexes[0]), quantization)
+        return _indexed(indexes[0], path, quantization)
     files = sorted(path.glob("*.safetensors"))
     if (path / "model.safetensors") in files:
         files = [path / "model.safetensors"]
@@ -60,21 +66,25 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise _pickled(pickles[0])
         raise FileNotFoundError(f"fp8.load: no *.safetensors in {path}")
     tensors: dict[str, Entry] = {}
+    inputs: dict[str, tuple[Any, bool]] = {}
     for file in files:
-        for name, entry in read_header(file).tensors.items():
+        header = read_header(file)
+        inputs |= inputs_of(file, header)
+        for name, entry in header.tensors.items():
             if name in tensors:
                 both = f"{tensors[name].file.name} and {file.name}"
                 raise ValueError(f"fp8.load: {name!r} is in {both}, and no index says which counts")
             tensors[name] = entry
-    return Checkpoint(path, tensors, quantization)
+    return Checkpoint(path, tensors, quantization, inputs)
 
 
-def _indexed(index: Path) -> dict[str, Entry]:
+def _indexed(index: Path, path: Path, quantization: dict[str, Any]) -> Checkpoint:
     content = _json(index)
     files = content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"fp8.load: {index}: expected weight_map, from tensors to files")
     headers = {}
+    inputs: dict[str, tuple[Any, bool]] = {}
     for name in sorted(set(files.values())):
         # Next to the index and nowhere else, whatever the index says.
         if not name.endswith(".safetensors") or any(c in name for c in "/\\\0:") or name[0] == ".":
@@ -84,13 +94,36 @@ def _indexed(index: Path) -> dict[str, Entry]:
         file = index.parent / name
         if not file.is_file():
             raise FileNotFoundError(f"fp8.load: {index.name} names {name!r}, which is missing")
-        headers[name] = read_header(file).tensors
+        header = read_header(file)
+        headers[name] = header.tensors
+        inputs |= inputs_of(file, header)
     tensors = {}
     for name, file_name in files.items():
         if name not in headers[file_name]:
             raise ValueError(f"fp8.load: {index.name} has {name!r} in {file_name}, which has not")
         tensors[name] = headers[file_name][name]
-    return tensors
+    return Checkpoint(path, tensors, quantization, inputs)
+
+
+def inputs_of(file: Path, header: Header) -> dict[str, tuple[Any, bool]]:
+    """What the metadata of a file that `save` wrote says of inputs."""
+    text = header.metadata.get(INPUTS)
+    if text is None:
+        return {}
+    try:
+        found = {
+            name: (_known(granularity), bool(power_of_two))
+            for name, (granularity, power_of_two) in json.loads(text).items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"fp8.load: {file}: its metadata {INPUTS!r} means nothing") from None
+    return found
+
+
+def _known(granularity: Any) -> Any:
+    if granularity not in ("tensorwise", "rowwise", "blockwise"):
+        raise ValueError(granularity)
+    return granularity
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -150,7 +150,8 @@ class _Source:
     """The tensors of a checkpoint, read while the model is filled."""
 
     def __init__(self, checkpoint: Checkpoint, reader: Reader, device: torch.device) -> None:
-        self.tensors, self.reader, self.device = checkpoint.tensors, reader, device
+        self.tensors, self.inputs = checkpoint.tensors, checkpoint.inputs
+        self.reader, self.device = reader, device
 
     def place(self, tensor: Tensor) -> torch.device:
         """Where what takes the tensor's place belongs."""
@@ -188,6 +189,9 @@ class _Source:
     def freeze(self, module: nn.Linear, weight: FrozenWeight, static: bool) -> None:
         """Make the module hold these codes."""
         codes = self.codes(weight, self.place(module.weight), static)
+        known = self.inputs.get(weight.codes.rpartition(".")[0])
+        if known is not None and codes.input_scale is None:
+            codes = codes._replace(input_granularity=known[0], power_of_two=known[1])
         freeze_in_place(module, codes, weight.scale_name, weight.input_scale_name)
 
     def copy(self, target: Target, name: str) -> None:
@@ -231,7 +235,7 @@ def _fill(
     for target, slices in plan.experts.values():
         work.append((source.at(slices[0].source), partial(source.merge, target, slices)))
     work.sort(key=lambda item: item[0])
-    for done, (_, act) in enumerate(work, 1):
-        act()
+    for done, (_, step) in enumerate(work, 1):
+        step()
         if progress is not None:
             progress(done, len(work))

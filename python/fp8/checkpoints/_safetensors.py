@@ -197,9 +197,11 @@ class Planned(NamedTuple):
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def write(file: Path, planned: Sequence[Planned], tensors: Iterator[Tensor]) -> None:
+def write(
+    file: Path, planned: Sequence[Planned], tensors: Iterator[Tensor], metadata: dict[str, str]
+) -> None:
     """Writes a file of these tensors, which are taken one by one, in order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for plan in planned:
         offsets = [at, at + plan.nbytes]

@@ -101,7 +101,7 @@ def freeze(
             recipes[linear.module] = recipe_of(linear.module, recipe)
         except ValueError as error:
             raise ValueError(f"{error} ({label(linear)})") from None
-    for group in _groups(model, [linear.module for linear in chosen], recipes):
+    for group in sharing_a_scale(model, [linear.module for linear in chosen], recipes):
         codes = quantized_together(group, recipes[group[0]])
         for module, own in zip(group, codes, strict=True):
             freeze_in_place(module, own)
@@ -127,7 +127,7 @@ def not_frozen(
     reasons: dict[nn.Linear, str] = {}
     for linear in linears:
         module = linear.module
-        why = linear.refused() or _unfit(module) or others.get(module)
+        why = linear.refused() or unfit(module) or others.get(module)
         if why is None and by_default and not isinstance(module, Linear):
             why = linear.exempt()
             if why is None and converted:
@@ -137,7 +137,7 @@ def not_frozen(
     return reasons
 
 
-def _unfit(module: nn.Linear) -> str | None:
+def unfit(module: nn.Linear) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is no parameter"
     if hasattr(module.weight, "__tensor_flatten__") or type(module.weight).__name__ == "DTensor":
@@ -183,7 +183,7 @@ def unfuse(model: nn.Module) -> None:
             _sibling_fusion.undo(module)
 
 
-def _groups(
+def sharing_a_scale(
     model: nn.Module, chosen: Sequence[nn.Linear], recipes: dict[nn.Linear, Recipe]
 ) -> list[list[nn.Linear]]:
     """The layers to be frozen, those together that are computed as one and so share a scale."""
