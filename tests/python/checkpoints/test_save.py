@@ -222,16 +222,16 @@ def test_saved_files_are_what_the_safetensors_package_reads(tmp_path):
 def test_save_refuses_and_writes_nothing(tmp_path):
     with pytest.raises(TypeError, match=r"fp8.save: expected a torch.nn.Module"):
         fp8.save({}, tmp_path)
-    with pytest.raises(ValueError, match="expected a format out of .* got 'gguf'"):
+    with pytest.raises(ValueError, match=r"expected a format out of .* got 'gguf'"):
         fp8.save(model(), tmp_path, "gguf")
     with pytest.raises(ValueError, match="has no FP8 weight"):
         fp8.save(model(), tmp_path)
     frozen = fp8.freeze(model(), "rowwise", filter=linears)
-    with pytest.raises(ValueError, match="layers.0 has a scale per row, which the format 'fp8'"):
+    with pytest.raises(ValueError, match=r"layers.0 has a scale per row, which the format 'fp8'"):
         fp8.save(frozen, tmp_path, "fp8")
     with torch.device("meta"):
         empty = model()
-    with pytest.raises(ValueError, match="'embed.weight' is on the meta device"):
+    with pytest.raises(ValueError, match=r"'embed.weight' is on the meta device"):
         fp8.save(fp8.freeze(empty, filter=linears), tmp_path)
     assert not any(tmp_path.iterdir())
     (tmp_path / "old.safetensors").write_bytes(b"")
