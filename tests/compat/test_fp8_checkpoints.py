@@ -118,3 +118,19 @@ def test_checkpoint_of_compressed_tensors_is_loaded(strategy, tmp_path):
         assert torch.equal(layer.scales, expected)
     ids = torch.randint(3, 96, (2, 16))
     assert sqnr(target(ids).logits, llama()(ids).logits) > 15
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_fp8_checkpoint_with_a_device_map(device_map, tmp_path):
+    from fp8.integrations.transformers._frozen_quantizer import frozen_config
+
+    model = fp8.freeze(llama(), "rowwise")
+    fp8.save(model, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, config=frozen_config(tmp_path), dtype=torch.bfloat16, device_map=device_map
+    )
+    for name, layer in linears(loaded).items():
+        assert type(layer) is fp8.FrozenLinear
+        expected = model.get_submodule(name)
+        assert torch.equal(layer.weight.view(torch.uint8), expected.weight.view(torch.uint8))
+        assert torch.equal(layer.scales, expected.scales)

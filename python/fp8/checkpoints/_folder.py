@@ -49,7 +49,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         header = read_header(path)
         return Checkpoint(path, header.tensors, {}, inputs_of(path, header))
     quantization = _quantization(path)
-    _refuse(path, quantization)
+    refuse_format(str(path), quantization)
     indexes = sorted(path.glob(f"*{INDEX}"))
     if len(indexes) > 1:
         indexes = [file for file in indexes if file.name == f"model{INDEX}"]
@@ -151,7 +151,8 @@ def _quantization(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _refuse(path: Path, quantization: dict[str, Any]) -> None:
+def refuse_format(path: str, quantization: dict[str, Any]) -> None:
+    """Raises NotImplementedError for a quantization_config of a format that is not read."""
     method = quantization.get("quant_method")
     if method is not None and method not in METHODS:
         raise NotImplementedError(

@@ -116,7 +116,7 @@ def load(
     plan = make_plan(model, checkpoint, strict)
     place = torch.device("cpu" if device is None else device)
     with reading() as reader, torch.no_grad():
-        _fill(plan, _Source(checkpoint, reader, place), static_inputs, progress)
+        _fill(plan, Source(checkpoint, reader, place), static_inputs, progress)
     unfuse(model)
     return Loaded(
         frozen=tuple(dict.fromkeys(plan.names[module] for module in plan.frozen)),
@@ -146,7 +146,7 @@ def _renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Che
     return checkpoint._replace(tensors=tensors)
 
 
-class _Source:
+class Source:
     """The tensors of a checkpoint, read while the model is filled."""
 
     def __init__(self, checkpoint: Checkpoint, reader: Reader, device: torch.device) -> None:
@@ -189,10 +189,14 @@ class _Source:
     def freeze(self, module: nn.Linear, weight: FrozenWeight, static: bool) -> None:
         """Make the module hold these codes."""
         codes = self.codes(weight, self.place(module.weight), static)
-        known = self.inputs.get(weight.codes.rpartition(".")[0])
-        if known is not None and codes.input_scale is None:
-            codes = codes._replace(input_granularity=known[0], power_of_two=known[1])
         freeze_in_place(module, codes, weight.scale_name, weight.input_scale_name)
+        self.tell_input(module, weight)
+
+    def tell_input(self, layer: nn.Linear, weight: FrozenWeight) -> None:
+        """What the files say of the input of a frozen layer, if they do."""
+        known = self.inputs.get(weight.codes.rpartition(".")[0])
+        if known is not None and isinstance(layer, FrozenLinear) and layer.static_scale is None:
+            layer.input_granularity, layer.power_of_two = known
 
     def copy(self, target: Target, name: str) -> None:
         """Into the model, in its dtype."""
@@ -219,7 +223,7 @@ class _Source:
 
 def _fill(
     plan: Plan,
-    source: _Source,
+    source: Source,
     static_inputs: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:

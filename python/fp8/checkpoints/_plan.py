@@ -59,8 +59,10 @@ class Plan:
     passed_over: list[str] = field(default_factory=list)
 
 
-def make_plan(model: nn.Module, checkpoint: Checkpoint, strict: bool) -> Plan:
-    """Decides, or raises; see `load`."""
+def make_plan(
+    model: nn.Module, checkpoint: Checkpoint, strict: bool, skeleton: bool = False
+) -> Plan:
+    """Decides, or raises; see `load`. skeleton: of a model whose buffers somebody else makes."""
     tensors = checkpoint.tensors
     plan, used = Plan(), set[str]()
     _plan_frozen(model, checkpoint, plan, used)
@@ -92,7 +94,8 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, strict: bool) -> Plan:
     left = [name for name in tensors if name not in used]
     plan.passed_over = [name for name in left if passed_over(name)]
     plan.unexpected = [name for name in left if not passed_over(name)]
-    _check_meta(model)
+    if not skeleton:
+        _check_meta(model)
     if strict and (plan.missing or plan.unexpected):
         raise ValueError(
             f"fp8.load: {checkpoint.path} and the model do not fit: "

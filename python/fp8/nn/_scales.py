@@ -36,13 +36,13 @@ def shape_of(granularity: Granularity, rows: int, cols: int) -> tuple[int, ...]:
 
 def granularity_of(shape: tuple[int, ...], rows: int, cols: int) -> Granularity | None:
     """Which elements of a weight [rows, cols] share a scale, by the shape of all of them; None for
-    a shape that means nothing. One element is of the tensor; [rows, 1], [rows] and [1, rows] are of
-    rows, but for the shape of the blocks, which are blocks unless it is [rows, 1].
+    a shape that means nothing. One element is of the tensor, but [1, 1] of a weight of one block;
+    [rows, 1], [rows] and [1, rows] are of rows, but for the shape of the blocks, which are blocks
+    unless it is [rows, 1].
     """
     shape = tuple(shape)
-    count = torch.Size(shape).numel()
-    if count == 1:
-        return "tensorwise"
+    if torch.Size(shape).numel() == 1:
+        return "blockwise" if shape == blocks_of(rows, cols) else "tensorwise"
     if shape == (rows, 1):
         return "rowwise"
     if shape == blocks_of(rows, cols):
