@@ -105,6 +105,12 @@ def frozen_weight(tensors: Mapping[str, Entry], codes: str) -> FrozenWeight:
     return FrozenWeight(codes, scale, static, granularity, (rows, cols))
 
 
+def input_scale_of(weight: FrozenWeight) -> str | None:
+    """The static scale that the layer takes: none beside blocks, whose product wants x in blocks;
+    there a scale is computed in every call, which is more accurate."""
+    return None if weight.granularity == "blockwise" else weight.input_scale
+
+
 def scale_of(
     tensors: Mapping[str, Entry], scale: str, rows: int, cols: int, codes: str
 ) -> Granularity:

@@ -22,7 +22,7 @@ from ..nn._frozen import FrozenLinear, freeze_in_place
 from ..nn._scales import to_float32
 from ._experts_plan import Slice
 from ._folder import Checkpoint, open_checkpoint
-from ._layers import FrozenWeight, squeezed
+from ._layers import FrozenWeight, input_scale_of, squeezed
 from ._plan import Plan, Target, make_plan
 from ._safetensors import Reader, reading
 
@@ -168,7 +168,7 @@ class Source:
     def codes(self, weight: FrozenWeight, device: torch.device, static: bool = True) -> Codes:
         """The tensors of a layer, on `device`."""
         scale = self._scale(weight.scale, device)
-        name = weight.input_scale if static else None
+        name = input_scale_of(weight) if static else None
         input_scale = None if name is None else self._scale(name, device).reshape(())
         data = self.read(weight.codes).to(device, copy=True)
         return Codes(data, scale, input_scale, weight.granularity, None, False)

@@ -13,6 +13,7 @@ from ..conversion._rules import find_linears
 from ..nn._calls import has_own_forward
 from ..nn._frozen import FrozenLinear
 from ..nn._linear import Linear
+from ..nn._scales import go_together
 from ._experts_plan import Slice, slices_of
 from ._folder import Checkpoint
 from ._layers import CODES, FrozenWeight, frozen_weight, names_of_codes, packed, passed_over, refuse
@@ -122,6 +123,12 @@ def _plan_frozen(model: nn.Module, checkpoint: Checkpoint, plan: Plan, used: set
             continue
         weight = frozen_weight(tensors, codes)
         _check_shape(codes, weight.shape, (module.out_features, module.in_features))
+        how = checkpoint.inputs.get(codes.rpartition(".")[0])
+        if how is not None and not go_together(weight.granularity, how[0]):
+            raise ValueError(
+                f"fp8.load: {codes!r} is scaled {weight.granularity}, and the files' metadata says "
+                f"{how[0]} of its input: blocks go with blocks"
+            )
         plan.frozen[module] = weight
         used |= _used_by(weight)
 

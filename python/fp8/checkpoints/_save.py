@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..conversion._convert import check_model
 from ..conversion._rules import find_linears
 from ..integrations.transformers._experts import is_experts
+from ..nn._scales import usual_input
 from ._export import Item, Layer, check_format, items_of
 from ._folder import INDEX, INPUTS
 from ._safetensors import NAMES, Planned, write
@@ -150,11 +151,6 @@ def _inputs(layers: dict[str, Layer]) -> dict[str, list[Any]]:
     }
 
 
-def usual_input(granularity: str) -> str:
-    """How the input of a layer is scaled if nothing is known but its weight."""
-    return "blockwise" if granularity == "blockwise" else "rowwise"
-
-
 def describe(format: str, layers: dict[str, Layer], plain: Sequence[str]) -> dict[str, Any]:
     """quantization_config of a model with these layers in FP8, and these linears not."""
     if format == "compressed-tensors":
@@ -166,8 +162,6 @@ def describe(format: str, layers: dict[str, Layer], plain: Sequence[str]) -> dic
             f"{sorted(kinds)} (granularity, static input); take 'compressed-tensors'"
         )
     ((granularity, static),) = kinds
-    if granularity == "blockwise" and static:
-        raise ValueError("fp8.save: the format 'fp8' has no static scale of inputs beside blocks")
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -20,7 +20,15 @@ from . import _frozen_state
 from ._calls import CALLED, _mark_traced, has_own_forward
 from ._freezing import Codes, quantized
 from ._linear import Linear
-from ._scales import Granularity, canonical, granularity_of, shape_of, to_float32
+from ._scales import (
+    Granularity,
+    canonical,
+    go_together,
+    granularity_of,
+    shape_of,
+    to_float32,
+    usual_input,
+)
 
 _E4M3 = torch.float8_e4m3fn
 _linear_frozen: Any = getattr(getattr(torch.ops.fp8, "linear_frozen", None), "default", None)
@@ -43,15 +51,16 @@ class FrozenLinear(nn.Linear):
         input_granularity: what of x does: all of it, a row, or 128 elements of a row. None:
             "blockwise" beside a weight in blocks, else "rowwise".
         static_input: with a scale of x that is given, in place of one computed in every call; x is
-            quantized as a whole then, and values beyond 448 · input_scale saturate.
+            quantized as a whole then, and values beyond 448 · input_scale saturate. Not beside a
+            weight in blocks.
         power_of_two: scales of x that are computed are powers of two.
         scale_name, input_scale_name: what the parameters are called: "weight_scale_inv", say.
 
     `.to(dtype)`, `.half()` and their like change bias and `compute_dtype`, and neither codes nor
     scales. A state_dict with anything but codes and their scale is an error.
 
-    Raises ValueError for an unknown granularity, or one of x beside a static scale that is not
-    "tensorwise".
+    Raises ValueError for an unknown granularity, and for one of x that does not go with the
+    weight's: blocks go with blocks, a static scale of x with "tensorwise".
 
     Example:
         >>> layer = fp8.FrozenLinear.from_linear(nn.Linear(64, 32), "rowwise")
@@ -65,7 +74,8 @@ class FrozenLinear(nn.Linear):
     input_scale_name: str = "input_scale"
     granularity: Granularity = "rowwise"
     input_granularity: Granularity = "rowwise"
-    """Of x where its scale is computed."""
+    """What of x shares a scale: "blockwise" (128 elements of a row) beside a weight in blocks, else
+    "rowwise" or "tensorwise", the latter with a static scale. May be set."""
     power_of_two: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
     """What the layer is part of: dtype of the bias and, as a rule, of x. PEFT reads it."""
@@ -242,7 +252,7 @@ class FrozenLinear(nn.Linear):
             scale,
             self.bias,
             static,
-            input_granularity=self.input_granularity if static is None else None,
+            input_granularity=self.input_granularity,
             power_of_two=self.power_of_two,
         )
         return output
@@ -355,9 +365,14 @@ def hold(
     ValueError where they mean nothing together."""
     own = codes.input_granularity
     if own is None:
-        own = "blockwise" if codes.granularity == "blockwise" else "rowwise"
+        own = usual_input(codes.granularity)
         own = "tensorwise" if codes.input_scale is not None else own
     _check_granularity(own)
+    if not go_together(codes.granularity, own):
+        raise ValueError(
+            "fp8.FrozenLinear: expected input_granularity 'blockwise' beside a weight in blocks, "
+            f"and 'tensorwise' or 'rowwise' beside others, got {own!r} beside {codes.granularity!r}"
+        )
     if codes.input_scale is not None and own != "tensorwise":
         raise ValueError(
             "fp8.FrozenLinear: expected input_granularity 'tensorwise' beside a static input "

@@ -27,6 +27,16 @@ def blocks_of(rows: int, cols: int) -> tuple[int, int]:
     return -(-rows // 128), -(-cols // 128)
 
 
+def usual_input(granularity: Granularity) -> Granularity:
+    """How the input beside such a weight is scaled if nothing else is known."""
+    return "blockwise" if granularity == "blockwise" else "rowwise"
+
+
+def go_together(weight: Granularity, input: Granularity) -> bool:
+    """Whether there is a product of the two: blocks go with blocks."""
+    return (weight == "blockwise") == (input == "blockwise")
+
+
 def shape_of(granularity: Granularity, rows: int, cols: int) -> tuple[int, ...]:
     """The shape of new scales of a weight [rows, cols]."""
     if granularity == "blockwise":

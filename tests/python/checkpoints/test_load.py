@@ -120,6 +120,16 @@ def test_load_dequantizes_where_there_is_no_linear(tmp_path):
     assert_same_bits(target["embed"].weight.detach(), (codes.float() * scale).bfloat16())
 
 
+def test_load_takes_no_static_scale_beside_blocks(tmp_path):
+    """Whose product wants x in blocks."""
+    tensors, _ = checkpoint("fp8, blocks")
+    tensors["layers.1.input_scale"] = torch.ones(())
+    target = model()
+    fp8.load(target, write(tmp_path, tensors))
+    assert target["layers"][1].static_scale is None
+    assert target["layers"][1].input_granularity == "blockwise"
+
+
 def test_load_passes_over_scales_of_a_cache(tmp_path):
     tensors, _ = checkpoint("ModelOpt")
     for name in ("self_attn.k_scale", "k_proj.k_scale", "attn.kv_scale", "q_proj.output_scale"):

@@ -261,3 +261,13 @@ def test_metadata_of_a_file_that_means_nothing(tmp_path):
         file.write_bytes(file_of({"a": torch.ones(1)}, {"format": "pt", "fp8_inputs": text}))
         with pytest.raises(ValueError, match="its metadata 'fp8_inputs' means nothing"):
             fp8.load(nn.Linear(1, 1), tmp_path)
+
+
+def test_metadata_that_does_not_go_with_the_weight(tmp_path):
+    from checkpoint_files import codes, file_of, scales
+
+    tensors = {"0.weight": codes(8, 16), "0.weight_scale": scales(8, 1)}
+    metadata = {"format": "pt", "fp8_inputs": '{"0": ["blockwise", false]}'}
+    (tmp_path / "model.safetensors").write_bytes(file_of(tensors, metadata))
+    with pytest.raises(ValueError, match=r"'0.weight' is scaled rowwise, and .* blockwise of its"):
+        fp8.load(nn.Sequential(nn.Linear(16, 8, bias=False)), tmp_path)

@@ -160,7 +160,7 @@ def test_frozen_linear_goes_to_meta_and_comes_back():
 def test_new_frozen_linear_is_zeros():
     layer = fp8.FrozenLinear(32, 16, dtype=torch.bfloat16)
     assert torch.equal(layer(torch.randn(2, 32).bfloat16()), torch.zeros(2, 16).bfloat16())
-    layer = fp8.FrozenLinear(32, 16, device="meta", granularity="blockwise", static_input=True)
+    layer = fp8.FrozenLinear(32, 16, device="meta", granularity="tensorwise", static_input=True)
     assert {p.device.type for p in layer.parameters()} == {"meta"}
 
 
@@ -308,6 +308,57 @@ def test_frozen_linear_from_codes_refuses_what_does_not_fit():
         make(codes, scale, input_scale=scale, input_granularity="rowwise")
     with pytest.raises(ValueError, match="expected a granularity of"):
         make(codes, scale, input_granularity="channel")
+    with pytest.raises(
+        ValueError, match=r"'blockwise' beside a weight in blocks, .* got 'rowwise'"
+    ):
+        make(codes, torch.ones(3, 2), input_granularity="rowwise")
+    with pytest.raises(ValueError, match="got 'blockwise' beside 'tensorwise'"):
+        make(codes, scale, input_granularity="blockwise")
+    with pytest.raises(ValueError, match="got 'tensorwise' beside 'blockwise'"):
+        make(codes, torch.ones(3, 2), input_scale=scale)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_frozen_linear_in_autocast(recipe):
+    """x and bias are cast, as those of nn.Linear; codes are not."""
+    layer = make(recipe, dtype=torch.float32)
+    x = torch.randn(3, 160)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert_same_bits(y, layer.to(torch.bfloat16)(x.bfloat16()))
+
+
+def test_frozen_linear_in_inference_mode():
+    layer = make()
+    x = torch.randn(3, 160).bfloat16()
+    y = layer(x)
+    with torch.inference_mode():
+        assert_same_bits(layer(x), y)
+
+
+def test_frozen_linear_refuses_to_train_its_codes():
+    layer = make()
+    layer.requires_grad_(True)
+    with pytest.raises(ValueError, match="without requires_grad"):
+        layer(torch.randn(3, 160).bfloat16())
+
+
+def test_frozen_linear_takes_another_way_to_scale_its_input():
+    """A static scale may go: then x is scaled as a whole, or as one wishes."""
+    layer = make("tensorwise", static=True)
+    x = torch.randn(3, 160).bfloat16()
+    layer.input_scale = None
+    assert_same_bits(layer(x), make_again(layer, "tensorwise")(x))
+    layer.input_granularity = "rowwise"
+    assert_same_bits(layer(x), make_again(layer, "rowwise")(x))
+    assert layer.describe() == "tensorwise, input rowwise"
+
+
+def make_again(layer, input_granularity):
+    return fp8.FrozenLinear.from_codes(
+        layer.weight, layer.scales, layer.bias, input_granularity=input_granularity
+    )
 
 
 def test_frozen_linear_prints_how_it_scales():

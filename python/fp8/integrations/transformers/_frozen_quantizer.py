@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoints._folder import Checkpoint, inputs_of, refuse_format
-from ...checkpoints._layers import squeezed
+from ...checkpoints._layers import input_scale_of, squeezed
 from ...checkpoints._load import Source
 from ...checkpoints._plan import Plan, Target, make_plan
 from ...checkpoints._safetensors import DTYPES, Entry, read_header, reading
@@ -140,7 +140,7 @@ class FrozenQuantizer(HfQuantizer):
     def _skeleton(self, module: nn.Linear, weight: Any) -> None:
         """A frozen layer of the shapes that the file has, on the meta device."""
         tensors = self._tensors()
-        static = weight.input_scale if self.quantization_config.static_inputs else None
+        static = input_scale_of(weight) if self.quantization_config.static_inputs else None
 
         def empty(name: str) -> Tensor:
             return torch.empty(tensors[name].shape, dtype=torch.float32, device="meta")
@@ -286,7 +286,7 @@ def _companions(plan: Plan) -> set[str]:
     weights += [part.weight for _, parts in plan.experts.values() for part in parts if part.weight]
     names = {name for w in weights for name in (w.scale, w.input_scale) if name}
     for weight in plan.frozen.values():
-        names |= {weight.input_scale} if weight.input_scale else set()
+        names |= {weight.input_scale} if weight.input_scale else set()  # not taken, as it may be
         if not weight.codes.endswith(".weight"):
             names |= {weight.codes, weight.scale}
     return names
