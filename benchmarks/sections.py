@@ -13,6 +13,17 @@ import tables
 from runs import Row
 from tables import pivot, speed_and_memory
 
+TITLES = {
+    "model": "Whole training steps",
+    "block": "Decoder layers",
+    "moe": "Experts",
+    "linear": "Single layers",
+    "accumulate": "Gradient accumulation",
+    "breakdown": "Where the time goes",
+    "quantize": "Quantize operators",
+    "sizes": "From which size on",
+    "host": "Host time",
+}
 PLOTS = {
     "model": "Training steps against bf16",
     "linear": "Speed of one layer over M",
@@ -54,6 +65,7 @@ def everything(runs: dict[str, Row], folder: Path) -> str:
         if shown:
             parts.append(f"### {gpu}")
         for name, run in shown:
+            parts.append(f"#### {TITLES[run['benchmark']]}")
             parts.append(SECTIONS[run["benchmark"]](run["rows"]))
             if run["benchmark"] in PLOTS and (folder / f"{name}.png").exists():
                 link = f"../benchmarks/results/{name}.png"

@@ -156,7 +156,8 @@ RUNS = {
 def test_page_has_a_section_of_each_benchmark(tmp_path):
     (tmp_path / "linear_h100.png").touch()
     text = sections.everything(RUNS, tmp_path)
-    assert "### NVIDIA H100 80GB HBM3" in text
+    assert text.startswith("### NVIDIA H100 80GB HBM3\n\n#### Decoder layers\n\n")
+    assert set(sections.TITLES) == set(sections.SECTIONS)
     assert "| speed / memory | 8B, 2 × 4096 | 8B, 4 × 2048 |" in text
     assert "| bf16 | 38 ms / 4.1 GiB | 36 ms / 4.1 GiB |" in text
     assert "| fp8 tensorwise | 1.52x / 1.00x | 1.58x / 1.00x |" in text

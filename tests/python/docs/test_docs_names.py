@@ -39,9 +39,9 @@ def test_commands_of_a_page_exist(page):
 
 
 def test_the_readme_names_commands():
-    found = " ".join(code_of(README))
+    found = "\n".join(code_of(README))
     for command in ("make demo", "make test", "python -m fp8", "pip install"):
-        assert command in found
+        assert re.search(rf"^{command}( |$)", found, re.MULTILINE), command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
