@@ -1,8 +1,9 @@
-"""For mkdocs.yml: links of the pages that lead out of docs/.
+"""For mkdocs.yml: links of the pages that lead out of docs/, and the site's first page.
 
-In a clone they lead to files beside it. The site has no sources: what lies in benchmarks/results
-is copied into it, as plots are, and other links become their text. A file that is not there is a
-warning, so an error of `mkdocs build --strict`.
+In a clone such links lead to files beside it. The site has no sources: what lies in
+benchmarks/results is copied into it, as plots are, and other links become their text. A file that
+is not there is a warning, so an error of `mkdocs build --strict`. The first page begins as README.md
+does, in place of the link to it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,17 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def first_page(index: str) -> str:
+    """README.md without its list of pages, then index.md's."""
+    readme, _, _ = (ROOT / "README.md").read_text().partition("\n## More\n")
+    readme = re.sub(r"\]\((?!docs/|[a-z]+:)", "](../", readme).replace("](docs/", "](")
+    return f"{readme}\n## {index.partition('## ')[2]}"
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrites the links of one page."""
+    if page.file.src_uri == "index.md":
+        markdown = first_page(markdown)
 
     def replace(match: re.Match[str]) -> str:
         image, text, path, _ = match.groups()
