@@ -39,10 +39,10 @@ def landing(rows: list[Row]) -> str:
     """For the README: steps alone, in as few words as the table needs."""
     steps = [row for row in rows if row["part"] == "step"]
     return (
-        "A training step of transformers' models: forward with loss, backward, AdamW. Speed and peak "
-        "memory as multiples of bf16 in eager mode, whose milliseconds and GiB are given. fp8 is in "
-        'eager mode too; "compiled" is torch.compile of each decoder layer. Columns: model, layers, '
-        f"sequences × context.\n\n{speeds(steps)}"
+        "A training step of transformers' models: forward with loss, backward, AdamW. Speed and "
+        "peak memory as multiples of bf16 in eager mode, whose milliseconds and GiB are given. fp8 "
+        'is in eager mode too; "compiled" is torch.compile of each decoder layer. Columns: model, '
+        f"layers, sequences × context.\n\n{speeds(steps)}"
     )
 
 

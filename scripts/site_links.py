@@ -2,8 +2,8 @@
 
 In a clone such links lead to files beside it. The site has no sources: what lies in
 benchmarks/results is copied into it, as plots are, and other links become their text. A file that
-is not there is a warning, so an error of `mkdocs build --strict`. The first page begins as README.md
-does, in place of the link to it.
+is not there is a warning, so an error of `mkdocs build --strict`. The first page begins as
+README.md does, in place of the link to it.
 """
 
 from __future__ import annotations
