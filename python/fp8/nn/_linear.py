@@ -49,8 +49,7 @@ class Linear(nn.Linear):
     TypeError.
 
     Example:
-        >>> layer = fp8.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16,
-        recipe="rowwise")
+        >>> layer = fp8.Linear(4096, 14336, device="cuda", dtype=torch.bfloat16, recipe="rowwise")
     """
 
     __module__ = "fp8.nn"  # what pickles name
