@@ -60,10 +60,6 @@ class Model(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x))
 
-    def set_experts_implementation(self, name: str) -> None:
-        """As transformers' models have it."""
-        assert name == "fp8"
-
 
 def model_of_summary() -> nn.Module:
     with torch.device("meta"):
@@ -72,11 +68,13 @@ def model_of_summary() -> nn.Module:
     return fp8.convert(model.to(torch.bfloat16))
 
 
-def taken_for_granted(name: str, value: object) -> dict[str, Any]:
+def taken_for_granted(name: str, text: str, value: object) -> dict[str, Any]:
     model = fp8.convert(Model().to(DEVICE), filter=lambda *_: True)
     if name == "fp8.summary":
         model = model_of_summary()
-    batches = [torch.randn(8, 64, device=DEVICE) for _ in range(2)]
+    batches: list[Any] = [torch.randn(8, 64, device=DEVICE) for _ in range(2)]
+    if "for x, target in batches" in text:
+        batches = [(x, x) for x in batches]
     codes = [torch.randn(n, 16).to(torch.float8_e4m3fn) for n in (32, 64)]
     return {
         "torch": torch,
@@ -84,7 +82,7 @@ def taken_for_granted(name: str, value: object) -> dict[str, Any]:
         "model": model,
         "batches": batches,
         "micro_batches": batches,
-        "loss": lambda y: y.square().mean(),
+        "loss": lambda y, *_: y.square().mean(),
         "optimizer": torch.optim.SGD(model.parameters(), 0.1),
         **{"main_grad": torch.zeros(32, 64), "dy_t": codes[0], "x_t": codes[1]},
         **dict.fromkeys(("scale_dy", "scale_x"), torch.tensor(1.0)),
@@ -93,10 +91,11 @@ def taken_for_granted(name: str, value: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "text", "value"), EXAMPLES, ids=[name for name, *_ in EXAMPLES])
-def test_example_of_a_docstring_runs(name, text, value):
+def test_example_of_a_docstring_runs(name, text, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = text.replace('"cuda"', f'"{DEVICE}"').replace(".cuda()", f'.to("{DEVICE}")')
     test = doctest.DocTestParser().get_doctest(
-        text, taken_for_granted(name, value), name, None, None
+        text, taken_for_granted(name, text, value), name, None, None
     )
     if name in PRINTS_OTHERWISE:
         for example in test.examples:
