@@ -18,6 +18,7 @@ from pathlib import Path
 import bench_accumulate
 import bench_block
 import bench_breakdown
+import bench_decode
 import bench_host
 import bench_linear
 import bench_matmul
@@ -39,6 +40,7 @@ TABLES = {
     "breakdown": bench_breakdown.table,
     "quantize": bench_quantize.table,
     "matmul": bench_matmul.table,
+    "decode": bench_decode.table,
     "host": bench_host.table,
     "sizes": bench_sizes.table,
     "moe": bench_moe.table,
