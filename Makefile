@@ -21,6 +21,7 @@ PY := $(shell $(PYTHON) -c "import sys; print(sys.executable)")
 INSTALLED :=
 LINTERS :=
 PACKAGES :=
+MKDOCS :=
 else
 BIN := $(abspath $(VENV))/bin/
 PY := $(BIN)python
@@ -31,6 +32,9 @@ LINTERS := $(VENV)/.linters-$(shell sha256sum <requirements-lint.txt | cut -c1-1
 # A folder of their own, which only test-compat sees: the other tests run without these packages.
 SITE := build/compat-site
 PACKAGES := $(SITE)/.installed-$(shell cat requirements.txt requirements-compat.txt | sha256sum | cut -c1-12)
+# The same for MkDocs.
+DOCS_SITE := build/docs-site
+MKDOCS := $(DOCS_SITE)/.installed-$(shell sha256sum <requirements-docs.txt | cut -c1-12)
 endif
 export PATH := $(PATH):/usr/local/cuda/bin
 export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -44,7 +48,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build docs demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -74,10 +78,11 @@ test-gpu: _tests_built  ## the tests that need a GPU; fails where there is none
 test-compat: build $(PACKAGES)  ## models, trainers and tools of other packages, at pinned versions
 	@PYTHONPATH="$$PYTHONPATH$(if $(SITE),:$(CURDIR)/$(SITE))" $(PY) -m pytest tests/compat $(ARGS)
 
-test-asan: $(INSTALLED)  ## the host code's C++ tests under AddressSanitizer and UBSan
+test-asan: $(INSTALLED)  ## the host code's C++ tests under ASan and UBSan; test-tsan: TSan
 	@$(call host_tests,asan,address$(comma)undefined)
 
-test-tsan: $(INSTALLED)  ## the same under ThreadSanitizer: threads share the plan cache
+# Threads share the plan cache.
+test-tsan: $(INSTALLED)
 	@$(call host_tests,tsan,thread)
 
 test-faults: _catch2 $(INSTALLED)  ## deliberate faults, each of which must turn a test red: minutes
@@ -105,7 +110,7 @@ soak: build  ## thousands of steps in every recipe: memory, handles, losses; on 
 sweep: build  ## every small model of transformers, fused, composed and bf16: minutes
 	@PYTHONPATH="$$PYTHONPATH$(if $(SITE),:$(CURDIR)/$(SITE))" $(PY) tests/sweep/sweep.py $(ARGS)
 
-bench: build  ## every benchmark, the README's tables and the plots; needs a GPU, 12 minutes
+bench: build  ## every benchmark, the tables of README.md and docs/, plots; needs a GPU, 12 minutes
 	@status=0; PYTHON=$(PY) scripts/bench.sh $(ARGS) || status=$$?; [ $$status -ne 2 ] || exit 2; \
 	  $(PY) benchmarks/report.py --readme --plots >/dev/null; exit $$status
 
@@ -113,6 +118,11 @@ bench-check: build  ## the same into build/bench-new; fails where a ratio is wor
 	@rm -rf build/bench-new
 	@PYTHON=$(PY) scripts/bench.sh --output build/bench-new $(ARGS)
 	@$(PY) benchmarks/report.py --results build/bench-new --check benchmarks/results
+
+# Strict: a link or a heading that is not there is an error. Docstrings are read, nothing is imported.
+docs: $(MKDOCS)  ## docs/ as a site with the API reference, into build/docs
+	@PYTHONPATH=$(DOCS_SITE) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "docs: build/docs/index.html"
 
 lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering, clang-tidy
 	@scripts/lint.sh
@@ -164,6 +174,12 @@ $(PACKAGES): requirements-compat.txt | $(INSTALLED)
 	@rm -rf $(SITE)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(SITE) \
 	  -r requirements-compat.txt
+	@touch $@
+
+$(MKDOCS): requirements-docs.txt | $(BIN)python
+	@rm -rf $(DOCS_SITE)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(DOCS_SITE) \
+	  -r requirements-docs.txt
 	@touch $@
 
 $(BIN)python:

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import readme_model
+import sections_model
 from bench_block import case_of
 from matplotlib import colors, pyplot
 from model_cases import case_name
@@ -105,7 +105,7 @@ def model_cases(run: Row, path: Path) -> None:
     def name(row: Row) -> str:
         return case_name(row).replace(", ", "\n")
 
-    _speed_and_memory(readme_model.shown(run["rows"]), name, title, path)
+    _speed_and_memory(sections_model.shown(run["rows"]), name, title, path)
 
 
 def _speed_and_memory(

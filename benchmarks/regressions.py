@@ -20,6 +20,7 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "breakdown": (("case", "variant"), ("speedup",)),
     "quantize": (("op", "input_mb"), ("of_copy",)),
     "matmul": (("m", "k", "n", "variant"), ("speedup",)),
+    "decode": (("m", "k", "n", "variant"), ("speedup",)),
     "host": (("variant", "bias"), ("step_ratio",)),
     "sizes": (("m", "k", "n", "variant"), ("step_speedup",)),
     "moe": (("model", "tokens", "variant"), ("step_speedup", "forward_speedup", "peak_ratio")),

@@ -1,13 +1,12 @@
-"""From the JSON of benchmark runs: tables on the screen, the README's tables, plots, and a check
-against earlier runs.
+"""From the JSON of benchmark runs: tables on the screen, those of README.md and docs/, plots, and a
+check against earlier runs.
 
     python benchmarks/report.py                      # print what is in benchmarks/results
-    python benchmarks/report.py --readme --plots     # write README.md's tables and the PNG plots
+    python benchmarks/report.py --readme --plots     # write README.md, docs/ and the PNG plots
     python benchmarks/report.py --check OTHER        # compare ratios with another folder of results
 
-The README's tables stand between the lines `<!-- bench:begin -->` and `<!-- bench:end -->`; that
-of the checks (status.py) between `<!-- checks:begin -->` and `<!-- checks:end -->`; that of the
-recipes, which the library has, between `<!-- recipes:begin -->` and `<!-- recipes:end -->`.
+documents.py has the list of what is generated where: these tables, that of the checks (status.py)
+and that of the recipes, which the library has.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 import bench_accumulate
 import bench_block
 import bench_breakdown
+import bench_decode
 import bench_host
 import bench_linear
 import bench_matmul
@@ -26,8 +26,9 @@ import bench_model
 import bench_moe
 import bench_quantize
 import bench_sizes
-import readme
+import documents
 import regressions
+import sections
 import tables
 from runs import RESULTS, Row, read
 
@@ -39,6 +40,7 @@ TABLES = {
     "breakdown": bench_breakdown.table,
     "quantize": bench_quantize.table,
     "matmul": bench_matmul.table,
+    "decode": bench_decode.table,
     "host": bench_host.table,
     "sizes": bench_sizes.table,
     "moe": bench_moe.table,
@@ -89,7 +91,7 @@ def plot(runs: dict[str, Row], folder: Path) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--readme", action="store_true", help="write README.md's tables")
+    parser.add_argument("--readme", action="store_true", help="write README.md's and docs/' tables")
     parser.add_argument("--plots", action="store_true", help="draw the PNG plots beside the JSON")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="earlier results; exit code 1")
     options = parser.parse_args()
@@ -101,13 +103,14 @@ def main() -> int:
         return 1
     for run in runs.values():
         benchmark, rows = run["benchmark"], run["rows"]
-        print(f"\n{benchmark}: {readme.describe(run['header'])}\n{TABLES[benchmark](rows)}")
+        print(f"\n{benchmark}: {sections.describe(run['header'])}\n{TABLES[benchmark](rows)}")
     print(f"\n{wall_times(runs)}\n")
-    if options.plots:  # before the README, which links to those that exist
+    if options.plots:  # before the pages, which link to those that exist
         for path in plot(runs, options.results):
             print(f"wrote {path}")
     if options.readme:
-        print(f"wrote {readme.write(runs, options.results)}")
+        for path in documents.write(runs, options.results):
+            print(f"wrote {path}")
     if options.check:
         well, text = regressions.check(runs, load(options.check))
         print(text)

@@ -33,7 +33,7 @@ def import_fp8() -> Any:
 
 def git_commit() -> str:
     """Short hash, with + when the tree has changes, but for what runs write there: results and the
-    README's tables. FP8_COMMIT says it where the tree is a copy."""
+    tables of README.md and docs/. FP8_COMMIT says it where the tree is a copy."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -42,7 +42,7 @@ def git_commit() -> str:
     if named := os.environ.get("FP8_COMMIT"):
         return named
     try:
-        ours = ("--", ".", ":!benchmarks/results", ":!README.md")
+        ours = ("--", ".", ":!benchmarks/results", ":!README.md", ":!docs")
         changed = git("status", "--porcelain", "--untracked-files=no", *ours)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

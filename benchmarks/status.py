@@ -1,6 +1,6 @@
 """When and where the long checks last passed: a small JSON file each, beside benchmark results.
 
-From these, status_CHECK_GPU.json (or _cpu), the README's table is made.
+From these, status_CHECK_GPU.json (or _cpu), the table in docs/devices.md is made.
 
 `make fuzz`, `make soak` and `make sweep` call write(). For `make test-gpu` and `make sanitize`
 their scripts run this file:
@@ -63,17 +63,15 @@ def write(
     path = folder / f"status_{check}_{slug(head['gpu']) if head['gpu'] else 'cpu'}.json"
     path.write_text(json.dumps(run, indent=1) + "\n")
     if folder == RESULTS:
-        show(ROOT / "README.md")
+        show()
     return path
 
 
-def show(document: Path) -> None:
-    """Puts the table of what is in RESULTS into the README."""
-    import readme  # which imports this module
+def show() -> None:
+    """Puts the table of what is in RESULTS onto its page."""
+    import documents  # which imports this module
 
-    markers = readme.CHECKS
-    text = readme.replace_between(document.read_text(), table(load(RESULTS)), markers)
-    document.write_text(text)
+    documents.write_checks()
 
 
 def load(folder: Path) -> list[Row]:

@@ -55,9 +55,9 @@ void rotate(const RopeArgs& args, const Floats& cos, const Floats& sin, const Fl
     y[to.second(i)] = add(product(b, cos[cos_b]), product(a, factors.by_a));
   }
   std::copy(x.begin() + args.rotary, x.end(), y.begin() + args.rotary);
-  if (adds_zero) {
-    for (float& value : y) value = add(value, 0.0F);
-  }
+  if (!adds_zero) return;
+  const bool rounds = rope_rounds_before_zero(args.rotary, args.cols);
+  for (float& value : y) value = add(rounds ? rounded(value, args.y_dtype) : value, 0.0F);
 }
 
 void rope_tensor(const RopeArgs& args, const RopeTensor& tensor) {

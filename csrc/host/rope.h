@@ -66,4 +66,11 @@ FP8_HOST_DEVICE inline RopeFactors rope_factors(float sin_a, float sin_b, bool t
   return transposed ? RopeFactors{-sin_a, sin_b} : RopeFactors{sin_b, -sin_a};
 }
 
+// Whether the backward rounds before it adds eager's zeros. Eager adds them to an fp32 sum, whose
+// value that is too small for y's dtype keeps its sign as it becomes 0; but where columns are left
+// alone their gradient is added too, in y's dtype, and after that no -0 is left.
+FP8_HOST_DEVICE constexpr bool rope_rounds_before_zero(int64_t rotary, int64_t cols) {
+  return rotary < cols;
+}
+
 }  // namespace fp8

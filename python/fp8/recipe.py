@@ -43,7 +43,7 @@ class Recipe:
     elements along it for x and dy, of 128 x 128 for the weight."""
     scaling: Literal["dynamic", "delayed"] = field(init=False, repr=False)
     """Scales from the tensor itself, or from the largest amax of the 16 calls before where that is
-    near (README, "Delayed scaling")."""
+    near (docs/recipes.md)."""
     input_dtype: torch.dtype = field(init=False, repr=False)
     weight_dtype: torch.dtype = field(init=False, repr=False)
     grad_output_dtype: torch.dtype = field(init=False, repr=False)

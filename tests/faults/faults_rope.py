@@ -39,6 +39,13 @@ ROPE = [
         VALUES,
     ),
     Fault(
+        "zeros that a rotation's gradient is rounded to keep their sign",
+        "csrc/host/rope.h",
+        "return rotary < cols;",
+        "return false;",
+        VALUES,
+    ),
+    Fault(
         "columns that are not rotated are lost",
         "csrc/cpu/rope.cpp",
         "  std::copy(x.begin() + args.rotary, x.end(), y.begin() + args.rotary);\n",

@@ -33,6 +33,7 @@ from runs import import_fp8  # noqa: E402
 import_fp8()
 
 from fuzz_delayed import DELAYED  # noqa: E402
+from fuzz_frozen import FROZEN  # noqa: E402
 from fuzz_grouped import GROUPED  # noqa: E402
 from fuzz_linear import LINEAR  # noqa: E402
 from fuzz_matmul import MATMUL  # noqa: E402
@@ -42,7 +43,7 @@ from fuzz_norm import NORM  # noqa: E402
 from fuzz_quantize import DEQUANTIZE, QUANTIZE  # noqa: E402
 from fuzz_rope import ROPE  # noqa: E402
 
-_ALL = (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, MERGED, DELAYED, GROUPED, MOE, NORM, ROPE)
+_ALL = (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, FROZEN, MERGED, DELAYED, GROUPED, MOE, NORM, ROPE)
 FAMILIES = {f.name: f for f in _ALL}
 SECONDS = {"cpu": 180, "cuda": 300}
 LAST_CASE = ROOT / "build" / "fuzz" / "last_case.txt"  # for a case that ends the process

@@ -141,6 +141,7 @@ __global__ void __launch_bounds__(kRopeThreads, 4) rope_kernel(const __grid_cons
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) values[j] = v.get(j);
         if (p.adds_zero) {
+          round8<Out>(values);
 #pragma unroll
           for (int j = 0; j < kPairs; ++j) values[j] = add(values[j], 0.0F);
         }
@@ -199,6 +200,10 @@ __global__ void __launch_bounds__(kRopeThreads, 4) rope_kernel(const __grid_cons
       second[j] = add(second[j], second_added[j]);
     }
     if (p.adds_zero) {
+      if (rope_rounds_before_zero(2 * p.half, p.cols)) {
+        round8<Out>(first);
+        round8<Out>(second);
+      }
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
         first[j] = add(first[j], 0.0F);

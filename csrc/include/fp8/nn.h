@@ -1,5 +1,5 @@
-// fp8/nn.h: fp8::nn::Linear, a LibTorch module like torch::nn::Linear whose products run in FP8,
-// and fp8::nn::MergedLinear, several of one input.
+// fp8/nn.h: fp8::nn::Linear, a LibTorch module like torch::nn::Linear whose products run in FP8;
+// fp8::nn::MergedLinear, several of one input; and fp8::nn::FrozenLinear, whose weight is FP8.
 //
 //   fp8::nn::Linear layer(fp8::nn::LinearOptions(4096, 14336).bias(false).recipe("rowwise"));
 //   torch::Tensor y = layer(x);  // x [..., 4096] -> y [..., 14336]
@@ -106,5 +106,56 @@ class MergedLinearImpl : public torch::nn::Cloneable<MergedLinearImpl> {
 };
 
 TORCH_MODULE(MergedLinear);
+
+struct FrozenLinearOptions {
+  FrozenLinearOptions(int64_t in_features, int64_t out_features);
+  TORCH_ARG(int64_t, in_features);
+  TORCH_ARG(int64_t, out_features);
+  TORCH_ARG(bool, bias) = true;
+  // A recipe's: what of the weight, and of the input, shares a scale. "rowwise", "tensorwise",
+  // "blockwise", with ":power_of_two" or not. "delayed" is "tensorwise".
+  TORCH_ARG(std::string, recipe) = "rowwise";
+  TORCH_ARG(bool, static_input) = false;  // the input has a static scale; not with blocks
+};
+
+// A layer whose weight is FP8 and takes half the memory; for inference, and as the base of layers
+// that are trained beside it. It has the bits of the fp8::nn::Linear that it was made of, and
+// gradients of the input and the bias. Codes and scales are buffers: no optimizer sees them.
+//
+//   fp8::nn::FrozenLinear frozen = fp8::nn::freeze(layer);
+class FrozenLinearImpl : public torch::nn::Cloneable<FrozenLinearImpl> {
+ public:
+  FrozenLinearImpl(int64_t in_features, int64_t out_features);
+  // Codes of zero, to be loaded. Throws c10::ValueError for an unknown recipe.
+  explicit FrozenLinearImpl(const FrozenLinearOptions& options_);
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  // Codes stay e4m3 and scales float32, whatever the dtype: it is the bias's.
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Device device, bool non_blocking = false) override;
+
+  // input [..., in_features] bf16, fp16 or fp32, of the bias's dtype -> [..., out_features]. One
+  // fp8::linear_frozen.
+  torch::Tensor forward(const torch::Tensor& input);
+
+  FrozenLinearOptions options;
+  torch::Tensor weight;        // [out_features, in_features] e4m3
+  torch::Tensor weight_scale;  // float32: [], [out_features, 1] or a grid of 128x128 blocks
+  torch::Tensor bias;          // [out_features]; undefined without one
+  torch::Tensor input_scale;   // []; undefined where the input is scaled dynamically
+
+ private:
+  void to_all(std::optional<torch::Device> device, std::optional<torch::Dtype> dtype,
+              bool non_blocking);
+};
+
+TORCH_MODULE(FrozenLinear);
+
+// The layer with its weight quantized as its recipe says, and its bias; its static input scale, if
+// it has one. A copy: the layer stays as it is.
+FrozenLinear freeze(const Linear& layer);
 
 }  // namespace fp8::nn

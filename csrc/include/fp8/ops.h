@@ -135,6 +135,30 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& input_scale = std::nullopt,
                              const std::optional<at::Tensor>& history = std::nullopt);
 
+// A linear layer whose weight is FP8 and stays it, of a checkpoint or made once: x [..., K] in high
+// precision, weight [N, K] e4m3, bias [N] in x's dtype -> y [..., N] = x (weight * weight_scale)^T
+// + bias in x's dtype. weight_scale, fp32: one element; one for each row, [N], [N, 1] or [1, N]; or
+// one for each 128x128 block, [ceil(N / 128), ceil(K / 128)], the last ones of any extent. A shape
+// that could be two of these is what input_granularity says; without it one element is the whole
+// weight's, and the grid of blocks goes before [1, N].
+//
+// x is quantized to e4m3 in the call: with one scale ("tensorwise"), one for each row ("rowwise")
+// or one for 128 elements of a row ("blockwise"), with power_of_two if asked for. A weight of
+// blocks takes "blockwise", others one of the first two; by default "rowwise". input_scale (one
+// element, fp32): a static scale of x for weights without blocks, as in fused_linear. The values
+// are fused_linear's where it quantizes x and weight so, to the bit.
+//
+// Differentiable once, in x and bias. dx is made of the same codes: dy, times the scales of the
+// weight's rows, in e4m3 with a scale for each row; with blocks, for 128 elements of a row. Nothing
+// of x is saved. Nothing is copied of a contiguous weight whose extents are multiples of 16, but
+// for the gradient, which reads it transposed.
+at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
+                         const at::Tensor& weight_scale,
+                         const std::optional<at::Tensor>& bias = std::nullopt,
+                         const std::optional<at::Tensor>& input_scale = std::nullopt,
+                         std::optional<std::string_view> input_granularity = std::nullopt,
+                         bool power_of_two = false);
+
 // Linear layers that read one x, as one: x [..., K], weights [N_i, K], biases [N_i] or none each
 // (or no biases at all) -> y_i [..., N_i] = x W_i^T + b_i. Values and gradients are, bit for bit,
 // those of one fused_linear whose weight is the weights one below the other, split: one product

@@ -1,6 +1,6 @@
 // The recipes: which formats and scaling groups each of the three matmuls of a linear layer uses,
 // dense or grouped, and how it accumulates. One table, from which C++, Python (fp8.RECIPES, by way
-// of the operator _recipes), the README and the tests' parameters follow.
+// of the operator _recipes), the pages and the tests' parameters follow.
 //
 // A recipe is named by a string: a name, then options, each after a colon, at most once:
 // "rowwise", "rowwise:power_of_two".

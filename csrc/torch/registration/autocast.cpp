@@ -6,6 +6,7 @@
 #include "fp8/ops.h"
 #include "torch/common/operators.h"
 #include "torch/common/recipe.h"
+#include "torch/frozen/frozen.h"
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/merged/merged.h"
@@ -41,6 +42,20 @@ at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                  at::autocast::cached_cast(dtype, weight, kDevice),
                  at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,
                  stand_in, input_scale, history);
+}
+
+// The weight is FP8, and stays it.
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
+                         const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& input_scale,
+                         std::optional<std::string_view> input_granularity, bool power_of_two) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  static const auto op = find<decltype(kernel::linear_frozen)>("fp8::linear_frozen");
+  return op.call(at::autocast::cached_cast(dtype, x, kDevice), weight, weight_scale,
+                 at::autocast::cached_cast(dtype, bias, kDevice), input_scale, input_granularity,
+                 power_of_two);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
@@ -116,6 +131,7 @@ template <at::DeviceType kDevice, c10::DispatchKey kKey>
 void register_kernels(torch::Library& m) {
   m.impl("fused_linear", TORCH_FN((fused_linear<kDevice, kKey>)));
   m.impl("_fused_linear_into", TORCH_FN((_fused_linear_into<kDevice, kKey>)));
+  m.impl("linear_frozen", TORCH_FN((linear_frozen<kDevice, kKey>)));
   m.impl("merged_linear", TORCH_FN((merged_linear<kDevice, kKey>)));
   m.impl("grouped_linear", TORCH_FN((grouped_linear<kDevice, kKey>)));
   m.impl("moe_experts", TORCH_FN((moe_experts<kDevice, kKey>)));

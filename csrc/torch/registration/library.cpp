@@ -7,6 +7,7 @@
 #include "host/ranges.h"
 #include "torch/common/messages.h"
 #include "torch/common/recipe.h"
+#include "torch/frozen/frozen.h"
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
@@ -69,6 +70,11 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "merged_linear(Tensor x, Tensor[] weights, Tensor?[]? biases=None,"
       " str recipe=\"tensorwise\", *, Tensor(a!)? history=None) -> Tensor[]",
+      tags);
+  m.def(
+      "linear_frozen(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None,"
+      " Tensor? input_scale=None, *, str? input_granularity=None, bool power_of_two=False)"
+      " -> Tensor",
       tags);
   const std::string grouped_recipe =
       fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
@@ -140,6 +146,11 @@ TORCH_LIBRARY(fp8, m) {
       "_fused_linear_into(Tensor x, Tensor weight, Tensor? bias, str recipe, Tensor main_grad,"
       " bool overwrite, Tensor? stand_in, *, Tensor? input_scale=None, Tensor(a!)? history=None)"
       " -> Tensor",
+      tags);
+  // The gradient of linear_frozen's x.
+  m.def(
+      "_linear_frozen_backward(Tensor dy, Tensor weight, Tensor weight_scale, bool blocks,"
+      " bool power_of_two) -> Tensor",
       tags);
   // What merged_linear is differentiated through, and merged_linear out of place.
   m.def(
@@ -259,6 +270,8 @@ void register_kernels(torch::Library& m) {
   FP8_KERNEL(kernel, _scaled_mm_accumulate);
   FP8_KERNEL(kernel, _linear_forward);
   FP8_KERNEL(kernel, _linear_backward);
+  FP8_KERNEL(kernel, linear_frozen);
+  FP8_KERNEL(kernel, _linear_frozen_backward);
   FP8_KERNEL(kernel, _merged_forward);
   FP8_KERNEL(kernel, _merged_backward);
   FP8_KERNEL(kernel, _mlp_forward);
@@ -299,6 +312,8 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
   m.impl("_linear_backward", TORCH_FN(fp8::meta::_linear_backward));
+  m.impl("linear_frozen", TORCH_FN(fp8::meta::linear_frozen));
+  m.impl("_linear_frozen_backward", TORCH_FN(fp8::meta::_linear_frozen_backward));
   m.impl("_merged_forward", TORCH_FN(fp8::meta::_merged_forward));
   m.impl("_merged_backward", TORCH_FN(fp8::meta::_merged_backward));
   m.impl("_mlp_forward", TORCH_FN(fp8::meta::_mlp_forward));
@@ -312,12 +327,13 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_rope", TORCH_FN(fp8::meta::_rope));
 }
 
-// Only the linear ops, merged_linear, mlp, moe_experts, the norms and rope have a gradient. The
-// others say so when a backward reaches them.
+// Only the linear ops, linear_frozen, merged_linear, mlp, moe_experts, the norms and rope have a
+// gradient. The others say so when a backward reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
   m.impl("_fused_linear_into", TORCH_FN(fp8::autograd::_fused_linear_into));
+  m.impl("linear_frozen", TORCH_FN(fp8::autograd::linear_frozen));
   m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
   m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
   m.impl("rms_norm", TORCH_FN(fp8::autograd::rms_norm));
@@ -341,6 +357,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
                          "scaled_mm_accumulate_",
                          "_scaled_mm_accumulate",
                          "_linear_forward",
+                         "_linear_frozen_backward",
                          "_grouped_forward",
                          "_grouped_backward",
                          "_moe_forward",

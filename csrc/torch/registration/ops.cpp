@@ -6,6 +6,7 @@
 
 #include "fp8/core.h"
 #include "torch/common/operators.h"
+#include "torch/frozen/frozen.h"
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
@@ -111,6 +112,14 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
   static const auto op = find<decltype(composite::_fused_linear_into)>("fp8::_fused_linear_into");
   return op.call(x, weight, bias, recipe, main_grad, overwrite, /*stand_in=*/std::nullopt,
                  input_scale, history);
+}
+
+at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
+                         const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& input_scale,
+                         std::optional<std::string_view> input_granularity, bool power_of_two) {
+  static const auto op = find<decltype(kernel::linear_frozen)>("fp8::linear_frozen");
+  return op.call(x, weight, weight_scale, bias, input_scale, input_granularity, power_of_two);
 }
 
 std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tensor> weights,

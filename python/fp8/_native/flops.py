@@ -136,12 +136,18 @@ def _size(weight: Shape) -> int:
     return weight[1] * weight[2]
 
 
+def _frozen_backward(dy: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * dy.numel() * weight[1]
+
+
 FORMULAS = {
     _ops.fused_linear: _linear,
     _ops._fused_linear_into: _linear,
     _ops._fused_linear_functional: _linear,
     _ops._linear_forward: _linear,
     _ops._linear_backward: _linear_backward,
+    _ops.linear_frozen: _linear,
+    _ops._linear_frozen_backward: _frozen_backward,
     _ops.scaled_mm: _scaled_mm,
     _ops.scaled_mm_accumulate_: _scaled_mm_accumulate,
     _ops._scaled_mm_accumulate: _scaled_mm_accumulate,

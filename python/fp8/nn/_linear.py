@@ -36,7 +36,7 @@ class Linear(nn.Linear):
     `weight.grad` stays None. As in Megatron-LM and Transformer Engine a true
     `weight.overwrite_main_grad` makes it overwrite, and `weight.grad_added_to_main_grad`, where it
     exists, is set to True. Read in the forward; of another shape or device: ValueError, another
-    dtype: TypeError. The README has the rest.
+    dtype: TypeError. docs/training.md has the rest.
 
     Args, beyond those of nn.Linear:
         recipe: a key of `fp8.RECIPES`, with options in a string ("rowwise:power_of_two") or as an
@@ -49,8 +49,7 @@ class Linear(nn.Linear):
     TypeError.
 
     Example:
-        >>> layer = fp8.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16,
-        recipe="rowwise")
+        >>> layer = fp8.Linear(4096, 14336, device="cuda", dtype=torch.bfloat16, recipe="rowwise")
     """
 
     __module__ = "fp8.nn"  # what pickles name

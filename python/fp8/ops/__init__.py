@@ -22,6 +22,7 @@ everything computed from the group is non-finite.
 """
 
 from ._checkpointing import MATMUL_OPS as MATMUL_OPS
+from ._frozen import linear_frozen
 from ._grouped import grouped_linear, moe_experts
 from ._linear import fused_linear
 from ._linear import make_history as make_history
@@ -48,6 +49,7 @@ __all__ = [  # the operators
     "fused_linear",
     "grouped_linear",
     "layer_norm",
+    "linear_frozen",
     "merged_linear",
     "mlp",
     "moe_experts",

@@ -16,6 +16,7 @@ MATMUL_OPS: frozenset[Any] = frozenset(
         _ops.fused_linear.default,
         _ops.grouped_linear.default,
         _ops.moe_experts.default,
+        _ops.linear_frozen.default,
         _ops.merged_linear.default,
         _ops.mlp.default,
         _ops.scaled_mm.default,

@@ -34,7 +34,7 @@ def fused_linear(
             scaling of x, in one pass over it instead of two. Values beyond 448 · input_scale, Inf
             among them, saturate, of which dx takes no notice; NaN stays NaN. weight and dy are
             scaled as without it. No gradient.
-        history: of `make_history`, for the recipe `delayed` (README, "Delayed scaling"): of the
+        history: of `make_history`, for the recipe `delayed` (docs/recipes.md): of the
             calls with one weight, as a layer makes them. The call and its backward write it;
             results and the next history depend on the arguments alone. Without a history `delayed`
             is `tensorwise`.

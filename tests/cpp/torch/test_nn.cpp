@@ -1,5 +1,5 @@
 // fp8::nn::Linear against torch::nn::Linear: same parameters, text, copies and archives; and
-// fp8::nn::MergedLinear.
+// fp8::nn::MergedLinear and FrozenLinear.
 #include <torch/torch.h>
 
 #include <catch2/catch.hpp>
@@ -215,4 +215,66 @@ TEST_CASE("layers of one input keep one history, and step aside for a static sca
   fp8::nn::MergedLinear given(fp8::nn::MergedLinearOptions(16, {8, 8}));
   given->layers[1]->set_input_scale(torch::tensor(0.01F));
   REQUIRE(torch::equal(given(x)[1], given->layers[1](x)));
+}
+
+TEST_CASE("a frozen layer has the bits of the layer that it was made of") {
+  torch::manual_seed(0);
+  for (const char* recipe : {"tensorwise", "rowwise", "blockwise", "rowwise:power_of_two"}) {
+    fp8::nn::Linear layer(LinearOptions(200, 144).bias(recipe != std::string("rowwise")));
+    layer->options.recipe(recipe);
+    fp8::nn::FrozenLinear frozen = fp8::nn::freeze(layer);
+    const torch::Tensor x = torch::randn({3, 5, 200}).requires_grad_();
+    REQUIRE(torch::equal(frozen(x), layer(x)));
+    REQUIRE(frozen->weight.scalar_type() == torch::kFloat8_e4m3fn);
+    REQUIRE(frozen->named_parameters().size() == (frozen->bias.defined() ? 1 : 0));
+    frozen(x).sum().backward();
+    const torch::Tensor exact = torch::ones({15, 144}).mm(layer->weight.detach());
+    REQUIRE((x.grad().view({15, 200}) - exact).norm().item<double>() <
+            0.05 * exact.norm().item<double>());
+  }
+}
+
+TEST_CASE("a frozen layer keeps a static scale") {
+  fp8::nn::Linear layer(32, 16);
+  layer->set_input_scale(torch::tensor(0.01));
+  fp8::nn::FrozenLinear frozen = fp8::nn::freeze(layer);
+  const torch::Tensor x = torch::randn({4, 32});
+  REQUIRE(torch::equal(frozen(x), layer(x)));
+  REQUIRE_FALSE(torch::equal(frozen(2 * x), fp8::fused_linear(2 * x, layer->weight, layer->bias)));
+}
+
+TEST_CASE("a frozen layer's codes keep their dtype, and go through archives and copies") {
+  torch::manual_seed(0);
+  fp8::nn::Linear layer(LinearOptions(256, 144).recipe("blockwise"));
+  fp8::nn::FrozenLinear frozen = fp8::nn::freeze(layer);
+  const torch::Tensor x = torch::randn({4, 256});
+  const torch::Tensor y = frozen(x);
+  std::stringstream archive;
+  torch::save(frozen, archive);
+  fp8::nn::FrozenLinear loaded(fp8::nn::FrozenLinearOptions(256, 144).recipe("blockwise"));
+  REQUIRE_FALSE(torch::equal(loaded(x), y));
+  torch::load(loaded, archive);
+  REQUIRE(torch::equal(loaded(x), y));
+  const auto copy = std::dynamic_pointer_cast<fp8::nn::FrozenLinearImpl>(frozen->clone());
+  REQUIRE(torch::equal(copy->forward(x), y));
+  REQUIRE_FALSE(copy->weight.is_same(frozen->weight));
+  frozen->to(torch::kBFloat16);
+  REQUIRE(frozen->weight.scalar_type() == torch::kFloat8_e4m3fn);
+  REQUIRE(frozen->weight_scale.scalar_type() == torch::kFloat);
+  REQUIRE(frozen->bias.scalar_type() == torch::kBFloat16);
+  REQUIRE(torch::allclose(frozen(x.to(torch::kBFloat16)).to(torch::kFloat), y, 0.05, 0.05));
+  frozen->to(torch::Device("cpu"), torch::kFloat);
+  REQUIRE(frozen->weight.scalar_type() == torch::kFloat8_e4m3fn);
+}
+
+TEST_CASE("a frozen layer says what it is, and refuses what it cannot be") {
+  std::ostringstream text;
+  text << fp8::nn::FrozenLinear(fp8::nn::FrozenLinearOptions(4, 5).bias(false));
+  REQUIRE(text.str() ==
+          "fp8::nn::FrozenLinear(in_features=4, out_features=5, bias=false, recipe=rowwise)");
+  REQUIRE_THROWS_AS(fp8::nn::FrozenLinear(fp8::nn::FrozenLinearOptions(4, 5).recipe("fp4")),
+                    c10::ValueError);
+  REQUIRE_THROWS_AS(fp8::nn::FrozenLinear(
+                        fp8::nn::FrozenLinearOptions(4, 5).recipe("blockwise").static_input(true)),
+                    c10::ValueError);
 }

@@ -69,9 +69,9 @@ def cpu_as_gpu(monkeypatch):
 def run(cpu_as_gpu, monkeypatch, tmp_path):
     """Runs a benchmark's command line; its JSON. fp8.convert would find these layers too small."""
     import peers
-    import readme
     import report
     import runs
+    import sections
     import timing
 
     ours = peers.ours
@@ -94,7 +94,7 @@ def run(cpu_as_gpu, monkeypatch, tmp_path):
         assert runs.main(name, name, program.measure, program.table, extra) == 0
         written = runs.read(tmp_path / f"{name}_h100.json")
         assert report.load(tmp_path)  # no field is lacking
-        assert readme.sections({f"{name}_h100": written}, tmp_path)
+        assert sections.everything({f"{name}_h100": written}, tmp_path)
         return written
 
     return call

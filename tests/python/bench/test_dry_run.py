@@ -17,6 +17,7 @@ if not (Path(__file__).parents[3] / "benchmarks").is_dir():
 import bench_accumulate  # noqa: E402
 import bench_block  # noqa: E402
 import bench_breakdown  # noqa: E402
+import bench_decode  # noqa: E402
 import bench_host  # noqa: E402
 import bench_linear  # noqa: E402
 import bench_matmul  # noqa: E402
@@ -156,6 +157,19 @@ def test_gemms_alone_are_the_products_of_a_step(cpu_as_gpu, monkeypatch, recipe)
     if recipe == "blockwise":
         scales = [[(32, 1), (2, 1)], [(32, 2), (1, 2)], [(256, 1), (64, 1)]]
         assert [call[2] for call in calls] == scales
+
+
+def test_decode(run, monkeypatch):
+    monkeypatch.setattr(bench_decode, "_graph", lambda work: (work, work()))
+    monkeypatch.setattr(bench_decode, "copy_us", lambda moved, repeats: 1.0)
+    monkeypatch.setattr(bench_decode, "LAYERS", ((64, 96),))
+    monkeypatch.setattr(bench_decode, "M_VALUES", (1, 80))
+    rows = run("decode", bench_decode)["rows"]
+    assert [row["m"] for row in rows] == [1] * 6 + [80] * 6
+    frozen = [row for row in rows if row["variant"].startswith("frozen")]
+    assert len(frozen) == 6
+    assert all(row["sqnr_db"] > 25 for row in frozen)
+    assert all((row["of_weight_copy"] is None) == (row["m"] == 80) for row in rows)
 
 
 def test_matmul(run, monkeypatch):

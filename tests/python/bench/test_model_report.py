@@ -1,4 +1,4 @@
-"""What is made of bench_model's rows: kernels by kind, the README's part, plot and regressions."""
+"""What is made of bench_model's rows: kernels by kind, their section, plot and regressions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if not (Path(__file__).parents[3] / "benchmarks").is_dir():
 
 import bench_model
 import kernel_times
-import readme
 import regressions
+import sections
 import timing
 from small_models import FACTS, ROWS
 
@@ -49,7 +49,7 @@ def test_times_in_a_row(cpu_as_gpu):
     assert found.low >= 0
 
 
-def test_readme_shows_whole_steps_first(tmp_path):
+def test_page_shows_whole_steps_first(tmp_path):
     block = {
         **{"model": "8B", "layers": 2, "sequences": 2, "context": 4096, "rotary": True},
         **{"variant": "bf16", "step_us": {"median": 4e4}, "peak_gib": 4.1},
@@ -59,7 +59,7 @@ def test_readme_shows_whole_steps_first(tmp_path):
         "model_h100": {"benchmark": "model", "header": FACTS, "rows": ROWS},
     }
     (tmp_path / "model_h100.png").touch()
-    text = readme.sections(found, tmp_path)
+    text = sections.everything(found, tmp_path)
     assert text.index("Training steps of transformers") < text.index("Llama 3 decoder layers")
     names = "Llama-3-8B, 4 layers, 2 × 4096 | Llama-3-8B, one layer, 2 × 4096"
     assert f"| speed / memory | {names} |" in text
@@ -68,10 +68,14 @@ def test_readme_shows_whole_steps_first(tmp_path):
     assert "| torchao 0.18.0 tensorwise compiled | 0.80x / 1.00x |  |" in text
     assert "| bf16, " not in text
     assert "differs by at most 1.0%" in text
-    assert "(benchmarks/results/model_h100.png)" in text
+    assert "(../benchmarks/results/model_h100.png)" in text
     assert "Kernels of one step" not in text
-    without = readme.sections({"block_h100": found["block_h100"]}, tmp_path)
+    without = sections.everything({"block_h100": found["block_h100"]}, tmp_path)
     assert "Training steps" not in without
+    landing = sections.landing(found)  # for the README: these alone, with their source
+    assert "| fp8 tensorwise | 1.25x / 0.80x |\n" in landing  # of a step, not of one layer
+    assert "Llama 3 decoder layers" not in landing
+    assert landing.endswith("commit abc1234; `benchmarks/results/model_h100.json`</sub>")
 
 
 def test_regressions_of_whole_steps():

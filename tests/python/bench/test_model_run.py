@@ -20,9 +20,9 @@ import kernel_times
 import liger_process
 import model_variants
 import peers
-import readme
-import readme_model
 import runs
+import sections
+import sections_model
 from small_models import TINY, model_row, tiny
 
 
@@ -109,7 +109,7 @@ def test_ours_that_fails_is_fatal_and_leaves_what_was_measured(
     left = runs.read(tmp_path / "model_h100.json")
     assert [row["model"] for row in left["rows"]] == ["Tiny llama"] * 2
     assert left["header"]["unfinished"] is True
-    assert "a run that was not finished" in readme.describe(left["header"] | {"cublaslt": 0})
+    assert "a run that was not finished" in sections.describe(left["header"] | {"cublaslt": 0})
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_profile(run, cases, no_liger, monkeypatch):
         "kernels": 4,
         "rest_share": 0.1,
     }  # fmt: skip
-    text = readme_model.section(written["rows"])
+    text = sections_model.section(written["rows"])
     assert "| fp8 tensorwise | 0.06 | 0 | 0.01 | 0.02 | 0.01 | 10% | 4 |" in text
 
     def forbidden(step, steps):

@@ -1,5 +1,5 @@
-"""What is made of the benchmarks' JSON: the README's tables, plots, and the check against earlier
-runs."""
+"""What is made of the benchmarks' JSON: the tables of README.md and docs/, plots, and the check
+against earlier runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 
-import readme  # noqa: E402
+import documents  # noqa: E402
 import regressions  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
+import sections  # noqa: E402
 import shapes  # noqa: E402
 import timing  # noqa: E402
 
@@ -152,10 +153,11 @@ RUNS = {
 }
 
 
-def test_readme_has_a_section_of_each_benchmark(tmp_path):
+def test_page_has_a_section_of_each_benchmark(tmp_path):
     (tmp_path / "linear_h100.png").touch()
-    text = readme.sections(RUNS, tmp_path)
-    assert "### NVIDIA H100 80GB HBM3" in text
+    text = sections.everything(RUNS, tmp_path)
+    assert text.startswith("### NVIDIA H100 80GB HBM3\n\n#### Decoder layers\n\n")
+    assert set(sections.TITLES) == set(sections.SECTIONS)
     assert "| speed / memory | 8B, 2 × 4096 | 8B, 4 × 2048 |" in text
     assert "| bf16 | 38 ms / 4.1 GiB | 36 ms / 4.1 GiB |" in text
     assert "| fp8 tensorwise | 1.52x / 1.00x | 1.58x / 1.00x |" in text
@@ -166,14 +168,14 @@ def test_readme_has_a_section_of_each_benchmark(tmp_path):
     assert "| fp8 rowwise | 80 (1.40x) | 80 (1.40x) |" in text
     assert "cuBLASLt 130100, fp8.autotune, commit abc1234</sub>" not in text
     assert "cuBLASLt 130100, fp8.autotune, commit abc1234; `benchmarks/results/block_h1" in text
-    assert "(benchmarks/results/linear_h100.png)" in text
+    assert "(../benchmarks/results/linear_h100.png)" in text
     assert "breakdown_h100.png" not in text  # was not drawn
-    assert "make bench" in readme.sections({}, tmp_path)
+    assert "make bench" in sections.everything({}, tmp_path)
 
 
-def test_readme_of_two_gpus(tmp_path):
+def test_page_of_two_gpus(tmp_path):
     other = RUNS["block_h100"] | {"header": FACTS | {"gpu": "NVIDIA H200"}}
-    text = readme.sections(RUNS | {"block_h200": other}, tmp_path)
+    text = sections.everything(RUNS | {"block_h200": other}, tmp_path)
     assert text.index("### NVIDIA H100") < text.index("### NVIDIA H200")
     assert text.count("Llama 3 decoder layers") == 2
 
@@ -194,14 +196,14 @@ def moe_row(variant: str, step: float, peak: float | None) -> runs.Row:
     }
 
 
-def test_readme_of_experts(tmp_path):
+def test_page_of_experts(tmp_path):
     rows = [
         moe_row("bf16", 30000, 10.0),
         moe_row("fp8 rowwise", 20000, 9.0),
         moe_row("GEMMs alone, fp8", 15000, None),
     ]
     run = {"benchmark": "moe", "header": FACTS, "rows": rows}
-    text = readme.sections({"moe_h100": run}, tmp_path)
+    text = sections.everything({"moe_h100": run}, tmp_path)
     assert "Mixtral-8x7B: 8 experts, 4096 → 14336, top 2." in text
     assert "| bf16 | 30 / 7.5 ms / 10.0 GiB |" in text
     assert "| fp8 rowwise | 1.50x / 1.50x / 0.90x |" in text
@@ -210,22 +212,47 @@ def test_readme_of_experts(tmp_path):
     assert len(regressions.regressions(slower, run)) == 2
 
 
-def test_readme_replaces_between_markers():
-    document = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
-    once = readme.replace_between(document, "new")
-    assert once == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
-    assert readme.replace_between(once, "new") == once
-    for broken in ("nothing", readme.BEGIN, f"{readme.END} {readme.BEGIN}"):
-        with pytest.raises(ValueError, match="lacks the lines"):
-            readme.replace_between(broken, "new")
+def test_blocks_are_replaced_between_their_lines():
+    document = "before\n<!-- some:begin -->\nold\n<!-- some:end -->\nafter\n"
+    once = documents.replace_between(document, "new", "some")
+    assert once == "before\n<!-- some:begin -->\nnew\n<!-- some:end -->\nafter\n"
+    assert documents.replace_between(once, "new", "some") == once
+    turned = "<!-- some:end --> <!-- some:begin -->"
+    for broken in ("nothing", "<!-- some:begin -->", turned, document.replace("some", "other")):
+        with pytest.raises(ValueError, match="lacks the lines <!-- some:begin --> and"):
+            documents.replace_between(broken, "new", "some")
 
 
-def test_readme_has_the_table_of_recipes():
-    """As the library has it; `python benchmarks/report.py --readme` writes it."""
-    text = (runs.ROOT / "README.md").read_text()
-    assert readme.replace_between(text, readme.recipes(), readme.RECIPES) == text
+def test_pages_have_what_the_committed_results_say():
+    """And the library's recipes; `python benchmarks/report.py --readme` writes them."""
+    for path, text in documents.rendered(report.load(runs.RESULTS)).items():
+        assert path.read_text() == text, f"{path} is not what report.py --readme makes of it"
     for name in fp8.RECIPES:
-        assert f"| `{name}` |" in readme.recipes()
+        assert f"| `{name}` |" in documents.recipes()
+
+
+def test_blocks_are_written_to_the_files_that_have_them(tmp_path):
+    for file, name in documents.BLOCKS:
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as page:
+            page.write(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n")
+    written = documents.write(RUNS, tmp_path, tmp_path)
+    assert set(written) == {tmp_path / file for file, _ in documents.BLOCKS}
+    assert "No results yet" in (tmp_path / "README.md").read_text()  # of whole steps
+    devices = (tmp_path / "docs/devices.md").read_text()
+    line = "| `linear_h100.json` | NVIDIA H100 80GB HBM3 | abc1234 | `tensorwise` |"
+    assert line in devices
+    assert "| `breakdown_h100.json` | NVIDIA H100 80GB HBM3 | abc1234 | `tensorwise` |" in devices
+
+
+def test_figures_on_pages_stand_in_blocks():
+    """A speed beside bf16, "1.38x", comes from a file; notes from development have their page."""
+    for path in [runs.ROOT / "README.md", *(runs.ROOT / "docs").glob("*.md")]:
+        if path.name == "measurements.md":
+            continue
+        text = re.sub(r"<!-- (\w+):begin -->.*<!-- \1:end -->", "", path.read_text(), flags=re.S)
+        assert re.findall(r"\d\.\d+x\b|\d TFLOP|\d GiB\b", text) == [], path
 
 
 def test_regressions_of_our_rows():

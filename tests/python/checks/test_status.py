@@ -1,4 +1,4 @@
-"""The JSON that the long checks leave, and the README's table of it."""
+"""The JSON that the long checks leave, and the table of it in docs/devices.md."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import documents
 import pytest
-import readme
 import report
 import runs
 import status
@@ -107,17 +107,17 @@ def test_status_from_sanitizer_logs(tmp_path):
 def test_status_of_tests_that_never_ran_is_a_failure(monkeypatch, tmp_path, arguments):
     monkeypatch.setattr(status, "RESULTS", tmp_path)
     shown = []
-    monkeypatch.setattr(status, "show", shown.append)
+    monkeypatch.setattr(status, "show", lambda: shown.append("docs/devices.md"))
     command = ["status.py", "test-gpu", "--begin", "0", "--status", "2", *arguments]
     monkeypatch.setattr(sys, "argv", command)
     assert status.main() == 0
     (run,) = status.load(tmp_path)
     assert run["failures"] == [{"what": "test-gpu", "error": "exit status 2"}]
     assert run["header"]["command"] == "make test-gpu"
-    assert shown == [ROOT / "README.md"]  # a whole run is for the README
+    assert shown == ["docs/devices.md"]  # a whole run is for the page
 
 
-def test_readme_table_of_the_checks(tmp_path, monkeypatch):
+def test_table_of_the_checks(tmp_path, monkeypatch):
     monkeypatch.setenv("FP8_COMMIT", "abc1234")
     assert "make soak" in status.table(status.load(tmp_path))
     status.write("soak", {"steps": 20000, "failed": 1}, [{"what": "threads"}], 200, tmp_path)
@@ -128,13 +128,15 @@ def test_readme_table_of_the_checks(tmp_path, monkeypatch):
     assert "| 1 failures | 20000 steps, 1 failed |" in soak
     assert "abc1234" in soak
     assert report.load(tmp_path) == {}  # no benchmark, and no complaint
-    first, last = readme.CHECKS
-    text = readme.replace_between(f"{first}\nold\n{last}\n", "new", readme.CHECKS)
-    assert text == f"{first}\nnew\n{last}\n"
 
 
-def test_readme_shows_the_committed_checks():
-    """Each check writes it with its result, and so does `benchmarks/report.py --readme`."""
-    table = status.table(status.load(status.RESULTS))
-    first, last = readme.CHECKS
-    assert f"{first}\n{table}\n{last}" in (ROOT / "README.md").read_text()
+def test_a_check_writes_its_page_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+    page = tmp_path / "docs/devices.md"
+    page.parent.mkdir()
+    page.write_text("a\n<!-- checks:begin -->\nold\n<!-- checks:end -->\nb\n")
+    status.write("soak", {"steps": 10, "failed": 0}, [], 200, tmp_path)
+    assert documents.write_checks(tmp_path) == page
+    head, *_, line, end, tail = page.read_text().splitlines()
+    assert (head, end, tail) == ("a", "<!-- checks:end -->", "b")
+    assert line.startswith("| `make soak` |")

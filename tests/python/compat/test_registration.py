@@ -27,6 +27,10 @@ SCHEMAS = {
     "scaled_mm": ("a b scale_a scale_b bias out_dtype fast_accum", 1),
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
     "fused_linear": ("x weight bias recipe input_scale history", 1),
+    "linear_frozen": (
+        "x weight weight_scale bias input_scale input_granularity power_of_two",
+        1,
+    ),
     "merged_linear": ("x weights biases recipe history", 1),
     "mlp": (
         "x gate up down activation recipe gate_bias up_bias down_bias save gate_second alpha limit"

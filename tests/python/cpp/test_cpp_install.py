@@ -107,14 +107,14 @@ def test_find_package_refuses_another_torch(tmp_path, prefix):
 
 def test_programs_are_built_from_the_install_tree_alone(programs):
     commands = json.loads((programs / "compile_commands.json").read_text())
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         assert f"{TREE}/moved/include" in command["command"]
         assert "csrc" not in re.sub(r"\S*/torch/csrc/api/include", "", command["command"])
 
 
 def test_programs_load_torch_and_no_python(programs):
-    for name in ("train", "run_saved"):
+    for name in ("train", "run_saved", "first_steps"):
         text = needed(programs / name)
         assert "not found" not in text
         assert "python" not in " ".join(re.findall(r"^\s*(\S+)", text, re.MULTILINE))

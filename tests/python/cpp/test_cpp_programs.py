@@ -44,6 +44,11 @@ def test_train_has_the_losses_of_the_python_demo(programs, recipe, device):
     assert losses[-1] < losses[0] - 0.2
 
 
+def test_first_steps_run(programs):
+    """The C++ of the README (tests/python/docs compares the text)."""
+    run(programs / "first_steps")
+
+
 class Model(torch.nn.Module):
     """A small MLP; `torch.jit.trace` and `torch.export` both take fp8.Linear."""
 

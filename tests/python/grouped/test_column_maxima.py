@@ -9,7 +9,7 @@ import test_moe_experts as moe
 import torch
 from grouped_reference import OPS, ROUTINGS
 from reference import assert_same_bits
-from samples import GW_HP, POWER_OF_TWO, ROWWISE
+from sample import GW_HP, POWER_OF_TWO, ROWWISE
 
 import fp8
 

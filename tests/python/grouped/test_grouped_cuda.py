@@ -8,7 +8,7 @@ import test_moe_experts as moe
 import torch
 from grouped_reference import RECIPES, ROUTINGS
 from reference import assert_same_bits
-from samples import ROWWISE
+from sample import ROWWISE
 from torch.profiler import ProfilerActivity, profile
 
 pytestmark = pytest.mark.gpu

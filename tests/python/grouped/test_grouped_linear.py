@@ -9,7 +9,7 @@ import pytest
 import torch
 from grouped_reference import RECIPES, ROUTINGS, WITH_OPTIONS
 from reference import FLOAT_DTYPES, assert_same_bits
-from samples import POWER_OF_TWO, ROWWISE
+from sample import POWER_OF_TWO, ROWWISE
 
 import fp8
 

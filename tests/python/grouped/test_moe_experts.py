@@ -7,7 +7,7 @@ import pytest
 import torch
 from grouped_reference import RECIPES, WITH_OPTIONS
 from reference import FLOAT_DTYPES, assert_same_bits, sqnr
-from samples import POWER_OF_TWO, ROWWISE
+from sample import POWER_OF_TWO, ROWWISE
 
 import fp8
 from fp8.integrations.transformers._experts import mixture

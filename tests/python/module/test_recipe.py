@@ -156,7 +156,7 @@ def default_of(op, argument="recipe"):
 
 
 def test_every_entry_point_has_the_same_default():
-    """Of grouped linears and experts, measured: the README's table of experts."""
+    """Of grouped linears and experts, measured: docs/performance.md, experts."""
     assert DEFAULT_GROUPED_RECIPE == "rowwise_gw_hp"
     ops = torch.ops.fp8
     found = {

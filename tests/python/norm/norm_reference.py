@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from samples import NORM_FORMS
+from samples_norm import NORM_FORMS
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -19,15 +19,15 @@ def assert_lie_alike(actual, expected):
     assert all(a == b for size, a, b in strides if size > 1), (actual.stride(), expected.stride())
 
 
-def check(q, k, cos, sin, layout, rounding, rotary=None):
-    """Values and gradients of q and k, in one call."""
+def check(q, k, cos, sin, layout, rounding, rotary=None, scale=1.0):
+    """Values and gradients of q and k, in one call. scale: of the results' gradients."""
     leaves = [x.detach().requires_grad_() for x in (q, k)]
     theirs = [x.detach().requires_grad_() for x in (q, k)]
     options = {"layout": layout, "rounding": rounding, "rotary_dim": rotary}
     made = fp8.ops.rope(*leaves, cos, sin, **options)
     rotary = cos.shape[-1] if rotary is None else rotary
     expected = [eager(x, cos, sin, layout, rounding, rotary) for x in theirs]
-    grads = [torch.randn(y.shape, device=y.device).to(y.dtype) for y in expected]
+    grads = [(scale * torch.randn(y.shape, device=y.device)).to(y.dtype) for y in expected]
     for grad in grads:
         torch.atleast_2d(grad)[..., ::4, :] = 0.0
     for name, a, b in zip("qk", made, expected, strict=True):
@@ -145,6 +145,16 @@ def test_rope_of_special_values(device, dtype):
     cos, sin = (x[torch.randint(9, (81, 16))].to(device) for _ in range(2))
     for layout in LAYOUTS:
         check(q, q.flip(0), cos, sin, layout, "each")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 2, 5, 64, 64), (2, 3, 2, 5, 64, 48), (2, 3, 2, 5, 33, 6)])
+def test_rope_of_gradients_that_become_zero(device, dtypes, shape):
+    """Where they are too small for q's dtype, and of either sign."""
+    smallest = torch.finfo(dtypes[0]).smallest_normal * torch.finfo(dtypes[0]).eps
+    for layout, rounding in FORMS:
+        tensors = problem(shape, dtypes, False, device)
+        check(*tensors, layout, rounding, scale=2 * smallest)
 
 
 def test_rope_of_q_alone(device):

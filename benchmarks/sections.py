@@ -1,4 +1,6 @@
-"""README.md's tables of benchmark runs, in Markdown: for each GPU that was measured."""
+"""Tables of benchmark runs in Markdown: for each GPU that was measured a section of each benchmark.
+
+documents.py says on which page they stand."""
 
 from __future__ import annotations
 
@@ -6,30 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_block
-import readme_model
-import status
+import sections_model
 import tables
-from runs import ROOT, Row, import_fp8
+from runs import Row
 from tables import pivot, speed_and_memory
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-CHECKS = ("<!-- checks:begin -->", "<!-- checks:end -->")
-RECIPES = ("<!-- recipes:begin -->", "<!-- recipes:end -->")
+TITLES = {
+    "model": "Whole training steps",
+    "block": "Decoder layers",
+    "moe": "Experts",
+    "linear": "Single layers",
+    "accumulate": "Gradient accumulation",
+    "breakdown": "Where the time goes",
+    "quantize": "Quantize operators",
+    "sizes": "From which size on",
+    "host": "Host time",
+}
 PLOTS = {
     "model": "Training steps against bf16",
     "linear": "Speed of one layer over M",
     "breakdown": "Where a step's time goes",
 }
-
-
-def replace_between(document: str, table: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
-    """The document with `table` between the markers. Raises ValueError when they are missing."""
-    first, last = markers
-    head, begin, rest = document.partition(first)
-    _, end, tail = rest.partition(last)
-    if not begin or not end:
-        raise ValueError(f"the document lacks the lines {first} and {last}")
-    return f"{head}{first}\n{table}\n{last}{tail}"
 
 
 def describe(facts: Row) -> str:
@@ -41,8 +40,22 @@ def describe(facts: Row) -> str:
     )
 
 
-def sections(runs: dict[str, Row], folder: Path) -> str:
-    """All of it. folder: of the JSON, where plots are looked for."""
+def source(name: str, run: Row) -> str:
+    """The line below a table: where it was measured, and of what."""
+    return f"<sub>{describe(run['header'])}; `benchmarks/results/{name}.json`</sub>"
+
+
+def landing(runs: dict[str, Row]) -> str:
+    """Whole training steps alone."""
+    parts = []
+    for name, run in runs.items():
+        if run["benchmark"] == "model":
+            parts += [sections_model.landing(run["rows"]), source(name, run)]
+    return "\n\n".join(parts) if parts else "No results yet: run `make bench` on a GPU."
+
+
+def everything(runs: dict[str, Row], folder: Path) -> str:
+    """All sections. folder: of the JSON, where plots are looked for."""
     gpus = dict.fromkeys(run["header"]["gpu"] for run in runs.values())
     parts = []
     for gpu in gpus:
@@ -52,57 +65,13 @@ def sections(runs: dict[str, Row], folder: Path) -> str:
         if shown:
             parts.append(f"### {gpu}")
         for name, run in shown:
+            parts.append(f"#### {TITLES[run['benchmark']]}")
             parts.append(SECTIONS[run["benchmark"]](run["rows"]))
             if run["benchmark"] in PLOTS and (folder / f"{name}.png").exists():
-                link = f"benchmarks/results/{name}.png"
+                link = f"../benchmarks/results/{name}.png"
                 parts.append(f"![{PLOTS[run['benchmark']]}, {gpu}]({link})")
-            parts.append(f"<sub>{describe(run['header'])}; `benchmarks/results/{name}.json`</sub>")
+            parts.append(source(name, run))
     return "\n\n".join(parts) if parts else "No results yet: run `make bench` on a GPU."
-
-
-def write(runs: dict[str, Row], folder: Path) -> Path:
-    readme = ROOT / "README.md"
-    text = replace_between(readme.read_text(), sections(runs, folder))
-    readme.write_text(replace_between(text, recipes(), RECIPES))
-    status.show(readme)
-    return readme
-
-
-_SCALES = {
-    "tensorwise": "one per tensor",
-    "rowwise": "one per row",
-    "blockwise": "one per 128 elements of a row; weight: per 128 x 128",
-}
-_RESULTS = {"fprop": "y", "dgrad": "dx", "wgrad": "dW"}
-
-
-def recipes() -> str:
-    """The table of recipes, as the library has it."""
-    default = import_fp8().recipe.DEFAULT_GROUPED_RECIPE
-    lines = []
-    for name, recipe in import_fp8().RECIPES.items():
-        scales = _SCALES[recipe.granularity]
-        if recipe.scaling == "delayed":
-            scales += ", from the 16 calls before ([Delayed scaling](#delayed-scaling))"
-        of_input, of_grad = (
-            str(dtype).removeprefix("torch.float8_").removesuffix("fn")
-            for dtype in (recipe.input_dtype, recipe.grad_output_dtype)
-        )
-        takes = "yes" if "grouped" in recipe.linears else "no"
-        fast = ", ".join(_RESULTS[product] for product in recipe.fast_accum)
-        wgrad = recipe.wgrad.replace("fp8", "FP8")
-        experts = f"{takes}, the default" if name == default else takes
-        lines.append([f"`{name}`", scales, of_input, of_grad, wgrad, fast or "none", experts])
-    columns = [
-        "recipe",
-        "scales",
-        "x, weight",
-        "dy",
-        "weight gradient",
-        "accumulate fast",
-        "experts",
-    ]
-    return tables.markdown(columns, lines, left=len(columns))
 
 
 def block(rows: list[Row]) -> str:
@@ -206,6 +175,21 @@ def quantize(rows: list[Row]) -> str:
     )
 
 
+def sizes(rows: list[Row]) -> str:
+    """Of tensorwise: the other recipes are in the JSON."""
+    shown = [row for row in rows if row["variant"] == "fp8 tensorwise"]
+    return (
+        "From which size on a layer gains: forward + backward of one layer alone, tensorwise: "
+        "speed against bf16. Columns: tokens a step; size: millions of weight elements.\n\n"
+    ) + pivot(
+        "K → N (size)",
+        sorted(shown, key=lambda row: (row["m"], row["k"] * row["n"], row["k"])),
+        lambda row: f"{row['k']} → {row['n']} ({row['k'] * row['n'] / 1e6:.1f})",
+        lambda row: f"{row['m']} tokens",
+        lambda row: tables.ratio(row["step_speedup"]),
+    )
+
+
 def host(rows: list[Row]) -> str:
     return (
         "Host time of forward + backward, Linear(256, 256) on 16 tokens, and its ratio to "
@@ -219,14 +203,15 @@ def host(rows: list[Row]) -> str:
     )
 
 
-# In the README's order.
+# In the order of the page.
 SECTIONS: dict[str, Callable[[list[Row]], str]] = {
-    "model": readme_model.section,
+    "model": sections_model.section,
     "block": block,
     "moe": moe,
     "linear": linear,
     "accumulate": accumulate,
     "breakdown": breakdown,
     "quantize": quantize,
+    "sizes": sizes,
     "host": host,
 }

@@ -1,4 +1,4 @@
-"""The README's part about whole training steps, from bench_model.py's rows."""
+"""The section about whole training steps, from bench_model.py's rows."""
 
 from __future__ import annotations
 
@@ -25,21 +25,35 @@ def drift(rows: list[Row]) -> float:
     return max(changes, default=0.0)
 
 
-def section(rows: list[Row]) -> str:
-    speeds = tables.pivot(
+def speeds(rows: list[Row]) -> str:
+    return tables.pivot(
         "speed / memory",
         shown(rows),
         lambda row: row["variant"],
         case_name,
         lambda row: tables.speed_and_memory(row, row["step_us"]["median"]),
     )
+
+
+def landing(rows: list[Row]) -> str:
+    """For the README: steps alone, in as few words as the table needs."""
+    steps = [row for row in rows if row["part"] == "step"]
+    return (
+        "A training step of transformers' models: forward with loss, backward, AdamW. Speed and "
+        "peak memory as multiples of bf16 in eager mode, whose milliseconds and GiB are given. fp8 "
+        'is in eager mode too; "compiled" is torch.compile of each decoder layer. Columns: model, '
+        f"layers, sequences × context.\n\n{speeds(steps)}"
+    )
+
+
+def section(rows: list[Row]) -> str:
     text = (
         "Training steps of transformers' models: forward with loss, backward, fused AdamW, with "
         "random weights in bf16, a vocabulary of 16384, sdpa attention and experts by "
         '`grouped_mm`; "one layer" is a decoder layer\'s forward + backward alone. Speed and peak '
         "memory as multiples of bf16 in eager mode, whose milliseconds and GiB are given. "
         '"compiled": each decoder layer for itself. bf16 measured again differs by at most '
-        f"{100 * drift(rows):.1f}%.\n\n{speeds}"
+        f"{100 * drift(rows):.1f}%.\n\n{speeds(rows)}"
     )
     profiled = [row for row in rows if row["profile"]]
     return f"{text}\n\n{kinds(profiled)}" if profiled else text
