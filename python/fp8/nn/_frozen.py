@@ -19,6 +19,7 @@ from ..recipe import Recipe
 from . import _frozen_state
 from ._calls import CALLED, _mark_traced, has_own_forward
 from ._freezing import Codes, quantized
+from ._frozen_reads import GuardedWeight
 from ._linear import Linear
 from ._scales import (
     Granularity,
@@ -70,6 +71,7 @@ class FrozenLinear(nn.Linear):
 
     __module__ = "fp8.nn"  # what pickles name
 
+    weight: Any = GuardedWeight()
     scale_name: str = "weight_scale"
     input_scale_name: str = "input_scale"
     granularity: Granularity = "rowwise"
