@@ -2,8 +2,8 @@
 
 The model is a Llama of transformers, trained for a few seconds on the text of the main demo, byte
 by byte, or one that is loaded from a folder, in high precision or in FP8. The same weights, frozen
-by rows and by blocks, are then decoded by `generate`, and on a GPU from a CUDA graph as well. Run it
-with `make demo-inference`, or `PYTHONPATH=python python examples/generate.py --help`.
+by rows and by blocks, are then decoded by `generate`, and on a GPU from a CUDA graph as well. Run
+it with `make demo-inference`, or `PYTHONPATH=python python examples/generate.py --help`.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def tokens_of(folder: Path | None, text: Text, count: int, vocabulary: int) -> t
 
 
 def frozen_layers(model: nn.Module) -> dict[str, fp8.FrozenLinear]:
+    """A model's, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, fp8.FrozenLinear)}
 
 
@@ -199,6 +200,7 @@ def logits_of(model: nn.Module, batches: torch.Tensor) -> torch.Tensor:
 
 
 def decibels(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Power of what is expected over that of the error."""
     error = (actual - expected).norm().item()
     return 20 * math.log10(expected.norm().item() / error) if error else math.inf
 
@@ -228,6 +230,7 @@ def rows_of(
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
+    """One line per row, columns aligned for a terminal."""
     header = ["model", "decoding", "tokens/s", "weights", "same choice", "logits"]
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -240,7 +243,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; defaults depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint, not a new model")
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="a checkpoint, not a new model"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--size", choices=JOBS, help="model and training (default: cpu or gpu)")
     parser.add_argument("--tokens", type=int, help="to generate")

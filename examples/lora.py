@@ -24,8 +24,8 @@ from generate import JOBS, frozen_layers, trained
 from stdlib_text import Text, load_text
 
 NEEDED = (
-    "examples/lora.py needs the package peft: pip install --no-deps peft==0.21.2 accelerate==1.15.0 "
-    "psutil==7.2.2, or make demo-lora, which installs what tests/compat needs"
+    "examples/lora.py needs the package peft: pip install --no-deps peft==0.21.2 "
+    "accelerate==1.15.0 psutil==7.2.2, or make demo-lora, which installs what tests/compat needs"
 )
 
 
@@ -35,11 +35,13 @@ def in_capitals(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats per byte. tokens, targets: [batch, length] int64."""
     logits = model(input_ids=tokens, use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def megabytes(model: nn.Module, of: Callable[[str], bool] = lambda name: True) -> str:
+    """Memory of the parameters whose names `of` takes."""
     size = sum(p.nbytes for name, p in model.named_parameters() if of(name))
     return f"{size / 2**20:.2f} MiB"
 
@@ -60,6 +62,7 @@ def train(model: nn.Module, text: Text, steps: int, rate: float, batch: int, len
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line; defaults depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--size", choices=JOBS, help="model and training (default: cpu or gpu)")

@@ -118,7 +118,9 @@ def test_frozen_adapters_are_saved_and_loaded(tmp_path):
         plain = peft.PeftModel.from_pretrained(thawed(frozen()), tmp_path)
         assert decibels(expected, plain.eval()(**given).logits) > 18
     trained = peft.PeftModel.from_pretrained(frozen(), tmp_path, is_trainable=True)
-    assert step(adopt(trained), loss("llama")).grads.keys() == step(model, loss("llama")).grads.keys()
+    assert (
+        step(adopt(trained), loss("llama")).grads.keys() == step(model, loss("llama")).grads.keys()
+    )
 
 
 def test_adopted_layers_keep_their_parameters():

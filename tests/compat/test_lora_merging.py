@@ -222,7 +222,7 @@ def test_merging_without_our_class_says_what_to_do(safe):
 
 
 def test_dora_without_our_class_says_what_to_do():
-    with pytest.raises(NotImplementedError, match="dequantize_module_weight .* it is FP8 codes"):
+    with pytest.raises(NotImplementedError, match=r"dequantize_module_weight .* it is FP8 codes"):
         peft.get_peft_model(frozen(), lora(use_dora=True))
 
 
@@ -242,10 +242,10 @@ def test_no_other_adapter_takes_codes_for_numbers(kind):
     before = {name: bits(layer) for name, layer in layers(model).items()}
     with torch.no_grad():
         if kind == "hra":
-            with pytest.raises(NotImplementedError, match="HRALinear.forward .* it is FP8 codes"):
+            with pytest.raises(NotImplementedError, match=r"HRALinear.forward .* it is FP8 codes"):
                 model(**given)
         else:
             assert decibels(model(**given).logits, plain(**given).logits) > 15
-    with pytest.raises(NotImplementedError, match="it is FP8 codes.*use plain LoRA"):
+    with pytest.raises(NotImplementedError, match=r"it is FP8 codes.*use plain LoRA"):
         model.merge_adapter()
     assert all(same(bits(layer), before[name]) for name, layer in layers(model).items())
