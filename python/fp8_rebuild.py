@@ -11,6 +11,7 @@ A module beside fp8, not in it, because where it is needed `import fp8` fails.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -40,13 +41,12 @@ def main() -> None:
     if not os.access(PACKAGE, os.W_OK):
         fail(f"{PACKAGE} cannot be written: run this as the user who installed fp8")
     torch_folder, version = find_torch()
-    jobs = str(options.jobs or default_jobs(sources))
-
     library = PACKAGE / f"lib/torch{minor(version)}/libfp8_torch.so"
     module = PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     made = []
     with tempfile.TemporaryDirectory(prefix="fp8-rebuild-") as build:
-        if options.force or not library.exists():
+        if options.force or not is_current(library):
+            jobs = str(options.jobs or default_jobs(sources))
             print(f"fp8_rebuild: libfp8_torch for torch {version}: about ten minutes on one core")
             library_options = [
                 f"-DFP8_CORE={PACKAGE}",
@@ -57,9 +57,8 @@ def main() -> None:
             made.append(library)
         if options.force or not module.exists():
             print(f"fp8_rebuild: fp8._C for Python {sys.version_info[0]}.{sys.version_info[1]}")
-            compile_with_cmake(
-                sources / "csrc/bindings", Path(build) / "bindings", module_options(), jobs
-            )
+            bindings = sources / "csrc/bindings"
+            compile_with_cmake(bindings, Path(build) / "bindings", module_options(), "1")
             made.append(module)
     for path in made:
         print(f"fp8_rebuild: made {path}")
@@ -77,6 +76,17 @@ def find_torch() -> tuple[Path, str]:
     program = "import torch; print(torch.__version__)"
     version = subprocess.check_output([sys.executable, "-c", program], text=True).strip()
     return Path(spec.submodule_search_locations[0]).resolve(), version
+
+
+def is_current(library: Path) -> bool:
+    """Whether it is there, and of this version of fp8."""
+    facts = library.with_name("build.json")
+    installed = PACKAGE / "include/fp8/version.h"
+    return (
+        library.exists()
+        and facts.exists()
+        and f'"{json.loads(facts.read_text())["fp8"]}"' in installed.read_text()
+    )
 
 
 def minor(version: str) -> str:
