@@ -115,6 +115,20 @@ def test_find_package_refuses_another_torch(tmp_path, prefix):
         assert message in " ".join(text.split())
 
 
+def test_find_package_gives_a_torch_without_cuda_the_core_without(tmp_path, prefix):
+    other = tmp_path / "torch"
+    other.mkdir()
+    (other / "version.py").write_text(f"__version__ = '{MINOR}.0+cpu'\n")
+    line = (
+        "find_package(FP8)\n"
+        'get_target_property(links FP8::torch INTERFACE_LINK_LIBRARIES)\nmessage("links=${links}")'
+    )
+    text = find_package(tmp_path, line, prefix, f"-DLibTorch_ROOT={other}")
+    assert "found=1" in text
+    core = "lib/without_cuda/libfp8_core.so"
+    assert (core in text) == bool(_build.CUDA_VERSION)  # else there is one core
+
+
 def test_programs_are_built_from_the_install_tree_alone(programs):
     commands = json.loads((programs / "compile_commands.json").read_text())
     assert len(commands) == 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fp8
+from fp8 import _build
 from fp8._native import loader as _loader
 
 PACKAGE = Path(fp8.__file__).parent
@@ -207,6 +208,27 @@ def test_every_message_says_what_is_running(monkeypatch):
 
 def run(code, *path):
     return new_process.python("-c", code, PYTHONPATH=os.pathsep.join(str(p) for p in path))
+
+
+def test_package_serves_a_torch_without_cuda():
+    """This torch may have CUDA, but says that it has none, and nothing of fp8's touches it."""
+    code = """
+import torch
+torch.version.cuda = None
+import fp8
+y = fp8.Linear(32, 16)(torch.randn(4, 32))
+y.sum().backward()
+assert fp8.plan_cache_info()["capacity"] == 0
+facts = fp8.info()
+assert facts["cublaslt at run time"] == "none", facts
+assert facts["this pair"]["gpu"] == "no CUDA here", facts
+maps = open("/proc/self/maps").read()
+print(*sorted({line.split()[-1] for line in maps.splitlines() if "libfp8_core" in line}))
+"""
+    result = run(code, PACKAGE.parent, os.environ.get("PYTHONPATH", ""))
+    assert result.returncode == 0, result.stderr
+    folder = "without_cuda" if _build.CUDA_VERSION else "lib"
+    assert Path(result.stdout.strip()).parts[-2:] == (folder, "libfp8_core.so")
 
 
 def test_import_of_an_unbuilt_package_says_how_to_build(tmp_path):
