@@ -17,6 +17,7 @@ case ${1:?wheel or sdist} in
 esac
 [ -f "${files[0]}" ] || { echo "test-$1: ${files[0]} is missing, run \`make wheel\`" >&2; exit 1; }
 
+[ "$1" = sdist ] || "$python" tests/wheel/audit.py "${files[0]}"
 unset PYTHONPATH  # a clone's python/ there would pass for an installed fp8
 name=$1-env${TORCH:+-$TORCH}-$("$python" -c 'import sys; print("3.%d" % sys.version_info[1])')
 environment=$root/build/$name

@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 version=$(cat VERSION)
-# What auditwheel finds in libraries made on Debian 12: GLIBC_2.34, GLIBCXX_3.4.29 (tests/wheel/audit.py).
+# Of libraries made on Debian 12: they ask for dlopen of GLIBC_2.34 (NVTX) and GLIBCXX_3.4.29. tests/wheel/audit.py
+# checks it. So Debian 12, Ubuntu 22.04 and RHEL 9 are the oldest.
 platform=manylinux_2_34_x86_64
 
 # The headers and the libraries that are linked to; torch itself is not installed.
