@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def commands(monkeypatch):
         seen.append([str(part) for part in command])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(fp8_rebuild.subprocess, "run", note)
+    asked = SimpleNamespace(run=note, check_output=subprocess.check_output)
+    monkeypatch.setattr(fp8_rebuild, "subprocess", asked)
     return seen
 
 
