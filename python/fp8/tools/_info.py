@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .._native import loader
+from .._native import loader, versions
 from ..recipe import RECIPES, Recipe
 
 _TENSOR_CORES = "FP8 tensor cores"
@@ -49,6 +49,8 @@ def info() -> dict[str, object]:
     """
     return {
         **_versions(),
+        "this pair": versions.status(torch.__version__, _cublaslt_runtime()),
+        "pairs": versions.table(),
         "cublaslt files": _cublaslt_files(),
         "driver": _driver_version(),
         "devices": _devices(),
@@ -87,7 +89,7 @@ def _lines(value: object) -> list[str]:
 def _versions() -> dict[str, object]:
     return {
         "fp8": loader.read_build().version,
-        "built with": _native_or_error("build_info"),
+        "built with": {"torch": loader.read_build().torch, **_native_or_error("build_info")},
         "cublaslt at run time": _cublaslt_runtime(),
         "torch": torch.__version__,
         "torch cuda": torch.version.cuda or "none",
