@@ -83,8 +83,8 @@ test-tsan: $(INSTALLED)  ## the same under ThreadSanitizer: threads share the pl
 test-faults: _catch2 $(INSTALLED)  ## deliberate faults, each of which must turn a test red: minutes
 	@$(PY) tests/faults/run.py $(ARGS)
 
-wheel: $(INSTALLED)  ## source distribution and wheel, into dist/
-	@PYTHON=$(PY) scripts/wheel.sh
+wheel: build  ## source distribution and wheel, into dist/
+	@PYTHON=$(PY) CMAKE_ARGS='$(CMAKE_ARGS)' FP8_BUILD_DIR=$(CURDIR)/build scripts/wheel.sh
 
 test-wheel: wheel  ## the wheel in a fresh environment; downloads torch, or takes it from WHEEL_SITE
 	@PYTHON=$(PY) scripts/test_wheel.sh wheel
@@ -146,8 +146,11 @@ _tests_built: $(CONFIGURED)
 	@$(BIN)cmake --build build -j $$(scripts/jobs.sh)
 	@$(DEVEL)
 
+# CMake asks everything anew, as with --fresh, but objects stay: ninja compiles again what another
+# command makes, or headers that changed. So `make test` after `make demo` only adds the tests.
 $(CONFIGURED): $(INSTALLED) VERSION
-	$(BIN)cmake --fresh -S . -B build $(CONFIGURE)
+	@rm -rf build/CMakeCache.txt build/CMakeFiles/[0-9]*
+	$(BIN)cmake -S . -B build $(CONFIGURE)
 	@rm -f build/.configured-* && touch $@
 
 ifneq ($(strip $(VENV)),)

@@ -5,11 +5,16 @@ straight into the folder that becomes the wheel's fp8/, and installs include/ an
 so that C++ programs find what `cmake --install` would give them. Options for CMake go into
 CMAKE_ARGS, for example
 `CMAKE_ARGS="-DFP8_CUDA_ARCHITECTURES=89;90" pip install --no-build-isolation .`
+
+FP8_BUILD_DIR names a build tree, as `make build` leaves it in build/. Where it is of the same
+sources, Python and options, it is brought up to date and installed from; else it is left alone.
 """
 
 from __future__ import annotations
 
+import filecmp
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,11 +27,38 @@ from setuptools.command.build_ext import build_ext
 SOURCE = Path(__file__).resolve().parent
 
 
+def files(root: Path) -> dict[str, Path]:
+    """What CMake compiles from, by its path below the root."""
+    found = [root / "CMakeLists.txt", root / "VERSION"]
+    found += [path for folder in ("cmake", "csrc") for path in (root / folder).rglob("*")]
+    return {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
+
+
+def difference(build: Path, options: list[str]) -> str | None:
+    """Why a build tree does not stand for these sources, this Python and these options."""
+    cache = build / "CMakeCache.txt"
+    if not cache.is_file():
+        return "it has no CMakeCache.txt"
+    known = dict(re.findall(r"^([^#/\s:]+):\w+=(.*)$", cache.read_text(), re.MULTILINE))
+    for option in options:
+        name, _, value = option.removeprefix("-D").partition("=")
+        name = name.partition(":")[0]
+        if known.get(name) != value:
+            return f"it has {name}={known.get(name, '')}, and {option} is asked for"
+    here, there = files(SOURCE), files(Path(known["CMAKE_HOME_DIRECTORY"]))
+    for name in sorted(here.keys() | there.keys()):
+        if name not in here or name not in there:
+            return f"{name} is in one of the two sources only"
+        if not filecmp.cmp(here[name], there[name], shallow=False):
+            return f"its {name} is another"
+    return None
+
+
 class CMakeBuild(build_ext):
     """Runs CMake instead of a compiler."""
 
     def run(self) -> None:
-        """Configures and builds into build/wheel, with the results in the wheel's folder."""
+        """Configures and builds, or takes what is built, with the results in the wheel's folder."""
         try:
             import torch  # noqa: F401  (CMake asks it for LibTorch's place)
         except ImportError as error:
@@ -42,20 +74,35 @@ class CMakeBuild(build_ext):
             )
         inplace = self.get_finalized_command("build_py").get_package_dir("fp8")
         package = Path(inplace if self.inplace else f"{self.build_lib}/fp8").resolve()
-        build = Path(self.build_temp).resolve()
-        jobs = subprocess.check_output(["bash", SOURCE / "scripts/jobs.sh"], text=True).strip()
-        configure = [
-            *("cmake", "-S", SOURCE, "-B", build, "-G", "Ninja"),
+        options = [
             "-DCMAKE_BUILD_TYPE=Release",
-            "-DFP8_BUILD_TESTS=OFF",
-            f"-DFP8_PYTHON_PACKAGE_DIR={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
+        if built := os.environ.get("FP8_BUILD_DIR"):
+            reason = difference(Path(built), options)
+            if reason is None:
+                self.compile_tree(Path(built), "--target", "fp8_core", "fp8_torch", "_C")
+                self.install_from(Path(built), package, "runtime", "python", "devel")
+                return
+            print(f"fp8: {built} does not serve, building anew: {reason}", file=sys.stderr)
+        build = Path(self.build_temp).resolve()
+        configure = ["cmake", "-S", SOURCE, "-B", build, "-G", "Ninja", "-DFP8_BUILD_TESTS=OFF"]
+        configure += [f"-DFP8_PYTHON_PACKAGE_DIR={package}", *options]
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
-        devel = ["cmake", "--install", build, "--prefix", package, "--component", "devel"]
-        subprocess.run(devel, check=True)
+        self.compile_tree(build)
+        self.install_from(build, package, "devel")
+
+    def compile_tree(self, build: Path, *arguments: str) -> None:
+        """Compiles what is out of date."""
+        jobs = subprocess.check_output(["bash", SOURCE / "scripts/jobs.sh"], text=True).strip()
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs, *arguments], check=True)
+
+    def install_from(self, build: Path, package: Path, *components: str) -> None:
+        """Copies what CMake would install."""
+        for component in components:
+            prefix = ["--prefix", package, "--component", component]
+            subprocess.run(["cmake", "--install", build, *prefix], check=True)
 
     def get_outputs(self) -> list[str]:
         """Files that `setup.py install --record` lists: whatever CMake left in the package."""

@@ -1,5 +1,6 @@
 # What `cmake --install` puts below a prefix, and the wheel into the package: include/fp8, lib, share/cmake/FP8.
-# Components: runtime (the libraries) and devel (headers and CMake files). The prefix may be moved afterwards.
+# Components: runtime (the libraries), devel (headers and CMake files) and, for a wheel alone, python. The prefix may be
+# moved afterwards.
 include(CMakePackageConfigHelpers)
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" FP8_TORCH_MINOR ${LibTorch_VERSION})
 configure_file(cmake/FP8Config.cmake.in ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8Config.cmake @ONLY)
@@ -16,3 +17,5 @@ install(FILES csrc/include/fp8/core.h csrc/include/fp8/ops.h csrc/include/fp8/nn
   ${CMAKE_CURRENT_BINARY_DIR}/include/fp8/version.h DESTINATION include/fp8 COMPONENT devel)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8Config.cmake ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8ConfigVersion.cmake
   cmake/LibTorch.cmake DESTINATION share/cmake/FP8 COMPONENT devel)
+install(TARGETS _C LIBRARY DESTINATION . COMPONENT python EXCLUDE_FROM_ALL)
+install(FILES ${FP8_PYTHON_PACKAGE_DIR}/_build.py DESTINATION . COMPONENT python EXCLUDE_FROM_ALL)
