@@ -44,7 +44,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist release sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -74,10 +74,10 @@ test-gpu: _tests_built  ## the tests that need a GPU; fails where there is none
 test-compat: build $(PACKAGES)  ## models, trainers and tools of other packages, at pinned versions
 	@PYTHONPATH="$$PYTHONPATH$(if $(SITE),:$(CURDIR)/$(SITE))" $(PY) -m pytest tests/compat $(ARGS)
 
-test-asan: $(INSTALLED)  ## the host code's C++ tests under AddressSanitizer and UBSan
+test-asan: $(INSTALLED)  ## the host code's C++ tests under AddressSanitizer and UBSan; test-tsan: threads
 	@$(call host_tests,asan,address$(comma)undefined)
 
-test-tsan: $(INSTALLED)  ## the same under ThreadSanitizer: threads share the plan cache
+test-tsan: $(INSTALLED)  # the same under ThreadSanitizer: threads share the plan cache
 	@$(call host_tests,tsan,thread)
 
 test-faults: _catch2 $(INSTALLED)  ## deliberate faults, each of which must turn a test red: minutes
@@ -91,6 +91,9 @@ test-wheel: wheel  ## the wheel in a fresh environment; downloads torch, or take
 
 test-sdist: wheel  ## the source distribution, built by pip in a clean environment
 	@PYTHON=$(PY) scripts/test_wheel.sh sdist
+
+release: build  ## wheel and sdist, made twice and compared, tried in fresh environments
+	@PYTHON=$(PY) CMAKE_ARGS='$(CMAKE_ARGS)' PATH="$(PATH)" scripts/release.sh $(ARGS)
 
 sanitize: build  ## compute-sanitizer over every op; needs a GPU
 	@PYTHON=$(PY) scripts/sanitize.sh
@@ -154,8 +157,9 @@ $(CONFIGURED): $(INSTALLED) VERSION
 	@rm -f build/.configured-* && touch $@
 
 ifneq ($(strip $(VENV)),)
+# Bytecode of what is imported is made then: of all of it, half a minute.
 $(INSTALLED): | $(BIN)python
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@rm -f $(VENV)/.installed-* && touch $@
 
 $(LINTERS): | $(INSTALLED)

@@ -99,10 +99,10 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build, "--parallel", jobs, *arguments], check=True)
 
     def install_from(self, build: Path, package: Path, *components: str) -> None:
-        """Copies what CMake would install."""
+        """Copies what CMake would install; stripped, as nvcc leaves names of temporary files."""
         for component in components:
             prefix = ["--prefix", package, "--component", component]
-            subprocess.run(["cmake", "--install", build, *prefix], check=True)
+            subprocess.run(["cmake", "--install", build, "--strip", *prefix], check=True)
 
     def get_outputs(self) -> list[str]:
         """Files that `setup.py install --record` lists: whatever CMake left in the package."""
