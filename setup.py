@@ -9,11 +9,16 @@ The wheel is for the torch and the Python that build it. scripts/wheel.sh makes 
   FP8_WHEEL_TORCHES    more torch packages, or unpacked ones, as folders between colons
   FP8_WHEEL_PYTHONS    folders with Python.h of more Pythons, between colons
   FP8_WHEEL_PLATFORM   tags the wheel py3-none-PLATFORM, as one for several Pythons must be
+
+FP8_BUILD_DIR names a build tree, as `make build` leaves it in build/. Where it is of the same
+sources, Python and options, it is brought up to date and installed from; else it is left alone.
 """
 
 from __future__ import annotations
 
+import filecmp
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,11 +37,38 @@ def folders(variable: str) -> list[str]:
     return [folder for folder in os.environ.get(variable, "").split(":") if folder]
 
 
+def files(root: Path) -> dict[str, Path]:
+    """What CMake compiles from, by its path below the root."""
+    found = [root / "CMakeLists.txt", root / "VERSION"]
+    found += [path for folder in ("cmake", "csrc") for path in (root / folder).rglob("*")]
+    return {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
+
+
+def difference(build: Path, options: list[str]) -> str | None:
+    """Why a build tree does not stand for these sources, this Python and these options."""
+    cache = build / "CMakeCache.txt"
+    if not cache.is_file():
+        return "it has no CMakeCache.txt"
+    known = dict(re.findall(r"^([^#/\s:]+):\w+=(.*)$", cache.read_text(), re.MULTILINE))
+    for option in options:
+        name, _, value = option.removeprefix("-D").partition("=")
+        name = name.partition(":")[0]
+        if known.get(name) != value:
+            return f"it has {name}={known.get(name, '')}, and {option} is asked for"
+    here, there = files(SOURCE), files(Path(known["CMAKE_HOME_DIRECTORY"]))
+    for name in sorted(here.keys() | there.keys()):
+        if name not in here or name not in there:
+            return f"{name} is in one of the two sources only"
+        if not filecmp.cmp(here[name], there[name], shallow=False):
+            return f"its {name} is another"
+    return None
+
+
 class CMakeBuild(build_ext):
     """Runs CMake instead of a compiler."""
 
     def run(self) -> None:
-        """Configures and builds below build/, with the results in the wheel's folder."""
+        """Configures and builds, or takes what is built, with the results in the wheel's folder."""
         try:
             import torch  # noqa: F401  (CMake asks it for LibTorch's place)
         except ImportError as error:
@@ -52,45 +84,78 @@ class CMakeBuild(build_ext):
             )
         inplace = self.get_finalized_command("build_py").get_package_dir("fp8")
         package = Path(inplace if self.inplace else f"{self.build_lib}/fp8").resolve()
-        build = Path(self.build_temp).resolve()
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        self.cmake(
-            SOURCE,
-            build / "fp8",
-            "-DFP8_BUILD_TESTS=OFF",
-            f"-DFP8_PYTHON_PACKAGE_DIR={package}",
+        options = [
+            "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             *arguments,
-        )
-        for component in ("devel", "sources"):
-            prefix = ["--prefix", package, "--component", component]
-            subprocess.run(["cmake", "--install", build / "fp8", *prefix], check=True)
+        ]
+        self.make_package(package, options)
+        self.add_torches(package, arguments)
+        self.add_pythons(package)
+
+    def make_package(self, package: Path, options: list[str]) -> None:
+        """For this torch and this Python: built, or installed from what is."""
+        if built := os.environ.get("FP8_BUILD_DIR"):
+            reason = difference(Path(built), options)
+            if reason is None:
+                self.compile_tree(Path(built), "--target", "fp8_core", "fp8_torch", "_C")
+                self.install_from(Path(built), package, "runtime", "python", "devel", "sources")
+                return
+            print(f"fp8: {built} does not serve, building anew: {reason}", file=sys.stderr)
+        build = Path(self.build_temp).resolve() / "fp8"
+        folder = f"-DFP8_PYTHON_PACKAGE_DIR={package}"
+        self.configure(SOURCE, build, "-DFP8_BUILD_TESTS=OFF", folder, *options)
+        self.compile_tree(build)
+        self.install_from(build, package, "devel", "sources")
+
+    def add_torches(self, package: Path, arguments: list[str]) -> None:
+        """A libfp8_torch for each of FP8_WHEEL_TORCHES."""
         for number, torch_folder in enumerate(folders("FP8_WHEEL_TORCHES")):
-            self.cmake(
+            build = Path(self.build_temp).resolve() / f"torch{number}"
+            self.configure(
                 SOURCE,
-                build / f"torch{number}",
+                build,
+                "-DCMAKE_BUILD_TYPE=Release",
                 f"-DFP8_CORE={package}",
                 f"-DFP8_PYTHON_PACKAGE_DIR={package}",
                 f"-DLibTorch_ROOT={torch_folder}",
                 *arguments,
             )
-        if headers := folders("FP8_WHEEL_PYTHONS"):
-            import pybind11
+            self.compile_tree(build)
 
-            self.cmake(
-                SOURCE / "csrc/bindings",
-                build / "bindings",
-                f"-DFP8_PACKAGE={package}",
-                f"-DFP8_PYTHON_INCLUDE_DIRS={';'.join(headers)}",
-                f"-DFP8_PYBIND11_INCLUDE_DIR={pybind11.get_include()}",
-            )
+    def add_pythons(self, package: Path) -> None:
+        """A _C for each of FP8_WHEEL_PYTHONS."""
+        headers = folders("FP8_WHEEL_PYTHONS")
+        if not headers:
+            return
+        import pybind11
 
-    def cmake(self, source: Path, build: Path, *options: str) -> None:
-        """Configures a project and builds all of it."""
+        build = Path(self.build_temp).resolve() / "bindings"
+        self.configure(
+            SOURCE / "csrc/bindings",
+            build,
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DFP8_PACKAGE={package}",
+            f"-DFP8_PYTHON_INCLUDE_DIRS={';'.join(headers)}",
+            f"-DFP8_PYBIND11_INCLUDE_DIR={pybind11.get_include()}",
+        )
+        self.compile_tree(build)
+
+    def configure(self, source: Path, build: Path, *options: str) -> None:
+        """Prepares a tree for compile_tree."""
+        subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *options], check=True)
+
+    def compile_tree(self, build: Path, *arguments: str) -> None:
+        """Compiles what is out of date."""
         jobs = subprocess.check_output(["bash", SOURCE / "scripts/jobs.sh"], text=True).strip()
-        configure = ["cmake", "-S", source, "-B", build, "-G", "Ninja"]
-        subprocess.run([*configure, "-DCMAKE_BUILD_TYPE=Release", *options], check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs, *arguments], check=True)
+
+    def install_from(self, build: Path, package: Path, *components: str) -> None:
+        """Copies what CMake would install; stripped, as nvcc leaves names of temporary files."""
+        for component in components:
+            prefix = ["--prefix", package, "--component", component]
+            subprocess.run(["cmake", "--install", build, "--strip", *prefix], check=True)
 
     def get_outputs(self) -> list[str]:
         """Files that `setup.py install --record` lists: whatever CMake left in the package."""

@@ -1,6 +1,6 @@
 # What `cmake --install` puts below a prefix, and the wheel into the package: include/fp8, lib, share/cmake/FP8.
-# Components: runtime (the libraries), devel (headers and CMake files) and sources (what fp8_rebuild.py compiles; in
-# the wheel alone). The prefix may be moved afterwards.
+# Components: runtime (the libraries), devel (headers and CMake files) and, for a wheel alone, python and sources (what
+# fp8_rebuild.py compiles). The prefix may be moved afterwards.
 include(CMakePackageConfigHelpers)
 configure_file(cmake/FP8Config.cmake.in ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8Config.cmake @ONLY)
 write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8ConfigVersion.cmake
@@ -17,6 +17,8 @@ install(FILES csrc/include/fp8/core.h csrc/include/fp8/ops.h csrc/include/fp8/nn
   ${CMAKE_CURRENT_BINARY_DIR}/include/fp8/version.h DESTINATION include/fp8 COMPONENT devel)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8Config.cmake ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8ConfigVersion.cmake
   cmake/LibTorch.cmake DESTINATION share/cmake/FP8 COMPONENT devel)
+install(TARGETS _C LIBRARY DESTINATION . COMPONENT python EXCLUDE_FROM_ALL)
+install(FILES ${FP8_PYTHON_PACKAGE_DIR}/_build.py DESTINATION . COMPONENT python EXCLUDE_FROM_ALL)
 
 set(_sources share/fp8/sources)
 install(FILES CMakeLists.txt VERSION LICENSE DESTINATION ${_sources} COMPONENT sources EXCLUDE_FROM_ALL)
