@@ -34,7 +34,7 @@ def test_plugin_is_found_by_its_name(manager):
 
 @pytest.mark.parametrize("given", [{}, {"fp8_recipe": "rowwise"}])
 def test_plugin_converts_the_model(manager, monkeypatch, given):
-    nothing_is_small(monkeypatch)
+    nothing_is_small(monkeypatch.setattr)
     model = make("llama", torch.bfloat16)
     manager.post_model_build(DictDefault(given), model)
     recipe = given.get("fp8_recipe", "tensorwise")

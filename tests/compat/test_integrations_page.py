@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,16 +28,16 @@ def blocks(section: str, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", SECTIONS[section], re.MULTILINE | re.DOTALL)
 
 
-def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default rules take layers of any size: those of the snippets have no filter."""
-    monkeypatch.setattr(_rules, "MIN_MEAN_SIZE", 0)
-    monkeypatch.setattr(_rules, "MIN_WORK", MappingProxyType(dict.fromkeys(fp8.RECIPES, 0)))
-    monkeypatch.setattr(_expert_rules, "MIN_EXPERTS_WORK", 0)
+def nothing_is_small(setattr: Callable[[Any, str, Any], None]) -> None:
+    """The default rules take layers of any size: the snippets have no filter."""
+    setattr(_rules, "MIN_MEAN_SIZE", 0)
+    setattr(_rules, "MIN_WORK", MappingProxyType(dict.fromkeys(fp8.RECIPES, 0)))
+    setattr(_expert_rules, "MIN_EXPERTS_WORK", 0)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch):
-    nothing_is_small(monkeypatch)
+    nothing_is_small(monkeypatch.setattr)
 
 
 def run(section: str, names: dict[str, Any], which: int = 0) -> dict[str, Any]:
