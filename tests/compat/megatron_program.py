@@ -77,8 +77,7 @@ def train(model: nn.Module, main_grad: bool = False) -> tuple[float, dict[str, T
         total += float(loss.detach())
     grads = {}
     for name, p in model.named_parameters():
-        taken = main_grad and getattr(p, "grad_added_to_main_grad", False)
-        grads[name] = p.main_grad if taken else p.grad
+        grads[name] = p.main_grad if getattr(p, "grad_added_to_main_grad", False) else p.grad
     return total, grads
 
 
@@ -103,7 +102,7 @@ def main() -> None:
             names = {type(m).__name__ for m in model.modules() if hasattr(m, "recipe")}
             assert names == {"ColumnParallelLinear", "RowParallelLinear"}
             results[f"{recipe} {size}"] = train(model)
-        results[f"main_grad {size}"] = train(make(text, RECIPES[-1], size), main_grad=True)
+        results[f"main_grad {size}"] = train(make(text, RECIPES[0], size), main_grad=True)
         parallel_state.destroy_model_parallel()
     assert rank == torch.distributed.get_rank()
     answer(results)

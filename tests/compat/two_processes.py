@@ -1,6 +1,6 @@
 """Runs a program of this folder as two processes that train together, over gloo on the CPU.
 
-    program.py RANK FOLDER     the folder has a file for the process group, and takes the results
+program.py RANK FOLDER     the folder has a file for the process group, and takes the results
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What torch.utils.flop_counter.FlopCounterMode counts for the operators: 2 · M · N · K a product.
 
 So as many as for the matmuls of nn.Linear, or of experts in high precision, forward and backward.
-Quantizing, biases and gates count nothing, as there. The counter's registry gets the formulas when a
-counter first meets one of the operators: `import fp8` changes nothing there, and its module, which
-imports triton, is not imported.
+Quantizing, biases and gates count nothing, as there. The counter's registry gets the formulas when
+a counter first meets one of the operators: `import fp8` changes nothing there, and its module,
+which imports triton, is not imported.
 """
 
 import importlib

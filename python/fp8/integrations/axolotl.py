@@ -1,8 +1,8 @@
 """axolotl: a plugin that converts the model once its weights are loaded, before adapters.
 
-    plugins:
-      - fp8.integrations.axolotl.Plugin
-    fp8_recipe: rowwise
+plugins:
+  - fp8.integrations.axolotl.Plugin
+fp8_recipe: rowwise
 """
 
 from typing import Any
@@ -35,8 +35,11 @@ class FP8Args(BaseModel):
 
 
 class Plugin(BasePlugin):
-    """Calls `fp8.convert`. LoRA kernels that read weights past the layers' forward (lora_qkv_kernel,
-    lora_o_kernel, lora_mlp_kernel) leave these in high precision: leave those off."""
+    """Calls `fp8.convert` with `fp8_recipe`.
+
+    LoRA kernels that read weights past the layers' forward (lora_qkv_kernel, lora_o_kernel,
+    lora_mlp_kernel) compute with them in high precision: leave those off.
+    """
 
     def get_input_args(self) -> str:
         """Where axolotl finds `FP8Args`."""

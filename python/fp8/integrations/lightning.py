@@ -4,11 +4,10 @@
     lightning.Fabric(plugins=fp8.integrations.lightning.FabricPrecision("bf16-true"))
 
 Weights, gradients and optimizer are those of Lightning's own "bf16-true" or "16-true"; the layers
-that `fp8.convert` chooses compute in FP8. FSDPStrategy takes no precision plugin but its own: there,
-and with "bf16-mixed", call `fp8.convert` in `configure_model`.
+that `fp8.convert` chooses compute in FP8. FSDPStrategy takes no precision plugin but its own:
+there, and with "bf16-mixed", call `fp8.convert` in `configure_model`.
 """
 
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -40,11 +39,11 @@ class Precision(_Trainer):
         self, precision: Literal["bf16-true", "16-true"] = "bf16-true", **options: Any
     ) -> None:
         super().__init__(precision)
-        self._convert = partial(convert, **check_options(type(self).__name__, options))
+        self._options = check_options(type(self).__name__, options)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """The module, cast and converted in place."""
-        return self._convert(super().convert_module(module))
+        return convert(super().convert_module(module), **self._options)
 
 
 class FabricPrecision(_Fabric):
@@ -54,8 +53,8 @@ class FabricPrecision(_Fabric):
         self, precision: Literal["bf16-true", "16-true"] = "bf16-true", **options: Any
     ) -> None:
         super().__init__(precision)
-        self._convert = partial(convert, **check_options(type(self).__name__, options))
+        self._options = check_options(type(self).__name__, options)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """The module, cast and converted in place."""
-        return self._convert(super().convert_module(module))
+        return convert(super().convert_module(module), **self._options)

@@ -81,7 +81,9 @@ def in_fp8(spec: Any, recipe: str | Recipe = "tensorwise") -> Any:
     """
     name = str(check_recipe(recipe))
     if check_recipe(recipe).scaling == "delayed":
-        raise ValueError("fp8.integrations.megatron.in_fp8: expected dynamic scaling, got 'delayed'")
+        raise ValueError(
+            "fp8.integrations.megatron.in_fp8: expected a recipe of dynamic scaling, got 'delayed'"
+        )
     replaced = _replaced(spec, name)
     if replaced is spec:
         raise ValueError(
@@ -102,7 +104,7 @@ def _replaced(part: Any, recipe: str) -> Any:
     if isinstance(part, list):
         parts = [_replaced(one, recipe) for one in part]
         return part if all(a is b for a, b in zip(parts, part, strict=True)) else parts
-    if not dataclasses.is_dataclass(part):
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
         return part
     values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
     others = {name: _replaced(value, recipe) for name, value in values.items()}

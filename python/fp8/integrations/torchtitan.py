@@ -1,6 +1,6 @@
 """torchtitan: an override that builds `fp8.Linear` where a model's config has a Linear.
 
-    --override.imports 'fp8.integrations.torchtitan.linear={"recipe": "rowwise"}'
+--override.imports 'fp8.integrations.torchtitan.linear={"recipe": "rowwise"}'
 """
 
 from dataclasses import dataclass

@@ -118,7 +118,9 @@ def test_module_names_the_package_that_is_missing(module):
     result = new_process.python("-c", "\n".join(line[8:] for line in program.splitlines()))
     assert result.returncode == 0, result.stderr
     name = module.partition("._")[0]
-    expected = rf"{re.escape(name)} needs the package {OTHERS[module]} \(tested with [\d.]+\): it is"
+    expected = (
+        rf"{re.escape(name)} needs the package {OTHERS[module]} \(tested with [\d.]+\): it is"
+    )
     assert re.match(expected, result.stdout), result.stdout
 
 

@@ -1,7 +1,6 @@
-"""The callback of transformers' Trainer, and so of what derives from it (TRL, accelerate's users)."""
+"""The callback of transformers' Trainer, and of the trainers that derive from it (TRL's)."""
 
 import weakref
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -33,8 +32,7 @@ class ConvertCallback(TrainerCallback):
     """
 
     def __init__(self, recipe: Any = "tensorwise", **options: Any) -> None:
-        options = check_options(type(self).__name__, {"recipe": recipe, **options})
-        self._convert = partial(convert, **options)
+        self._options = check_options(type(self).__name__, {"recipe": recipe, **options})
         self._converted: weakref.ref[nn.Module] | None = None
 
     def on_init_end(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
@@ -47,5 +45,5 @@ class ConvertCallback(TrainerCallback):
 
     def _once(self, model: nn.Module | None) -> None:
         if model is not None and (self._converted is None or self._converted() is not model):
-            self._convert(model)
+            convert(model, **self._options)
             self._converted = weakref.ref(model)
