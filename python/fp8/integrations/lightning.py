@@ -43,7 +43,8 @@ class Precision(_Trainer):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """The module, cast and converted in place."""
-        return convert(super().convert_module(module), **self._options)
+        converted: nn.Module = convert(super().convert_module(module), **self._options)
+        return converted
 
 
 class FabricPrecision(_Fabric):
@@ -57,4 +58,5 @@ class FabricPrecision(_Fabric):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """The module, cast and converted in place."""
-        return convert(super().convert_module(module), **self._options)
+        converted: nn.Module = convert(super().convert_module(module), **self._options)
+        return converted
