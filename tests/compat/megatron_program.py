@@ -63,9 +63,11 @@ def make(text: str, recipe: str | None, size: int) -> nn.Module:
 
 def train(model: nn.Module, main_grad: bool = False) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of two micro-batches."""
-    for p in model.parameters():
-        if main_grad and p.dim() == 2:
-            p.main_grad, p.grad_added_to_main_grad = torch.zeros_like(p), False
+    with_buffers = [
+        p for n, p in model.named_parameters() if main_grad and ".linear_" in n and p.dim() == 2
+    ]
+    for p in with_buffers:
+        p.main_grad, p.grad_added_to_main_grad = torch.zeros_like(p), False
     total = 0.0
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
@@ -75,10 +77,8 @@ def train(model: nn.Module, main_grad: bool = False) -> tuple[float, dict[str, T
         loss = model(ids, positions, mask, labels=ids).mean()
         loss.backward()
         total += float(loss.detach())
-    grads = {}
-    for name, p in model.named_parameters():
-        grads[name] = p.main_grad if getattr(p, "grad_added_to_main_grad", False) else p.grad
-    return total, grads
+    assert all(p.grad_added_to_main_grad for p in with_buffers)
+    return total, {n: getattr(p, "main_grad", p.grad) for n, p in model.named_parameters()}
 
 
 def main() -> None:
