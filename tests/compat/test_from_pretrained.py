@@ -4,6 +4,7 @@ them in what the model saves."""
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from converted import convert, converted_layers, every, step
+import two_processes
+from converted import convert, converted_layers, every, relative, step
 from tiny_transformers import loss, make
 from torch import nn
 
@@ -21,8 +23,8 @@ import fp8
 from fp8.integrations.transformers import ConvertConfig
 
 
-def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    make(family, dtype).save_pretrained(folder)
+def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32, **more: object) -> str:
+    make(family, dtype, **more).save_pretrained(folder)
     return str(folder)
 
 
@@ -135,6 +137,24 @@ def test_device_map_with_offloading(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
     assert len(converted_layers(model)) == len(converted_layers(expected))
+
+
+def test_tensor_parallel_plan(tmp_path):
+    """Two processes, each with half of the rows or columns of a layer: its error is FP8's."""
+    saved("llama", tmp_path / "model", num_key_value_heads=2)
+    for result in two_processes.run("tp_program.py", tmp_path):
+        loss, grads = result["parallel"]
+        _, one_grads = result["one process"]
+        exact_loss, exact = result["linear"]
+        whole, local = result["one process, shapes"], result["parallel, shapes"]
+        assert [math.prod(shape) for shape in whole] == [2 * math.prod(shape) for shape in local]
+        assert loss == pytest.approx(float(exact_loss), rel=0.03)
+        assert grads.keys() == exact.keys()
+        ours, ones, theirs = (
+            torch.cat([each[name].double().flatten() for name in exact])
+            for each in (grads, one_grads, exact)
+        )
+        assert 0 < relative(ours, theirs) < 1.3 * relative(ones, theirs)
 
 
 def test_config_as_a_dict(tmp_path):

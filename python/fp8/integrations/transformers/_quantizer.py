@@ -29,7 +29,7 @@ METHOD = "fp8_convert"
 class ConvertConfig(QuantizationConfigMixin):
     """For `from_pretrained(quantization_config=...)`: train the model with `fp8.convert`.
 
-    Converted before the weights come, so that a device_map, tensor parallel plans and FSDP find FP8
+    Converted before the weights come, so that a device_map and tensor parallel plans find FP8
     layers. The saved model is that of nn.Linear, and its config names nothing of fp8.
 
     Args:
