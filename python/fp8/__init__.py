@@ -11,8 +11,8 @@ follows, `fp8.tools` what is done around training, `fp8.integrations` what other
 What begins with an underscore is private.
 
 Importing registers the operators `torch.ops.fp8.*`. It does not initialize CUDA, and it imports and
-changes no other library: `fp8` as an experts implementation of Hugging Face transformers is
-registered if that is loaded already (see `fp8.integrations.transformers`).
+changes no other library, whether that is loaded already or not: what other libraries are to know is
+registered by `fp8.convert` or by a call of `fp8.integrations` (docs/integrations.md).
 """
 
 from ._native.loader import PACKAGE as _PACKAGE
@@ -29,7 +29,6 @@ from . import tools as tools
 from ._native import flops as _flops
 from ._native import operators as _operators
 from .conversion import convert, revert, summary
-from .integrations.transformers import _registration
 from .nn import MLP, GatedMLP, GroupedLinear, Linear, MergedLinear, RMSNorm
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
@@ -42,7 +41,6 @@ from .tools import (
     uncalibrate,
 )
 
-_registration.register_if_loaded()
 _flops.install()
 _operators.install()
 

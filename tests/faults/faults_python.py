@@ -125,6 +125,27 @@ PYTHON = [
         f"{EXPERTS}/test_experts_registration.py",
     ),
     Fault(
+        "a model of transformers without experts registers nothing",
+        "python/fp8/integrations/transformers/_registration.py",
+        "isinstance(m, kind) or ",
+        "",
+        f"{EXPERTS}/test_experts_registration.py",
+    ),
+    Fault(
+        "importing fp8 registers the experts implementation",
+        "python/fp8/__init__.py",
+        "_flops.install()\n",
+        "_flops.install()\nintegrations.transformers._registration.register_if_loaded()\n",
+        f"{EXPERTS}/test_experts_registration.py",
+    ),
+    Fault(
+        "an integration does not say which package is missing",
+        "python/fp8/integrations/_missing.py",
+        "needs the package {package}",
+        "needs a package",
+        "tests/python/module/test_packages.py",
+    ),
+    Fault(
         "another torch minor is not noticed",
         "python/fp8/_native/loader.py",
         "if minor(torch.__version__) not in build.torches:",

@@ -1,1 +1,25 @@
-"""What other libraries need to find fp8, a module for each. None of them is imported here."""
+"""What other packages ask for: a few lines each, and docs/integrations.md has a section each.
+
+    transformers  Trainer's callback, from_pretrained's quantization_config, experts of mixtures
+    lightning     precision plugins of Trainer and Fabric
+    torchtitan    an override of its Linear
+    axolotl       a plugin
+    megatron      its parallel linears, for a spec
+
+`import fp8` imports none of these packages. A module here imports its package when it is imported
+itself, or first named as an attribute, and raises ImportError, naming the package, if it is not
+there. PEFT, accelerate and DeepSpeed need nothing of ours.
+"""
+
+import importlib
+from types import ModuleType
+
+from . import transformers as transformers
+
+_LATER = frozenset({"axolotl", "lightning", "megatron", "torchtitan"})
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,19 @@ COMMANDS = {"fp8.__main__", "fp8.info"}
 """Run with `python -m`, not imported. The second is the first's name of old, for one release more:
 importing it gives the function."""
 
+OTHERS = {
+    f"fp8.integrations.{name}": package
+    for name, package in {
+        "axolotl": "axolotl",
+        "lightning": "lightning",
+        "megatron": "megatron-core",
+        "torchtitan": "torchtitan",
+        "transformers._callback": "transformers",
+        "transformers._quantizer": "transformers",
+    }.items()
+}
+"""Modules that import a package which may be missing. `make test-compat` has these packages."""
+
 PUBLIC = {"fp8", "fp8.recipe"} | {
     f"fp8.{name}"
     for name in (
@@ -28,10 +41,10 @@ PUBLIC = {"fp8", "fp8.recipe"} | {
 
 
 def walk() -> dict[str, ModuleType]:
-    """Every module of the package, by its name. Built parts (fp8._C, fp8._build) included."""
+    """Every module of the package but OTHERS, by its name. Built parts (fp8._C, fp8._build) too."""
     found = {"fp8": fp8}
     for module in pkgutil.walk_packages(fp8.__path__, "fp8."):
-        if module.name not in COMMANDS:
+        if module.name not in COMMANDS and module.name not in OTHERS:
             found[module.name] = importlib.import_module(module.name)
     return found
 
@@ -41,7 +54,7 @@ def test_package_hides_none_of_its_modules(package):
     """`import a.b` and `a.b` must be one thing."""
     module = importlib.import_module(package)
     for _, name, _ in pkgutil.iter_modules(module.__path__, f"{package}."):
-        if name not in COMMANDS:
+        if name not in COMMANDS and name not in OTHERS:
             importlib.import_module(name)
             assert isinstance(getattr(module, name.rpartition(".")[2]), ModuleType), name
 
@@ -56,9 +69,12 @@ def test_public_modules_are_these():
 def test_public_package_lists_its_names(name):
     module = importlib.import_module(name)
     for attribute in module.__all__:
+        if name == "fp8.integrations.transformers" and attribute.startswith("Convert"):
+            continue  # of OTHERS
         assert hasattr(module, attribute), attribute
     have = {key for key, value in vars(module).items() if not isinstance(value, ModuleType)}
     have -= {"MATMUL_OPS", "make_history"}  # __all__ of fp8.ops lists the operators
+    have -= {"TYPE_CHECKING"}
     assert {key for key in have if not key.startswith("_")} <= set(module.__all__)
 
 
@@ -77,6 +93,41 @@ def test_names_of_the_packages_are_those_of_fp8():
     for package in (fp8.nn, fp8.tools, fp8.conversion):
         for name in set(package.__all__) & set(fp8.__all__):
             assert getattr(package, name) is getattr(fp8, name)
+
+
+@pytest.mark.parametrize("module", sorted(OTHERS))
+def test_module_names_the_package_that_is_missing(module):
+    """And whoever names nothing of it does without."""
+    program = f"""
+        import sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in {{"axolotl", "lightning", "megatron", "torchtitan",
+                                              "transformers"}}:
+                    raise ModuleNotFoundError("it is not there", name=name)
+
+        sys.meta_path.insert(0, Absent())
+        import fp8, importlib
+        dir(fp8.integrations), dir(fp8.integrations.transformers)
+        try:
+            importlib.import_module({module!r})
+        except ImportError as error:
+            print(error)
+    """
+    result = new_process.python("-c", "\n".join(line[8:] for line in program.splitlines()))
+    assert result.returncode == 0, result.stderr
+    name = module.partition("._")[0]
+    expected = (
+        rf"{re.escape(name)} needs the package {OTHERS[module]} \(tested with [\d.]+\): it is"
+    )
+    assert re.match(expected, result.stdout), result.stdout
+
+
+@pytest.mark.parametrize("name", ["fp8.integrations", "fp8.integrations.transformers"])
+def test_package_has_no_other_names(name):
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'convert'"):
+        importlib.import_module(name).convert  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
-"""Hugging Face transformers: `fp8` as an experts implementation of its mixtures of experts.
+"""Hugging Face transformers: hooks of Trainer and from_pretrained, and `fp8` as an experts
+implementation of its mixtures of experts.
 
-`register()` puts it into transformers' registry. `import fp8` does that where the registry is
-loaded already, and `fp8.convert` does. So the call is needed in one case: fp8 was imported first,
-and a model is to take the implementation by its name.
+`ConvertCallback` converts the model of a Trainer, `ConvertConfig` one that from_pretrained loads.
+Naming one of them imports transformers.
+
+`register()` puts the implementation into transformers' registry, so that a model can ask for it by
+its name; `fp8.convert` does so too, if the model is one of transformers.
 
     import fp8
     from transformers import AutoModelForCausalLM
@@ -13,7 +16,25 @@ and a model is to take the implementation by its name.
 `in_fp8` and `recipe_of` say of an experts module whether it runs in FP8, and how.
 """
 
+from typing import TYPE_CHECKING
+
 from ._experts import Settings, in_fp8, recipe_of
 from ._registration import register
 
-__all__ = ["Settings", "in_fp8", "recipe_of", "register"]
+if TYPE_CHECKING:
+    from ._callback import ConvertCallback
+    from ._quantizer import ConvertConfig
+
+__all__ = ["ConvertCallback", "ConvertConfig", "Settings", "in_fp8", "recipe_of", "register"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "ConvertCallback":
+        from ._callback import ConvertCallback
+
+        return ConvertCallback
+    if name == "ConvertConfig":
+        from ._quantizer import ConvertConfig
+
+        return ConvertConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
