@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .._native.progress import progress
+
 
 class Fusable(NamedTuple):
     """A module that a fusion knows how to fuse."""
@@ -103,7 +105,7 @@ def plan(model: nn.Module, wanted: Sequence[Fusion]) -> list[tuple[Fusion, Fusab
     """What is to be fused: found before anything is changed."""
     return [
         (fusion, found)
-        for fusion in wanted
+        for fusion in progress(wanted, "fp8.convert: fusions", "kind")
         for found in fusion.find(model)
         if found.refused is None
     ]

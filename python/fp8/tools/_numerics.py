@@ -1,0 +1,213 @@
+"""`fp8.numerics`: how well FP8 holds the tensors of each layer, watched while a model runs.
+
+Two modes of PyTorch's dispatcher look on while the context is open, and nothing does while it is
+not: no hook is registered, so fusions stay what they are, and no layer asks whether it is watched.
+
+    _Calls, above autograd, sees what modules call: it knows the weights by their names, also under
+        autocast, and leaves them on the node of the graph for the backward;
+    _Operators, below autograd, sees what runs, forward, backward and recomputed, with the tensors
+        that are quantized; _observations.py says what that means for an operator.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..nn._watched import WatchedParameter
+from . import _observations as observations
+from ._numerics_report import Numerics, layers_of
+from ._numerics_sums import Sums
+
+_PLAIN = (Tensor, nn.Parameter, WatchedParameter)
+
+
+@contextmanager
+def numerics(model: nn.Module) -> Iterator[Numerics]:
+    """Inside the context, measure what quantization does to each layer's x, weight and dy.
+
+    Covered are `fp8.Linear`, `MergedLinear`, `GroupedLinear`, `GatedMLP`, `MLP`, whatever
+    `fp8.convert` fused of them, and experts, as far as `Numerics.notes` says: each operand as a
+    product reads it, with the layer's own recipe, format and scale (dynamic, static or delayed),
+    quantized by fp8's operators. Outputs and gradients are those without the context, bit for bit.
+
+    The figures of a call are
+
+    - `amax`: the largest |v| of finite values v;
+    - `sqnr_db`: 10 · log10(Σ v² / Σ (v - decoded)²), the signal-to-quantization-noise ratio;
+    - `saturated`: the share of elements that lie beyond the largest code, by more than half a step;
+    - `flushed`: the share of the non-zero elements whose code is 0;
+    - `nonfinite`: how many elements are NaN or Inf.
+
+    A forward that activation checkpointing runs again is one call. Works with autocast, frozen
+    weights, gradient accumulation, cached weights, DDP and FSDP2; code that torch.compile compiled
+    before runs unseen. Nothing waits for the GPU before the end. It costs a second quantization
+    and some passes over every operand, and Python's time for every operator of PyTorch: meant for
+    some steps of a training, not for all. Where processes work together each has its own figures.
+
+    Args:
+        model: a module with layers in FP8. Its parameters name the layers; a weight that is no
+            parameter of it (parametrized, or another model's) is not measured.
+
+    Yields a `Numerics`, filled when the context ends, by an exception too.
+
+    Raises TypeError if `model` is no nn.Module.
+
+    Example:
+        >>> with fp8.numerics(model) as found:
+        ...     for x, target in batches[:4]:
+        ...         loss(model(x), target).backward()
+        >>> print(found.table())
+        >>> found.plot("numerics.png")
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fp8.numerics: expected a torch.nn.Module, got {type(model).__name__}")
+    found = Numerics()
+    sums = Sums()
+    watcher = _Watcher(model, sums)
+    try:
+        with _Calls(watcher), _Operators(watcher):
+            yield found
+    finally:
+        found._fill(sums.rows(), layers_of(model))
+        watcher.close()
+
+
+class _Local(threading.local):
+    names: observations.Names | None = None
+    """Of the weights of the call that is running."""
+
+
+class _Watcher:
+    """What the two modes share."""
+
+    def __init__(self, model: nn.Module, sums: Sums) -> None:
+        self.sums = sums
+        self.local = _Local()
+        self._model: nn.Module | None = model
+        self._names: dict[int, tuple[Tensor, str]] = {}
+        self._note = f"fp8.numerics {id(self)}"
+        self._find_names()
+
+    def close(self) -> None:
+        """Lets go of the model; nodes of a graph may still refer to the names."""
+        self._model = None
+        self._names.clear()
+
+    def _find_names(self) -> None:
+        for name, parameter in self._model.named_parameters() if self._model else ():
+            layer = name.removesuffix("weight").removesuffix(".") or "(model)"
+            self._names[id(parameter)] = (parameter, layer)
+
+    def name_of(self, weight: Tensor | None) -> str | None:
+        """Of the layer; None for a tensor that is no parameter of the model."""
+        for tensor in () if weight is None else (weight, weight._base):
+            for _ in range(2 if tensor is not None else 0):
+                known = self._names.get(id(tensor))
+                if known is not None and known[0] is tensor:
+                    return known[1]
+                self._find_names()  # FSDP2 puts another parameter there for a forward
+        return None
+
+    def names_of(
+        self, arguments: Mapping[str, Any], weights: tuple[str, ...]
+    ) -> observations.Names:
+        """Of an operator's weights, those left out that it was not given."""
+        names: list[str | None] = []
+        for argument in weights:
+            value = arguments[argument]
+            if value is not None:
+                names += map(self.name_of, value if isinstance(value, list | tuple) else [value])
+        return names
+
+    def leave_names(self, result: Any, names: observations.Names) -> None:
+        """On the node of the graph that the call made."""
+        outputs = result if isinstance(result, list | tuple) else [result]
+        nodes: list[Any] = [y.grad_fn for y in outputs if isinstance(y, Tensor)]
+        for node in nodes[:1]:
+            if node is not None:
+                node.metadata[self._note] = tuple(names)
+
+    def names_left(self) -> observations.Names | None:
+        """Those on the node whose backward is running."""
+        node: Any = torch._C._current_autograd_node()
+        return None if node is None else node.metadata.get(self._note)
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, watcher: _Watcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        weights = observations.PUBLIC.get(function)
+        if weights is None:
+            return function(*args, **(kwargs or {}))
+        watcher = self._watcher
+        names = watcher.names_of(_bound(function, args, kwargs or {}), weights)
+        before, watcher.local.names = watcher.local.names, names
+        try:
+            result = function(*args, **(kwargs or {}))
+        finally:
+            watcher.local.names = before
+        watcher.leave_names(result, names)
+        return result
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, watcher: _Watcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watcher = watcher
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = observations.BELOW_AUTOGRAD.get(function)
+        if found is None:
+            return function(*args, **(kwargs or {}))
+        arguments = _bound(function, args, kwargs or {})
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        histories = {
+            key: value.clone()
+            for key, value in arguments.items()
+            if key.endswith("history") and value is not None
+        }
+        result = function(*args, **(kwargs or {}))
+        if all(type(t) in _PLAIN and not t.is_meta for t in tensors):
+            self._observe(found, arguments, result, histories)
+        return result
+
+    def _observe(
+        self, found: Any, arguments: dict[str, Any], result: Any, histories: dict[str, Tensor]
+    ) -> None:
+        observe, weights = found
+        watcher = self._watcher
+        node: Any = torch._C._current_autograd_node()
+        backward = "dy" in arguments or "dys" in arguments
+        names = watcher.names_left() if backward else watcher.local.names
+        if names is None or len(arguments.get("dys", names)) != len(names):
+            names = watcher.names_of(arguments, weights)
+        if not any(names) or len(arguments.get("dys", names)) != len(names):
+            return
+        again = node is not None and not backward
+        late = again and node.name() == "CheckpointFunctionBackward"
+        ran = observations.Ran(arguments, result, histories, names, again, late)
+        device = next(v for v in arguments.values() if isinstance(v, Tensor)).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            observe(ran, watcher.sums.add)
+
+
+def _bound(function: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of an operator by its name, those that were left out included."""
+    schema = function._schema.arguments
+    bound = {argument.name: argument.default_value for argument in schema}
+    bound.update(zip((argument.name for argument in schema), args, strict=False))
+    bound.update(kwargs)
+    return bound
