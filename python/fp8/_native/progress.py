@@ -40,7 +40,7 @@ def progress(items: Collection[T], title: str, unit: str) -> Iterator[T]:
 
 
 def _is_wanted() -> bool:
-    return os.environ.get("FP8_PROGRESS", "1") != "0" and sys.stderr.isatty()
+    return os.environ.get("FP8_PROGRESS") != "0" and sys.stderr.isatty()
 
 
 class _Silent:

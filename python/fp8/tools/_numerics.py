@@ -3,13 +3,15 @@
 Two modes of PyTorch's dispatcher look on while the context is open, and nothing does while it is
 not: no hook is registered, so fusions stay what they are, and no layer asks whether it is watched.
 
-    _Calls, above autograd, sees what modules call: it knows the weights by their names, also under
-        autocast, and leaves them on the node of the graph for the backward;
+    _Calls, above autograd, sees what modules call: it knows the weights by their names, before
+        autocast, and leaves them on the node of the graph for the backward. Backwards, and what
+        checkpointing runs again in one, are past it;
     _Operators, below autograd, sees what runs, forward, backward and recomputed, with the tensors
         that are quantized; _observations.py says what that means for an operator.
 """
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +26,7 @@ from . import _observations as observations
 from ._numerics_report import Numerics, layers_of
 from ._numerics_sums import Sums
 
+_cast = torch.ops.aten._to_copy.default
 _PLAIN = (Tensor, nn.Parameter, WatchedParameter)
 
 
@@ -90,7 +93,7 @@ class _Watcher:
         self.sums = sums
         self.local = _Local()
         self._model: nn.Module | None = model
-        self._names: dict[int, tuple[Tensor, str]] = {}
+        self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id
         self._note = f"fp8.numerics {id(self)}"
         self._find_names()
 
@@ -102,17 +105,23 @@ class _Watcher:
     def _find_names(self) -> None:
         for name, parameter in self._model.named_parameters() if self._model else ():
             layer = name.removesuffix("weight").removesuffix(".") or "(model)"
-            self._names[id(parameter)] = (parameter, layer)
+            self._names[id(parameter)] = (weakref.ref(parameter), layer)
 
     def name_of(self, weight: Tensor | None) -> str | None:
         """Of the layer; None for a tensor that is no parameter of the model."""
         for tensor in () if weight is None else (weight, weight._base):
             for _ in range(2 if tensor is not None else 0):
                 known = self._names.get(id(tensor))
-                if known is not None and known[0] is tensor:
+                if known is not None and known[0]() is tensor:
                     return known[1]
                 self._find_names()  # FSDP2 puts another parameter there for a forward
         return None
+
+    def follow(self, weight: Tensor, cast: Tensor) -> None:
+        """A cast of a weight has its name, as long as it lives."""
+        known = self._names.get(id(weight))
+        if known is not None and known[0]() is weight:
+            self._names[id(cast)] = (weakref.ref(cast), known[1])
 
     def names_of(
         self, arguments: Mapping[str, Any], weights: tuple[str, ...]
@@ -171,9 +180,12 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         found = observations.BELOW_AUTOGRAD.get(function)
         if found is None:
-            return function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
+            if function is _cast:
+                self._watcher.follow(args[0], result)
+            return result
         arguments = _bound(function, args, kwargs or {})
-        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        tensors = _tensors(arguments)
         histories = {
             key: value.clone()
             for key, value in arguments.items()
@@ -199,9 +211,14 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         again = node is not None and not backward
         late = again and node.name() == "CheckpointFunctionBackward"
         ran = observations.Ran(arguments, result, histories, names, again, late)
-        device = next(v for v in arguments.values() if isinstance(v, Tensor)).device.type
+        device = _tensors(arguments)[0].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             observe(ran, watcher.sums.add)
+
+
+def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
+    lists = [v if isinstance(v, list | tuple) else [v] for v in arguments.values()]
+    return [value for values in lists for value in values if isinstance(value, Tensor)]
 
 
 def _bound(function: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

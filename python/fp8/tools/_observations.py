@@ -261,10 +261,11 @@ def mlp_forward(ran: Ran, record: Record) -> None:
         operands.see(firsts, "x", "fprop", x, **history("gate"))
         for linear, name in zip(linears, names, strict=True):
             operands.see([name], "weight", "fprop", a[linear], **history(linear))
+    if not ran.again or ran.late:
         h = mlp_values.hidden(a, *mlp_values.products(a, ran.results, ran.histories))
-        operands.see(down, "x", "fprop", h, **history("down"))
-        if needs & mlp_values.DOWN and operands.recipe.wgrad == "fp8":
-            operands.transposed(down, "x", "wgrad", h)
+        if not ran.again:
+            operands.see(down, "x", "fprop", h, **history("down"))
+        _second_input(ran, operands, down, h, bool(needs & mlp_values.DOWN))
     _second_input(ran, operands, firsts, x, saves_x)
 
 
