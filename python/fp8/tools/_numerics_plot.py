@@ -10,6 +10,8 @@ from ._numerics_sums import Row
 _COLORS = {"x": "tab:blue", "weight": "tab:green", "dy": "tab:orange"}
 _LABELS = 40
 """Names on the axis: more are not readable."""
+_WORST = 5
+"""Layers that are named beside the plot too."""
 
 
 def plot(layers: Mapping[str, Mapping[str, Sequence[Row]]], path: str | PathLike[str]) -> None:
@@ -26,13 +28,14 @@ def plot(layers: Mapping[str, Mapping[str, Sequence[Row]]], path: str | PathLike
     for operand, color in _COLORS.items():
         _draw_sqnr(sqnr, layers, operand, color)
         _draw_shares(shares, layers, operand, color)
+    _name_worst(sqnr, layers)
     sqnr.set_ylabel("SQNR, dB")
-    sqnr.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="operand")
     shares.set_ylabel("share of elements")
     shares.set_yscale("log")
     shares.set_ylim(1e-6, 1.5)
-    shares.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axis in (sqnr, shares):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axis.grid(alpha=0.3)
         axis.margins(x=0.01)
     step = max(1, math.ceil(len(names) / _LABELS))
@@ -62,6 +65,25 @@ def _draw_sqnr(axis: Any, layers: Any, operand: str, color: str) -> None:
     axis.plot(at, [s.mean for _, s in rows], ".-", color=color, lw=0.8, ms=4, label=label)
     low, high = [s.min for _, s in rows], [s.max for _, s in rows]
     axis.vlines(at, low, high, color=color, alpha=0.4, lw=2)
+
+
+def _name_worst(axis: Any, layers: Any) -> None:
+    points = [
+        (row.sqnr_db.mean, place, row.layer)
+        for operand in _COLORS
+        for place, row in _of(layers, operand)
+        if math.isfinite(row.sqnr_db.mean)
+    ]
+    worst: dict[str, tuple[float, int]] = {}
+    for sqnr, place, layer in sorted(points):
+        if len(worst) < _WORST:
+            worst.setdefault(layer, (sqnr, place))
+    lines = []
+    for number, (layer, (sqnr, place)) in enumerate(worst.items(), 1):
+        axis.annotate(str(number), (place, sqnr), (0, -11), textcoords="offset points", ha="center")
+        lines.append(f"{number}  {sqnr:.1f} dB  {layer}")
+    text = "\n".join(["the worst:", *lines]) if lines else ""
+    axis.text(1.01, 0.0, text, transform=axis.transAxes, fontsize=7, va="bottom")
 
 
 def _draw_shares(axis: Any, layers: Any, operand: str, color: str) -> None:

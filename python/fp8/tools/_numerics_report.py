@@ -14,6 +14,7 @@ from ..nn._linear import Linear
 from ._numerics_sums import Row
 
 _OPERANDS = ("x", "weight", "dy")
+_FIGURES = ("sqnr_db", "flushed", "saturated")
 _NAME_WIDTH = 34
 
 
@@ -40,15 +41,19 @@ class Numerics:
         figure is NaN or infinite."""
         return [_plain(asdict(row)) for row in self.rows]
 
-    def table(self, limit: int = 24) -> str:
-        """The layers with the worst SQNR first, `limit` of them; one screen.
+    def table(self, limit: int = 24, by: str = "sqnr_db") -> str:
+        """The worst layers first, `limit` of them, which is one screen.
+
+        by: of which figure: "sqnr_db", "flushed" or "saturated"; another: ValueError.
 
         `x dB`, `W dB` and `dy dB` are means over the calls, of the product that reads the worst
         quantization; `amax` the largest; `sat %` and `flush %` the worst mean share of x, W and dy,
         with its operand. NaN and Inf come before all. "-": not seen, as dy without a backward.
         """
+        if by not in _FIGURES:
+            raise ValueError(f"fp8.numerics: expected by out of {_FIGURES}, got {by!r}")
         layers = _by_layer(self.rows)
-        order = sorted(layers, key=lambda layer: _badness(layers[layer]))
+        order = sorted(layers, key=lambda layer: _badness(layers[layer], by))
         head = ["layer", "recipe", "calls", *("x dB", "W dB", "dy dB")]
         head += ["x amax", "W amax", "dy amax", "sat %", "flush %", "nan/inf"]
         lines = [head, *(_line(layer, layers[layer]) for layer in order[:limit])]
@@ -61,8 +66,8 @@ class Numerics:
             for line in lines
         ]
         if len(order) > limit:
-            rest = layers[order[limit]]
-            text.append(f"and {len(order) - limit} layers more, from {_worst(rest):.1f} dB on")
+            worst = min(_worst(layers[layer]) for layer in order[limit:])
+            text.append(f"and {len(order) - limit} layers more, the worst with {worst:.1f} dB")
         if not order:
             text = ["no layer in FP8 was called"]
         return "\n".join([*text, *self.notes])
@@ -97,9 +102,14 @@ def _worst(operands: Operands) -> float:
     return min((v for v in values if not math.isnan(v)), default=math.inf)
 
 
-def _badness(operands: Operands) -> tuple[bool, float]:
-    finite = not any(row.nonfinite for rows in operands.values() for row in rows)
-    return finite, _worst(operands)
+def _badness(operands: Operands, by: str) -> tuple[bool, float]:
+    """Ascending: the worst first."""
+    every = [row for rows in operands.values() for row in rows]
+    finite = not any(row.nonfinite for row in every)
+    if by == "sqnr_db":
+        return finite, _worst(operands)
+    shares = [getattr(row, by).mean for row in every]
+    return finite, -max((share for share in shares if not math.isnan(share)), default=0.0)
 
 
 def _line(layer: str, operands: Operands) -> list[str]:

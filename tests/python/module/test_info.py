@@ -30,6 +30,7 @@ FACTS = [
     "plan cache",
     "autotune",
     "whole-GPU launches",
+    "verdicts",
 ]
 
 

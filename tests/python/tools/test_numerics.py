@@ -344,6 +344,19 @@ def test_numerics_of_a_nested_input():
     assert ("(model)", "dy", "wgrad") in by_operand(found)
 
 
+def test_numerics_of_compiled_code():
+    """Compiled before: what it runs is watched. First called inside: it runs as it is."""
+    model = nn.Sequential(*(fp8.Linear(K, K, recipe="rowwise") for _ in range(2)))
+    expected = by_operand(watched_step(model, batch(dtype=torch.float32)))
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        with fp8.numerics(model) as found:
+            inside = step(compiled, batch(dtype=torch.float32))
+        assert by_operand(found) == expected
+        for a, b in zip(inside, step(compiled, batch(dtype=torch.float32)), strict=True):
+            assert_same_bits(a, b)
+
+
 def test_numerics_wants_a_module():
     with pytest.raises(TypeError, match=r"fp8\.numerics: expected a torch\.nn\.Module, got list"):
         fp8.numerics([]).__enter__()
