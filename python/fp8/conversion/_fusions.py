@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .._native.progress import progress
-
 
 class Fusable(NamedTuple):
     """A module that a fusion knows how to fuse."""
@@ -105,7 +103,7 @@ def plan(model: nn.Module, wanted: Sequence[Fusion]) -> list[tuple[Fusion, Fusab
     """What is to be fused: found before anything is changed."""
     return [
         (fusion, found)
-        for fusion in progress(wanted, "fp8.convert: fusions", "kind")
+        for fusion in wanted
         for found in fusion.find(model)
         if found.refused is None
     ]

@@ -6,12 +6,12 @@ from ._calibrate import calibrate, uncalibrate
 from ._info import info, plan_cache_clear, plan_cache_info
 from ._numerics import numerics
 from ._numerics_report import Numerics
-from ._numerics_sums import Row, Spread
+from ._numerics_sums import NumericsRow, Spread
 
 __all__ = [
     "AutotuneReport",
     "Numerics",
-    "Row",
+    "NumericsRow",
     "Spread",
     "Tuned",
     "autotune",

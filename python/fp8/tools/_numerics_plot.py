@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from ._numerics_sums import Row
+from ._numerics_sums import NumericsRow
 
 _COLORS = {"x": "tab:blue", "weight": "tab:green", "dy": "tab:orange"}
 _LABELS = 40
@@ -14,7 +14,9 @@ _WORST = 5
 """Layers that are named beside the plot too."""
 
 
-def plot(layers: Mapping[str, Mapping[str, Sequence[Row]]], path: str | PathLike[str]) -> None:
+def plot(
+    layers: Mapping[str, Mapping[str, Sequence[NumericsRow]]], path: str | PathLike[str]
+) -> None:
     """See `Numerics.plot`."""
     # The figure alone, without pyplot: no window, no state of the process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,7 +47,9 @@ def plot(layers: Mapping[str, Mapping[str, Sequence[Row]]], path: str | PathLike
     figure.savefig(path, format="png", dpi=120)
 
 
-def _of(layers: Mapping[str, Mapping[str, Sequence[Row]]], operand: str) -> list[tuple[int, Any]]:
+def _of(
+    layers: Mapping[str, Mapping[str, Sequence[NumericsRow]]], operand: str
+) -> list[tuple[int, Any]]:
     """Where the operand was seen: the layer's place, and its worst row."""
     from ._numerics_report import worst_row
 

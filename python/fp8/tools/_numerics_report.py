@@ -11,7 +11,7 @@ from torch import nn
 from ..integrations.transformers import _experts
 from ..nn._grouped import GroupedLinear
 from ..nn._linear import Linear
-from ._numerics_sums import Row
+from ._numerics_sums import NumericsRow
 
 _OPERANDS = ("x", "weight", "dy")
 _FIGURES = ("sqnr_db", "flushed", "saturated")
@@ -24,12 +24,12 @@ class Numerics:
     __module__ = "fp8.tools"
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[NumericsRow] = []
         """One for each operand of each layer and product, in the order of the first call."""
         self.notes: list[str] = []
         """What was not measured, and why."""
 
-    def _fill(self, rows: list[Row], layers: dict[str, str]) -> None:
+    def _fill(self, rows: list[NumericsRow], layers: dict[str, str]) -> None:
         self.rows = rows
         self.notes = _notes(rows, layers)
 
@@ -82,17 +82,17 @@ class Numerics:
         plot(_by_layer(self.rows), path)
 
 
-Operands = dict[str, list[Row]]
+Operands = dict[str, list[NumericsRow]]
 
 
-def _by_layer(rows: Iterable[Row]) -> dict[str, Operands]:
+def _by_layer(rows: Iterable[NumericsRow]) -> dict[str, Operands]:
     layers: dict[str, Operands] = {}
     for row in rows:
         layers.setdefault(row.layer, {}).setdefault(row.operand, []).append(row)
     return layers
 
 
-def worst_row(rows: Sequence[Row]) -> Row:
+def worst_row(rows: Sequence[NumericsRow]) -> NumericsRow:
     """Of those of one operand: that of the lowest SQNR."""
     return min(rows, key=lambda row: math.inf if math.isnan(s := row.sqnr_db.mean) else s)
 
@@ -129,7 +129,7 @@ def _line(layer: str, operands: Operands) -> list[str]:
     ]
 
 
-def _largest_share(rows: Iterable[Row], figure: str) -> str:
+def _largest_share(rows: Iterable[NumericsRow], figure: str) -> str:
     shares = [(getattr(row, figure).mean, row.operand) for row in rows]
     share, operand = max(((s, o) for s, o in shares if not math.isnan(s)), default=(0.0, ""))
     if share == 0:
@@ -167,7 +167,7 @@ def layers_of(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _notes(rows: Iterable[Row], layers: dict[str, str]) -> list[str]:
+def _notes(rows: Iterable[NumericsRow], layers: dict[str, str]) -> list[str]:
     seen = {row.layer for row in rows}
     notes = []
     if unseen := [name for name in layers if name not in seen]:

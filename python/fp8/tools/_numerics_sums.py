@@ -23,7 +23,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class NumericsRow:
     """One operand of one layer, as one product reads it."""
 
     layer: str
@@ -64,7 +64,7 @@ class Sums:
                 self._totals[place] = _Total(sums.device)
             self._totals[place].add(sums)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[NumericsRow]:
         """In the order in which they were first seen. Waits for the devices."""
         totals: dict[Key, list[_Total]] = {}
         for (key, device), total in self._totals.items():
@@ -106,7 +106,7 @@ class _Total:
         self.calls += 1
 
 
-def _row(key: Key, parts: list[_Total]) -> Row:
+def _row(key: Key, parts: list[_Total]) -> NumericsRow:
     sums = torch.stack([part.sum.cpu() for part in parts]).sum(0).tolist()
     known = torch.stack([part.known.cpu() for part in parts]).sum(0).tolist()
     least = torch.stack([part.least.cpu() for part in parts]).amin(0).tolist()
@@ -118,4 +118,4 @@ def _row(key: Key, parts: list[_Total]) -> Row:
     calls = sum(part.calls for part in parts)
     nonfinite = int(sum(part.nonfinite.item() for part in parts))
     amax, sqnr, saturated, flushed = spreads
-    return Row(*key, calls, amax, sqnr, saturated, flushed, nonfinite)
+    return NumericsRow(*key, calls, amax, sqnr, saturated, flushed, nonfinite)

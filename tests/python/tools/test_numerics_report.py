@@ -11,14 +11,14 @@ import sys
 import pytest
 from watched_models import batch, blocks, watched_step
 
-from fp8.tools import Numerics, Row, Spread
+from fp8.tools import Numerics, NumericsRow, Spread
 
 
 def spread(value: float, width: float = 0.0) -> Spread:
     return Spread(value, value - width, value + width)
 
 
-def row(layer: str, operand: str = "x", sqnr: float = 31.0, **fields) -> Row:
+def row(layer: str, operand: str = "x", sqnr: float = 31.0, **fields) -> NumericsRow:
     values = {
         "product": "dgrad" if operand == "dy" else "fprop",
         "recipe": "tensorwise",
@@ -30,16 +30,16 @@ def row(layer: str, operand: str = "x", sqnr: float = 31.0, **fields) -> Row:
         "flushed": spread(0.0),
         "nonfinite": 0,
     }
-    return Row(layer, operand, sqnr_db=spread(sqnr, 0.5), **(values | fields))
+    return NumericsRow(layer, operand, sqnr_db=spread(sqnr, 0.5), **(values | fields))
 
 
-def report(rows: list[Row]) -> Numerics:
+def report(rows: list[NumericsRow]) -> Numerics:
     found = Numerics()
     found._fill(rows, {})
     return found
 
 
-def many(count: int) -> list[Row]:
+def many(count: int) -> list[NumericsRow]:
     """Layers of a transformer, some of them bad."""
     draw = random.Random(1)
     rows = []

@@ -7,7 +7,9 @@ import io
 import sys
 
 import pytest
+import torch
 
+import fp8
 from fp8._native import progress as module
 
 
@@ -67,3 +69,15 @@ def test_progress_ends_with_its_loop(terminal):
         assert [next(items) for _ in range(5)] == list(range(5))
         items.close()
     assert terminal.getvalue().endswith("\r")  # wiped
+
+
+def test_progress_of_convert_and_calibrate(terminal, monkeypatch):
+    """Whatever takes longer than a second has one: here all does."""
+    monkeypatch.setattr(module, "DELAY", -1)
+    model = torch.nn.Sequential(fp8.Linear(16, 16), torch.nn.LayerNorm(16))
+    with contextlib.redirect_stderr(terminal):
+        fp8.convert(model, filter=lambda module, name: True)
+        with fp8.calibrate(model):
+            model(torch.randn(4, 16))
+    for title in ("fp8: MLPs", "fp8: norms", "fp8: rotations", "fp8.calibrate"):
+        assert title in terminal.getvalue()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fp8
-from fp8.tools import Numerics, Row
+from fp8.tools import Numerics, NumericsRow
 
 RECIPES = tuple(fp8.RECIPES)
 K = 32
@@ -139,7 +139,7 @@ def watched_step(model: nn.Module, *inputs: Tensor) -> Numerics:
     return found
 
 
-def by_operand(found: Numerics) -> dict[tuple[str, str, str], Row]:
+def by_operand(found: Numerics) -> dict[tuple[str, str, str], NumericsRow]:
     rows = {(row.layer, row.operand, row.product): row for row in found.rows}
     assert len(rows) == len(found.rows)
     return rows
