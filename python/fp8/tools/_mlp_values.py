@@ -32,11 +32,9 @@ def linears(a: Mapping[str, Any]) -> tuple[str, ...]:
     return ("gate", "up", "down") if separate else ("gate", "down")
 
 
-def products(
-    a: Mapping[str, Any], results: Any, histories: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor | None]:
+def products(a: Mapping[str, Any], results: Any) -> tuple[Tensor, Tensor | None]:
     """Those of a forward, [M, I] or merged [M, 2 I]: its results, or, where it kept none, made
-    again, with the histories from before it."""
+    again, with the same scales."""
     if isinstance(results, Tensor) or not results[1].numel():
         tensors = [a[name] for name in ("x", "gate", "up", "down")]
         biases = [a[f"{name}_bias"] for name in ("gate", "up", "down")]
@@ -46,9 +44,14 @@ def products(
         if isinstance(recipe, str):
             recipe = _number(recipe)
         unit = [activation, *(a[name] for name in ("gate_second", "alpha", "limit"))]
-        again = {name: history.clone() for name, history in histories.items()}
+        histories = [_copy(a[f"{name}_history"]) for name in ("gate", "up", "down")]
         needs = X | GATE | UP | DOWN
-        results = _ops._mlp_forward.default(*tensors, *biases, *unit, recipe, needs, **again)
+        results = _ops._mlp_forward.default(
+            *(*tensors, *biases, *unit, recipe, needs),
+            gate_history=histories[0],
+            up_history=histories[1],
+            down_history=histories[2],
+        )
     return results[1], results[2] if results[2].numel() else None
 
 
@@ -103,7 +106,11 @@ def _activated(name: str, gate: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def gradients(a: Mapping[str, Any], dy: Tensor, histories: Mapping[str, Tensor]) -> list[Tensor]:
+def _copy(history: Tensor | None) -> Tensor | None:
+    return None if history is None else history.clone()
+
+
+def gradients(a: Mapping[str, Any], dy: Tensor) -> list[Tensor]:
     """Of the products: [M, I] of gate and of up, or one [M, 2 I] where they are merged."""
     gate_out, up_out = a["gate_out"], a["up_out"]
     recipe: int = a["recipe"]
@@ -113,11 +120,10 @@ def gradients(a: Mapping[str, Any], dy: Tensor, histories: Mapping[str, Tensor])
             None if a[name] is None else _product(x, a[name], a[f"{name}_bias"], recipe)
             for name in ("gate", "up")
         )
-    before = histories.get("down_history")
     dh = _ops._linear_backward.default(
         *(dy, None, None, a["down"], a["down_amax"], a["features"], recipe),
         *(True, False, bool(a["needs"] & _DOWN_BIAS)),
-        history=None if before is None else before.clone(),
+        history=_copy(a["down_history"]),
     )[0]
     gate, up = _gate_and_up(a, gate_out, up_out)
     d_gate, d_up = _unit_backward(a, gate, up, dh)

@@ -79,12 +79,19 @@ def numerics(model: nn.Module) -> Iterator[Numerics]:
             yield found
     finally:
         found._fill(sums.rows(), layers_of(model))
-        watcher.close()
 
 
 class _Local(threading.local):
     names: observations.Names | None = None
     """Of the weights of the call that is running."""
+
+
+class _Thread(threading.local):
+    measuring = False
+    """Operators that run are those of a measurement, by whichever context."""
+
+
+_thread = _Thread()
 
 
 class _Watcher:
@@ -93,18 +100,13 @@ class _Watcher:
     def __init__(self, model: nn.Module, sums: Sums) -> None:
         self.sums = sums
         self.local = _Local()
-        self._model: nn.Module | None = model
+        self._model = model
         self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id
         self._note = f"fp8.numerics {id(self)}"
         self._find_names()
 
-    def close(self) -> None:
-        """Lets go of the model; nodes of a graph may still refer to the names."""
-        self._model = None
-        self._names.clear()
-
     def _find_names(self) -> None:
-        for name, parameter in self._model.named_parameters() if self._model else ():
+        for name, parameter in self._model.named_parameters():
             layer = name.removesuffix("weight").removesuffix(".") or "(model)"
             self._names[id(parameter)] = (weakref.ref(parameter), layer)
 
@@ -180,26 +182,19 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         found = observations.BELOW_AUTOGRAD.get(function)
-        if found is None:
+        if found is None or _thread.measuring:
             result = function(*args, **(kwargs or {}))
             if function is _cast:
                 self._watcher.follow(args[0], result)
             return result
         arguments = _bound(function, args, kwargs or {})
         tensors = _tensors(arguments)
-        histories = {
-            key: value.clone()
-            for key, value in arguments.items()
-            if key.endswith("history") and value is not None
-        }
         result = function(*args, **(kwargs or {}))
         if all(type(t) in _PLAIN and not t.is_meta for t in tensors):
-            self._observe(found, arguments, result, histories)
+            self._observe(found, arguments, result)
         return result
 
-    def _observe(
-        self, found: Any, arguments: dict[str, Any], result: Any, histories: dict[str, Tensor]
-    ) -> None:
+    def _observe(self, found: Any, arguments: dict[str, Any], result: Any) -> None:
         observe, weights = found
         watcher = self._watcher
         node: Any = torch._C._current_autograd_node()
@@ -211,10 +206,14 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         again = node is not None and not backward
         late = again and node.name() == "CheckpointFunctionBackward"
-        ran = observations.Ran(arguments, result, histories, names, again, late)
+        ran = observations.Ran(arguments, result, names, again, late)
         device = _tensors(arguments)[0].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            observe(ran, watcher.sums.add)
+            _thread.measuring = True
+            try:
+                observe(ran, watcher.sums.add)
+            finally:
+                _thread.measuring = False
 
 
 def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:

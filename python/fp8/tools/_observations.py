@@ -1,11 +1,11 @@
 """What fp8's operators quantize, told from their arguments: for each operator below autograd a
 function that measures the operands its products read.
 
-A function gets the call after it has run, so histories have settled: `ran` holds what they were
-before. Names are those of the weights; None is a weight of another model. Not reached: what
-`moe_experts` makes on the way (the input of the second product, the gradient of the first one's
-output), and the second quantization of grouped layers, along the rows of a group, for the weight
-gradient.
+A function gets the call after it has run, so histories have settled, and repeat their scales for
+tensors that come again. Names are those of the weights; None is a weight of another model. Not
+reached: what `moe_experts` makes on the way (the input of the second product, the gradient of the
+first one's output), and the second quantization of grouped layers, along the rows of a group, for
+the weight gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,8 +42,6 @@ class Ran(NamedTuple):
 
     arguments: dict[str, Any]
     results: Any
-    histories: dict[str, Tensor]
-    """Copies from before the call, by the name of the argument."""
     names: Names
     again: bool
     """A recomputation of a forward that was seen before."""
@@ -262,7 +260,7 @@ def mlp_forward(ran: Ran, record: Record) -> None:
         for linear, name in zip(linears, names, strict=True):
             operands.see([name], "weight", "fprop", a[linear], **history(linear))
     if not ran.again or ran.late:
-        h = mlp_values.hidden(a, *mlp_values.products(a, ran.results, ran.histories))
+        h = mlp_values.hidden(a, *mlp_values.products(a, ran.results))
         if not ran.again:
             operands.see(down, "x", "fprop", h, **history("down"))
         _second_input(ran, operands, down, h, bool(needs & mlp_values.DOWN))
@@ -287,7 +285,7 @@ def mlp_backward(ran: Ran, record: Record) -> None:
         operands.transposed(names[-1:], "weight", "dgrad", a["down"])
     if not to_h or (delayed and a["gate_out"] is None):
         return  # recomputed with scales that are no argument: not reached
-    gradients = mlp_values.gradients(a, dy, ran.histories)
+    gradients = mlp_values.gradients(a, dy)
     needs_dx = bool(needs & mlp_values.X)
     bits = (mlp_values.GATE, mlp_values.UP)
     for linear, name, bit, gradient in zip(linears, names, bits, gradients, strict=False):

@@ -53,12 +53,10 @@ def quantize(
         return ops.quantize_tensorwise(x, dtype, power_of_two=option)
     # Quantized beside amax: a scale made of it would be one more division, and other codes.
     # Non-finite values do not enter such a scale.
-    flat = x.reshape(-1).float()
-    flat = torch.where(flat.isfinite(), flat, 0.0)
-    data, made = ops.quantize_tensorwise(
-        torch.cat([flat, amax.reshape(1)]), dtype, power_of_two=option
-    )
-    return data[:-1].view(x.shape), made
+    finite = torch.where(x.isfinite(), x, 0.0).float()
+    row = amax.expand(1, x.size(1))
+    data, made = ops.quantize_tensorwise(torch.cat([finite, row]), dtype, power_of_two=option)
+    return data[:-1], made
 
 
 def measure(

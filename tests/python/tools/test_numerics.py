@@ -139,7 +139,10 @@ def test_numerics_inside_an_autocast_that_has_cast_already():
         step(model, batch())
         with fp8.numerics(model) as found:
             step(model, batch())
-    assert names_seen(found) == all_layers(model)
+    rows = by_operand(found)
+    for layer in all_layers(model):
+        assert (layer, "weight", "fprop") in rows
+        assert (layer, "dy", "dgrad") in rows
 
 
 def test_numerics_of_frozen_weights():
@@ -178,6 +181,17 @@ def test_numerics_of_inference(mode, kind):
     assert names_seen(found) == all_layers(model)
     expected = by_operand(trained)
     assert all(row == expected[key] for key, row in rows.items())
+
+
+def test_numerics_of_inference_and_training_together():
+    layer = fp8.Linear(K, K, dtype=torch.bfloat16)
+    with fp8.numerics(layer) as found:
+        with torch.inference_mode():
+            layer(batch())
+        step(layer, batch(seed=2))
+        with torch.inference_mode():
+            layer(batch(seed=3))
+    assert by_operand(found)["(model)", "x", "fprop"].calls == 3
 
 
 def test_numerics_spreads_over_calls():
@@ -303,6 +317,17 @@ def test_numerics_of_two_models_at_once():
         step(a, batch())
         step(b, batch())
     assert [by_operand(first), by_operand(second)] == expected
+
+
+def test_numerics_twice_around_one_model():
+    """The inner one makes products of an MLP again, which are no calls of a layer."""
+    model = fp8.GatedMLP(K, 48, dtype=torch.bfloat16)
+    with fp8.numerics(model) as outer, fp8.numerics(model) as inner:
+        step(model, batch())
+        with torch.no_grad():
+            model(batch())
+    assert by_operand(outer) == by_operand(inner)
+    assert outer.rows[0].calls == 2
 
 
 def test_numerics_says_what_was_not_seen():

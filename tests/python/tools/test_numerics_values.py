@@ -12,6 +12,7 @@ from watched_models import RECIPES, K, batch, blocks, by_operand, modules, watch
 
 import fp8
 from fp8.tools import _observations
+from fp8.tools._numerics_sums import Sums
 from fp8.tools._quantization import SUMS, Format, measure, quantize
 
 
@@ -67,6 +68,33 @@ def test_numerics_measures_what_the_products_read(recipe, scaling, seen):
     assert {row.scaling for row in found.rows if row.operand == "x"} == {
         "static" if scaling == "static" else fp8.recipe.check_recipe(recipe).scaling
     }
+
+
+def test_numerics_measures_a_tensor_that_comes_again_with_its_own_scale(seen):
+    """The newest record of a history is another one's."""
+    layer = fp8.Linear(K, 48, bias=False, dtype=torch.bfloat16, recipe="delayed")
+    with torch.no_grad():
+        for i in range(18):
+            layer(batch(seed=i))
+        first, second = batch(seed=90).flatten(0, 1), 100 * batch(seed=91).flatten(0, 1)
+        for x in (first, second, first):
+            seen.clear()
+            with fp8.numerics(layer):
+                y = layer(x)
+    (_, x), (_, weight) = seen
+    assert_product(y, x, weight)
+    data, scale = fp8.ops.quantize_tensorwise(first)
+    assert not torch.equal(x, fp8.ops.dequantize(data, scale, torch.float32))  # it is delayed
+
+
+def test_numerics_adds_up_in_any_mode():
+    """Totals that were begun in inference mode are written outside of it."""
+    sums, key = Sums(), _observations.Key("a", "x", "fprop", "tensorwise", "e4m3", "dynamic")
+    with torch.inference_mode():
+        sums.add(key, torch.ones(len(SUMS), dtype=torch.float64))
+    sums.add(key, torch.ones(len(SUMS), dtype=torch.float64))
+    (found,) = sums.rows()
+    assert found.calls == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
