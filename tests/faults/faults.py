@@ -10,11 +10,12 @@ from faults_host import HOST
 from faults_merged import SIBLINGS
 from faults_mlp import MLPS
 from faults_norm import NORM
+from faults_numerics import NUMERICS
 from faults_python import PYTHON
 from faults_rope import ROPE
 from faults_torch import TORCH
 
 FAULTS: list[Fault] = [
     *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
-    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *CUDA),
+    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *NUMERICS, *CUDA),
 ]

@@ -48,11 +48,11 @@ def numerics(model: nn.Module) -> Iterator[Numerics]:
     - `nonfinite`: how many elements are NaN or Inf.
 
     A forward that activation checkpointing runs again is one call. Works with autocast, frozen
-    weights, gradient accumulation, cached weights and main_grad; what torch.compile compiled before
-    is watched too, and what it meets first inside runs uncompiled there. Nothing waits for the GPU
-    before the end. It costs a second quantization and some passes over every operand, and Python's
-    time for every operator of PyTorch: meant for some steps of a training, not for all. Where
-    processes work together each has its own figures.
+    weights, gradient accumulation, cached weights, main_grad, DDP and FSDP2; what torch.compile
+    compiled before is watched too, and what it meets first inside runs uncompiled there. Nothing
+    waits for the GPU before the end. It costs a second quantization and some passes over every
+    operand, and Python's time for every operator of PyTorch: meant for some steps of a training,
+    not for all. Where processes work together each has its own figures.
 
     Args:
         model: a module with layers in FP8. Its parameters name the layers; a weight that is no
@@ -64,10 +64,9 @@ def numerics(model: nn.Module) -> Iterator[Numerics]:
 
     Example:
         >>> with fp8.numerics(model) as found:
-        ...     for x, target in batches[:4]:
-        ...         loss(model(x), target).backward()
+        ...     for batch in micro_batches:
+        ...         loss(model(batch)).backward()
         >>> print(found.table())
-        >>> found.plot("numerics.png")
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fp8.numerics: expected a torch.nn.Module, got {type(model).__name__}")

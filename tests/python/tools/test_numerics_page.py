@@ -16,7 +16,7 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs/numerics.md").read_text()
 
 def test_page_of_numerics_runs_and_prints_its_table(capsys):
     programs = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (table,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    (table,) = re.findall(r"```\n(layer .*?)```", PAGE, re.DOTALL)
     assert len(programs) == 3
     names: dict[str, object] = {}
     with warnings.catch_warnings():
