@@ -78,8 +78,15 @@ class Verdict:
 
 def verdicts(machine: Machine) -> list[Verdict]:
     """All of them, in a fixed order."""
-    parts = (_torch, _gpus, _cublaslt, _fallbacks, _binding, _transformers, _environment)
-    return [verdict for part in parts for verdict in part(machine)]
+    parts = (_torch, _gpus, _driver, _cublaslt, _fallbacks, _binding, _transformers, _environment)
+    found = [verdict for part in parts for verdict in part(machine)]
+    if machine.gpus and all(verdict.status in ("ok", "note") for verdict in found):
+        text = (
+            "FP8 gains with large layers and thousands of tokens a step: print(fp8.summary(model)) "
+            "says what runs in FP8 and why not the rest, FP8_PRINT_PLAN=1 what was launched"
+        )
+        found.append(Verdict("note", "if a model is slow all the same", text))
+    return found
 
 
 def _torch(m: Machine) -> Iterator[Verdict]:
@@ -107,8 +114,9 @@ def _gpus(m: Machine) -> Iterator[Verdict]:
     if not m.gpus:
         yield _without_gpu(m)
         return
-    for index, gpu in enumerate(m.gpus):
-        yield _one_gpu(m, gpu, f"cuda:{index} ({gpu.name}, {_dotted(gpu.capability)})")
+    for gpu in dict.fromkeys(m.gpus):
+        places = ",".join(str(index) for index, other in enumerate(m.gpus) if other == gpu)
+        yield _kind_of_gpu(m, gpu, f"cuda:{places} ({gpu.name}, {_dotted(gpu.capability)})")
 
 
 def _without_gpu(m: Machine) -> Verdict:
@@ -146,7 +154,7 @@ def _without_gpu(m: Machine) -> Verdict:
     )
 
 
-def _one_gpu(m: Machine, gpu: Gpu, topic: str) -> Verdict:
+def _kind_of_gpu(m: Machine, gpu: Gpu, topic: str) -> Verdict:
     if not m.built_cuda:
         return Verdict(
             "install",
@@ -177,6 +185,21 @@ def _one_gpu(m: Machine, gpu: Gpu, topic: str) -> Verdict:
             "on 9.0 alone, so rowwise, blockwise, experts dequantize first: prefer tensorwise",
         )
     return Verdict("ok", topic, "FP8 tensor cores in every recipe")
+
+
+def _driver(m: Machine) -> Iterator[Verdict]:
+    if not (m.gpus and m.driver and m.torch_cuda):
+        return
+    needed = _DRIVER_OF_CUDA.get(_major(m.torch_cuda), 0)
+    if _major(m.driver) >= needed:
+        yield Verdict("ok", "driver", f"{m.driver}, for CUDA {m.torch_cuda}")
+    else:
+        yield Verdict(
+            "note",
+            "driver",
+            f"{m.driver} runs CUDA {m.torch_cuda} by a compatibility package, it seems: {needed} "
+            "and newer do by themselves",
+        )
 
 
 def _cublaslt(m: Machine) -> Iterator[Verdict]:

@@ -106,7 +106,7 @@ class _Watcher:
 
     def _find_names(self) -> None:
         for name, parameter in self._model.named_parameters():
-            layer = name.removesuffix("weight").removesuffix(".") or "(model)"
+            layer = "(model)" if name == "weight" else name.removesuffix(".weight")
             self._names[id(parameter)] = (weakref.ref(parameter), layer)
 
     def name_of(self, weight: Tensor | None) -> str | None:

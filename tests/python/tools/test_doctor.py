@@ -41,8 +41,10 @@ def test_doctor_finds_nothing_wrong_with_a_good_machine():
     assert [(status, topic) for status, topic, _ in judged()] == [
         ("ok", "torch"),
         ("ok", "cuda:0 (NVIDIA H200, 9.0)"),
+        ("ok", "driver"),
         ("ok", "cuBLASLt"),
         ("ok", "transformers"),
+        ("note", "if a model is slow all the same"),
     ]
 
 
@@ -62,6 +64,7 @@ def test_doctor_finds_nothing_wrong_with_a_good_machine():
         ({"gpus": (Gpu("B200", 100),)}, "slow", "cuda:0", "prefer tensorwise"),
         ({"gpus": (Gpu("A100", 80),), "architectures": (80,)}, "slow", "cuda:0", "before 8.9"),
         ({"gpus": (H200, Gpu("A100", 80))}, "install", "cuda:1 (A100, 8.0)", "9.0 and newer"),
+        ({"gpus": (H200, Gpu("A100", 80), H200)}, "ok", "cuda:0,2 (NVIDIA H200, 9.0)", "every"),
         # no GPU for torch
         ({"gpus": (), "driver": ""}, "slow", "GPU", "no NVIDIA driver"),
         ({"gpus": (), "torch_cuda": ""}, "install", "GPU", "is CPU-only"),
@@ -72,6 +75,7 @@ def test_doctor_finds_nothing_wrong_with_a_good_machine():
             {"gpus": (), "environment": {"CUDA_VISIBLE_DEVICES": ""}},
             *("slow", "GPU", "CUDA_VISIBLE_DEVICES='' hides them"),
         ),
+        ({"driver": "535.104.05"}, "note", "driver", "compatibility package"),
         # cuBLASLt
         ({"cublaslt": "13.4.1"}, "note", "cuBLASLt", "newer than 13.1"),
         ({"cublaslt": "13.0.2"}, "note", "cuBLASLt", "older than 13.1"),
@@ -107,7 +111,12 @@ def test_doctor_sees(changes, status, topic, text):
     ],
 )
 def test_doctor_is_silent_about_what_is_well(changes):
-    assert all(status == "ok" for status, _, _ in judged(**changes))
+    assert all(status == "ok" for status, _, _ in judged(**changes)[:-1])
+
+
+def test_doctor_gives_the_hint_only_where_nothing_is_slow():
+    for changes in ({"fallbacks": 3}, {"gpus": (Gpu("B200", 100),)}, {"binding": "x"}):
+        assert not any("summary" in text for status, _, text in judged(**changes))
 
 
 def test_doctor_of_a_machine_without_a_gpu():

@@ -382,6 +382,23 @@ def test_numerics_of_compiled_code():
             assert_same_bits(a, b)
 
 
+def test_numerics_of_parameters_that_are_given_to_operators():
+    """They are named as they are."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_weight = nn.Parameter(torch.randn(K, K))
+
+        def forward(self, x):
+            return fp8.ops.fused_linear(x, self.gate_weight)
+
+    found = watched_step(nn.ModuleDict({"own": Own()})["own"], batch(dtype=torch.float32))
+    assert names_seen(found) == {"gate_weight"}
+    layer = fp8.Linear(K, K)
+    assert names_seen(watched_step(layer, batch(dtype=torch.float32))) == {"(model)"}
+
+
 def test_numerics_wants_a_module():
     with pytest.raises(TypeError, match=r"fp8\.numerics: expected a torch\.nn\.Module, got list"):
         fp8.numerics([]).__enter__()
