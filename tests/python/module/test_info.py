@@ -32,6 +32,7 @@ FACTS = [
     "plan cache",
     "autotune",
     "whole-GPU launches",
+    "verdicts",
 ]
 
 

@@ -11,7 +11,7 @@ FROZEN = "csrc/torch/frozen/frozen.cpp"
 CHECK = "csrc/torch/frozen/check.cpp"
 AUTOGRAD = "csrc/torch/frozen/autograd.cpp"
 
-FROZENS = [
+LINEAR_FROZEN = [
     Fault(
         "dy is not multiplied by the scales of a frozen weight's rows",
         FROZEN,
