@@ -6,6 +6,7 @@ from fault import Fault
 from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
+from faults_frozen import FROZEN
 from faults_host import HOST
 from faults_merged import SIBLINGS
 from faults_mlp import MLPS
@@ -16,5 +17,5 @@ from faults_torch import TORCH
 
 FAULTS: list[Fault] = [
     *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
-    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *CUDA),
+    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *CUDA),
 ]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..nn._calls import has_own_forward
 from ..nn._freezing import quantized_together, recipe_of
 from ..nn._frozen import FrozenLinear, freeze_in_place
 from ..nn._fused_mlps import own_class as own_class_of_mlp
@@ -138,6 +139,9 @@ def not_frozen(
 
 
 def unfit(module: nn.Linear) -> str | None:
+    """Why the weight of a module cannot become codes, beside what convert asks."""
+    if has_own_forward(module):
+        return "its forward was replaced on the instance; freeze before that"
     if "weight" not in module._parameters:
         return "its weight is no parameter"
     if hasattr(module.weight, "__tensor_flatten__") or type(module.weight).__name__ == "DTensor":

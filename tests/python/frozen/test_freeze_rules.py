@@ -89,6 +89,17 @@ def test_freeze_leaves_blocks_and_says_so(kind):
     assert f"tensorwise (not frozen: a layer of an fp8.{kind})" in row(model, f"0.{name}")
 
 
+def test_freeze_leaves_layers_whose_forward_was_replaced():
+    """As accelerate's hooks do, whose offloaded weights would be cast into codes."""
+    model = convert(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "rowwise")
+    own = model[0].forward
+    model[0].forward = lambda x: own(x)
+    fp8.freeze(model)
+    assert frozen_layers(model) == ["1"]
+    assert "(not frozen: its forward was replaced on the instance; freeze" in row(model, "0")
+    model(torch.randn(2, 16))
+
+
 def test_freeze_leaves_parametrized_layers():
     linear = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
     with pytest.warns(UserWarning, match="froze nothing"):
