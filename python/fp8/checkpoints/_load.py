@@ -115,7 +115,8 @@ def load(
         checkpoint = _renamed(checkpoint, rename)
     plan = make_plan(model, checkpoint, strict)
     place = torch.device("cpu" if device is None else device)
-    with reading() as reader, torch.no_grad():
+    # Normal tensors, whatever the caller's mode.
+    with reading() as reader, torch.inference_mode(False), torch.no_grad():
         _fill(plan, Source(checkpoint, reader, place), static_inputs, progress)
     unfuse(model)
     return Loaded(

@@ -40,13 +40,13 @@ def recipe_of(linear: nn.Linear, recipe: str | Recipe | None) -> Recipe:
     return found
 
 
-@torch.no_grad()
 def quantized(linear: nn.Linear, recipe: str | Recipe | None = None) -> Codes:
     """The codes of one layer. Raises as `recipe_of`, and TypeError for a weight that is not in high
     precision."""
     return quantized_together([linear], recipe)[0]
 
 
+@torch.inference_mode(False)  # normal tensors, whatever the caller's mode
 @torch.no_grad()
 def quantized_together(
     linears: Sequence[nn.Linear], recipe: str | Recipe | None = None

@@ -161,6 +161,16 @@ def test_freeze_takes_a_recipe_for_all_and_rowwise_for_plain_layers():
     assert [m.describe() for m in fp8.freeze(mixed, fp8.Recipe("rowwise"))] == ["rowwise"] * 2
 
 
+def test_freeze_in_inference_mode_makes_tensors_like_any_other():
+    linear = nn.Linear(32, 16)
+    with torch.inference_mode():
+        fp8.freeze(linear)
+    assert not any(p.is_inference() for p in linear.parameters())
+    x = torch.randn(2, 32, requires_grad=True)
+    linear(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_freeze_twice_changes_nothing():
     model = fp8.freeze(language_model(), "blockwise")
     before = copy.deepcopy(model)
