@@ -237,3 +237,17 @@ def test_freeze_of_a_filter_that_raises_changes_nothing():
     assert not frozen_layers(model)
     fp8.freeze(model, filter=every)
     assert frozen_layers(model)
+
+
+def test_freeze_asks_whether_siblings_are_read_together():
+    """Where their parent's forward would not compute them as one, each keeps its own scale."""
+    model = nn.Sequential(Siblings())
+    model[0].k.weight.data *= 100
+    convert(model, "tensorwise")
+    with torch.inference_mode():  # such weights count no writes
+        for layer in (model[0].q, model[0].k):
+            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+    x = torch.randn(4, 160)
+    actual, expected = frozen_and_before(model, x)
+    assert_same_bits(actual, expected)
+    assert not torch.equal(model[0].q.scales, model[0].k.scales)
