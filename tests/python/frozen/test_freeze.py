@@ -40,9 +40,8 @@ def test_frozen_layer_has_the_bits_of_the_converted_one(recipe, shape, dtype, de
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_frozen_model_has_the_logits_of_the_converted_one(recipe, fuse, bias):
-    model = language_model(bias=bias)
+def test_frozen_model_has_the_logits_of_the_converted_one(recipe, fuse):
+    model = language_model()
     convert(model, recipe, fuse=fuse)
     tokens = torch.randint(48, (2, 7))
     actual, expected = frozen_and_before(model, tokens)
