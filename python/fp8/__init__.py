@@ -5,6 +5,7 @@
     y = fp8.ops.fused_linear(x, weight, bias)        # one differentiable operator call
     model = fp8.convert(model)                       # every suitable nn.Linear computes in FP8
     print(fp8.summary(model))                        # which ones, and why the others do not
+    model = fp8.freeze(model)                        # weights become FP8, for inference
 
 `fp8.nn` has the modules, `fp8.ops` the operators, `fp8.conversion` the rules that `convert`
 follows, `fp8.tools` what is done around training, `fp8.integrations` what other libraries need.
@@ -21,6 +22,7 @@ from ._native.loader import load as _load
 # The operators must exist before the modules below look them up.
 __version__: str = _load().version
 
+from . import checkpoints as checkpoints
 from . import conversion as conversion
 from . import integrations as integrations
 from . import nn as nn
@@ -28,8 +30,9 @@ from . import ops
 from . import tools as tools
 from ._native import flops as _flops
 from ._native import operators as _operators
-from .conversion import convert, revert, summary
-from .nn import MLP, GatedMLP, GroupedLinear, Linear, MergedLinear, RMSNorm
+from .checkpoints import export_weights, load, save
+from .conversion import convert, freeze, revert, summary
+from .nn import MLP, FrozenLinear, GatedMLP, GroupedLinear, Linear, MergedLinear, RMSNorm
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
     autotune,
@@ -52,6 +55,7 @@ __all__ = [
     "GROUPED_RECIPES",
     "MLP",
     "RECIPES",
+    "FrozenLinear",
     "GatedMLP",
     "GroupedLinear",
     "Linear",
@@ -64,12 +68,16 @@ __all__ = [
     "calibrate",
     "cmake_prefix_path",
     "convert",
+    "export_weights",
+    "freeze",
     "info",
+    "load",
     "numerics",
     "ops",
     "plan_cache_clear",
     "plan_cache_info",
     "revert",
+    "save",
     "summary",
     "uncalibrate",
 ]

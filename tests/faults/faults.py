@@ -6,6 +6,7 @@ from fault import Fault
 from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
+from faults_frozen import FROZEN
 from faults_host import HOST
 from faults_linear_frozen import LINEAR_FROZEN
 from faults_merged import SIBLINGS
@@ -18,5 +19,5 @@ from faults_torch import TORCH
 
 FAULTS: list[Fault] = [
     *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
-    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *LINEAR_FROZEN, *NUMERICS, *CUDA),
+    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *LINEAR_FROZEN, *NUMERICS, *CUDA),
 ]

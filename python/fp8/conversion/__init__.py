@@ -1,4 +1,5 @@
-"""FP8 in a model that exists: `convert`, `revert`, `summary`, and the rules that `convert` follows.
+"""FP8 in a model that exists: `convert`, `freeze`, `revert`, `summary`, and the rules that they
+follow.
 
 `worthwhile` and `experts_worthwhile` say of a shape whether FP8 gains; the constants are what they
 and the rule for whole models compare with.
@@ -7,6 +8,7 @@ and the rule for whole models compare with.
 from ._convert import convert, revert
 from ._expert_rules import MIN_EXPERTS_WORK
 from ._expert_rules import worthwhile as experts_worthwhile
+from ._freeze import freeze
 from ._rules import MIN_MEAN_SIZE, MIN_WORK, worthwhile
 from ._summary import summary
 
@@ -16,6 +18,7 @@ __all__ = [
     "MIN_WORK",
     "convert",
     "experts_worthwhile",
+    "freeze",
     "revert",
     "summary",
     "worthwhile",

@@ -48,6 +48,22 @@ def readers(model: nn.Module) -> dict[nn.Module, Reader]:
     return result
 
 
+def dtype_readers(model: nn.Module) -> dict[nn.Module, str]:
+    """Who reads the dtype of a module's weight, to cast what it hands to the module, as T5 does:
+    "T5DenseActDense.forward"."""
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        try:
+            found_here = reads_of(module)
+        except Exception:
+            continue
+        for method, reads in found_here.items():
+            for path in reads.dtypes:
+                for target in _resolve(module, path):
+                    found.setdefault(target, f"{type(module).__name__}.{method}")
+    return found
+
+
 def _resolve(module: nn.Module, path: Path) -> Iterator[nn.Module]:
     """The modules below `module` at a path; none where it names something else."""
     if not path:

@@ -53,6 +53,8 @@ class Reads:
     weights: set[Path] = field(default_factory=set)
     """Whose weight it uses as a tensor."""
     biases: set[Path] = field(default_factory=set)
+    dtypes: set[Path] = field(default_factory=set)
+    """The dtype of whose weight it reads, to cast something to it."""
     used: set[Path] = field(default_factory=set)
     """Which it calls or hands on: who gets a module may call it."""
     methods: set[str] = field(default_factory=set)
@@ -77,6 +79,7 @@ def reads_of(module: nn.Module) -> dict[str, Reads]:
             reads = _reads_of_code(code, outcomes)
             total.weights |= reads.weights
             total.biases |= reads.biases
+            total.dtypes |= reads.dtypes
             total.used |= reads.used
             waiting += sorted(reads.methods)
     return found
@@ -218,6 +221,8 @@ def _tensor(
     while rest[:1] == ("data",):
         rest = rest[1:]
     if rest:
+        if rest[0] == "dtype" and name == "weight" and final:
+            reads.dtypes.add(path)
         if rest[0] in _METADATA or (rest[0] != EACH and not hasattr(torch.Tensor, rest[0])):
             return  # dtype and the like, or a mark of a quantization library
     elif after and after[0].kind == "store":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..integrations.transformers._experts import is_experts
 from ..nn._calls import has_own_forward
+from ..nn._frozen import FrozenLinear
 from ..nn._linear import Linear
 from ..recipe import RECIPES, Recipe, check_recipe
 from ._readers import readers
@@ -100,6 +101,8 @@ class Found:
     def refused(self) -> str | None:
         """The safety rules: why convert must leave this module alone; None if it may change it."""
         module, kind = self.module, type(self.module)
+        if isinstance(module, FrozenLinear):
+            return "frozen: its weight is FP8 already"
         if kind not in (nn.Linear, Linear):
             base = "fp8.Linear" if isinstance(module, Linear) else "nn.Linear"
             before = "; convert before fully_shard" if _is_sharded(module) else ""
@@ -119,6 +122,11 @@ class Found:
 
     def unselected(self, recipe: str) -> str | None:
         """The default rules for one module: why it is left alone, or None."""
+        kept = self.exempt()
+        return kept or worthwhile(self.module.in_features, self.module.out_features, recipe)
+
+    def exempt(self) -> str | None:
+        """Those of them that do not ask for sizes."""
         for name in (self.name, *self.aliases):
             if name.rpartition(".")[2] in HEAD_NAMES:
                 return "output head, kept in high precision by default"
@@ -126,7 +134,7 @@ class Found:
             return f"its weight is used by {self.also_read} too, past its forward"
         if self.routed is not None:
             return f"router of {self.routed}, kept in high precision by default"
-        return worthwhile(self.module.in_features, self.module.out_features, recipe)
+        return None
 
 
 def left_alone(linears: Sequence[Found], recipe: str) -> dict[nn.Linear, str]:

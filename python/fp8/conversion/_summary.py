@@ -10,11 +10,13 @@ from torch import nn
 from ..integrations.transformers import _experts
 from ..integrations.transformers._gating import was_called
 from ..nn._calls import CALLED, never_called
+from ..nn._frozen import FrozenLinear
 from ..nn._grouped import GroupedLinear
 from ..nn._linear import Linear
 from . import _fusions
 from ._convert import check_model
 from ._expert_rules import FoundExperts, find_experts
+from ._freeze import not_frozen
 from ._rules import Found, dtype_name, find_conv1d, find_linears, label, left_alone
 
 
@@ -24,6 +26,7 @@ def summary(model: nn.Module) -> str:
     One line each, and one for each experts module: number of experts x shapes. `not converted`
     means that no rule speaks against it: convert was not called, or its filter left the module out.
     A module with several names is listed under the first; the others follow in brackets.
+    Frozen layers say so, and in a model that has some, the others in FP8 why they are not.
     `fp8.GroupedLinear` modules have a line, and so has Conv1D of transformers (GPT-2), which is not
     supported. Where `fp8.convert` fused something, modules of that kind have lines: what each runs,
     or why it does not.
@@ -45,16 +48,23 @@ def summary(model: nn.Module) -> str:
     recipes = Counter(
         linear.module.recipe for linear in linears if isinstance(linear.module, Linear)
     )
+    frozen = [linear.module for linear in linears if isinstance(linear.module, FrozenLinear)]
     # The shape rule wants a recipe: the one in use here, or else convert's default.
-    reasons = left_alone(linears, next(iter(recipes), "tensorwise"))
+    reasons: Mapping[nn.Linear, str] = left_alone(linears, next(iter(recipes), "tensorwise"))
+    if frozen:
+        reasons = not_frozen(model, linears)
+        recipes.update(f"frozen {module.describe()}" for module in frozen)
     lines: dict[nn.Module, Row] = {}
     for linear in linears:
         shape = f"{linear.module.in_features} -> {linear.module.out_features}"
         dtype = dtype_name(getattr(linear.module, "weight", None))
-        lines[linear.module] = (label(linear), shape, dtype, _status(linear, reasons))
+        lines[linear.module] = (label(linear), shape, dtype, _status(linear, reasons, frozen))
     for found in mixtures:
         dtype = dtype_name(_experts.weights_of(found.module)[0])
-        lines[found.module] = (label(found), found.shape(), dtype, _experts_status(found))
+        status = _experts_status(found)
+        if frozen and _experts.in_fp8(found.module):
+            status += " (not frozen: experts are not supported)"
+        lines[found.module] = (label(found), found.shape(), dtype, status)
     grouped, conv1d = _grouped_lines(model), _conv1d_lines(model)
     lines |= grouped | conv1d | dict(_fusions.rows(model))
     never = never_called(model, _calls(lines))
@@ -95,7 +105,8 @@ def _calls(lines: Collection[nn.Module]) -> dict[nn.Module, Any]:
     """The layers in FP8, and whether each was called."""
     calls: dict[nn.Module, Any] = {}
     for module in lines:
-        kind = next((kind for kind in (Linear, GroupedLinear) if isinstance(module, kind)), None)
+        kinds = (Linear, FrozenLinear, GroupedLinear)
+        kind = next((kind for kind in kinds if isinstance(module, kind)), None)
         if kind is not None and type(module).forward is kind.forward:  # a subclass may not mark
             calls[module] = vars(module).get(CALLED)
         elif _experts.in_fp8(module):
@@ -122,12 +133,18 @@ def _conv1d_lines(model: nn.Module) -> dict[nn.Module, Row]:
     return lines
 
 
-def _status(linear: Found, reasons: Mapping[nn.Linear, str]) -> str:
+def _status(
+    linear: Found, reasons: Mapping[nn.Linear, str], frozen: Collection[nn.Linear] = ()
+) -> str:
+    if isinstance(linear.module, FrozenLinear):
+        return f"frozen {linear.module.describe()}"
     if isinstance(linear.module, Linear):
         static = "" if linear.module.input_scale is None else ", static input_scale"
         refused = linear.refused()  # for instance after model.double()
+        if refused is None and frozen:
+            refused = f"not frozen: {reasons.get(linear.module, 'no rule speaks against it')}"
         return linear.module.recipe + static + (f" ({refused})" if refused else "")
-    return f"- ({reasons.get(linear.module, 'not converted')})"
+    return f"- ({reasons.get(linear.module, 'not frozen' if frozen else 'not converted')})"
 
 
 def _experts_status(found: FoundExperts) -> str:
@@ -147,7 +164,8 @@ def _totals(linears: list[Found], recipes: Counter[str]) -> str:
     sizes = {
         linear.module: linear.module.in_features * linear.module.out_features for linear in linears
     }
-    converted = sum(size for module, size in sizes.items() if isinstance(module, Linear))
+    in_fp8 = (Linear, FrozenLinear)
+    converted = sum(size for module, size in sizes.items() if isinstance(module, in_fp8))
     share = 100 * converted / max(sum(sizes.values()), 1)
     kinds = ", ".join(f"{count} {recipe}" for recipe, count in recipes.items()) or "none"
     return (

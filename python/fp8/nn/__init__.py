@@ -1,5 +1,7 @@
-"""Modules that compute in FP8: `Linear`, `GroupedLinear` for groups of rows, and the blocks
-`GatedMLP` and `MLP`; and `RMSNorm`, fused."""
+"""Modules that compute in FP8: `Linear`, `FrozenLinear` whose weight is FP8 too, `GroupedLinear`
+for groups of rows, and the blocks `GatedMLP` and `MLP`; and `RMSNorm`, fused."""
+
+from ._frozen import FrozenLinear
 
 # What pickles of fused modules name.
 from ._fused_classes import stacked as _stacked  # noqa: F401
@@ -18,4 +20,12 @@ from ._mlp_forms import Form as _MLPForm  # noqa: F401
 from ._mlp_probe import MLPSpec as _MLPSpec  # noqa: F401
 from ._norms import RMSNorm
 
-__all__ = ["MLP", "GatedMLP", "GroupedLinear", "Linear", "MergedLinear", "RMSNorm"]
+__all__ = [
+    "MLP",
+    "FrozenLinear",
+    "GatedMLP",
+    "GroupedLinear",
+    "Linear",
+    "MergedLinear",
+    "RMSNorm",
+]

@@ -35,7 +35,8 @@ OTHERS = {
 PUBLIC = {"fp8", "fp8.recipe"} | {
     f"fp8.{name}"
     for name in (
-        *("conversion", "integrations", "integrations.transformers", "nn", "ops", "tools"),
+        *("checkpoints", "conversion", "integrations", "integrations.transformers", "nn", "ops"),
+        "tools",
     )
 }
 
@@ -132,7 +133,10 @@ def test_package_has_no_other_names(name):
 
 @pytest.mark.parametrize(
     "module",
-    [fp8.Linear(16, 16), fp8.GroupedLinear(1, 16, 16), fp8.GatedMLP(16, 16), fp8.MLP(16, 16)],
+    [
+        *(fp8.Linear(16, 16), fp8.FrozenLinear(16, 16), fp8.GroupedLinear(1, 16, 16)),
+        *(fp8.GatedMLP(16, 16), fp8.MLP(16, 16)),
+    ],
 )
 def test_pickles_name_public_modules(module):
     data = pickle.dumps(module, protocol=0)

@@ -1,0 +1,101 @@
+"""The codes of a linear layer: what its forward computes of its weight in every call, once."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..recipe import Recipe, check_recipe
+from ._linear import Linear
+from ._scales import Granularity
+
+_ops = torch.ops.fp8
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Codes(NamedTuple):
+    """A weight in FP8, and how its input is to be quantized."""
+
+    weight: Tensor  # [N, K] float8_e4m3fn
+    scale: Tensor  # float32
+    input_scale: Tensor | None
+    granularity: Granularity
+    input_granularity: Granularity | None
+    power_of_two: bool
+
+
+def recipe_of(linear: nn.Linear, recipe: str | Recipe | None) -> Recipe:
+    """The recipe by which a layer is frozen; ValueError for an unknown one, or one that does not go
+    with the layer's static scale."""
+    if recipe is None:
+        recipe = linear.recipe if isinstance(linear, Linear) else "rowwise"
+    found = check_recipe(recipe)
+    static = isinstance(linear, Linear) and linear.input_scale is not None
+    if static and found.granularity != "tensorwise":
+        raise ValueError(
+            "fp8.freeze: the layer has a static input_scale, which is for tensorwise recipes, got "
+            f"{str(found)!r}; fp8.uncalibrate(model) goes back to dynamic scales"
+        )
+    return found
+
+
+def quantized(linear: nn.Linear, recipe: str | Recipe | None = None) -> Codes:
+    """The codes of one layer. Raises as `recipe_of`, and TypeError for a weight that is not in high
+    precision."""
+    return quantized_together([linear], recipe)[0]
+
+
+@torch.inference_mode(False)  # normal tensors, whatever the caller's mode
+@torch.no_grad()
+def quantized_together(
+    linears: Sequence[nn.Linear], recipe: str | Recipe | None = None
+) -> list[Codes]:
+    """The codes of layers that are computed as one product (`fp8.ops.merged_linear`): with one
+    scale per tensor they share it. Where blocks would lie across two layers, each has its own."""
+    found = recipe_of(linears[0], recipe)
+    weights = [linear.weight.detach() for linear in linears]
+    for weight in weights:
+        if weight.dtype not in _DTYPES:
+            got = str(weight.dtype).removeprefix("torch.")
+            raise TypeError(
+                f"fp8.freeze: expected a weight in bfloat16, float16 or float32, got {got}"
+            )
+    if len(weights) > 1 and found.granularity == "tensorwise":
+        data, scale = _quantize(torch.cat(weights), found)
+        parts = torch.split(data, [weight.size(0) for weight in weights])
+        pairs = [(part, scale.clone()) for part in parts]  # a parameter each
+    else:
+        pairs = [_quantize(weight, found) for weight in weights]
+    return [
+        Codes(
+            _alone(data),
+            _alone(scale),
+            _static(linear),
+            found.granularity,
+            found.granularity,
+            found.power_of_two,
+        )
+        for linear, (data, scale) in zip(linears, pairs, strict=True)
+    ]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Contiguous, in memory of its own size: without the padding that quantizing leaves."""
+    fits = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _quantize(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    op: Any = {
+        "tensorwise": _ops.quantize_tensorwise,
+        "rowwise": _ops.quantize_rowwise,
+        "blockwise": _ops.quantize_blockwise_128x128,
+    }[recipe.granularity]
+    data, scale = op.default(weight, power_of_two=recipe.power_of_two)
+    return data, scale
+
+
+def _static(linear: nn.Linear) -> Tensor | None:
+    scale = linear.input_scale if isinstance(linear, Linear) else None
+    return None if scale is None else scale.detach().float().clone()
