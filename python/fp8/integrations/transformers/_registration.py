@@ -18,8 +18,8 @@ MODULE = "transformers.integrations.moe"
 
 
 def register() -> None:
-    """Make `experts_implementation="fp8"` known to transformers, which is imported. Harmless to
-    repeat.
+    """Make `experts_implementation="fp8"` known to transformers, which is imported, and the
+    quantizers of `ConvertConfig` and `FrozenConfig`. Harmless to repeat.
 
     Raises ImportError without transformers, or with one that has no experts implementations (before
     transformers 5).
@@ -34,6 +34,8 @@ def register() -> None:
             f"fp8.integrations.transformers.register: {MODULE} has no ExpertsInterface; "
             "transformers 5 or later is needed"
         )
+    for quantizer in ("_quantizer", "_frozen_quantizer"):
+        importlib.import_module(f".{quantizer}", __package__)
 
 
 def register_for(model: nn.Module) -> None:
