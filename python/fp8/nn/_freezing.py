@@ -143,7 +143,7 @@ def quantized_together(
     return [
         Codes(
             _alone(data),
-            _alone(scale),
+            _alone(scale).reshape(shape_of(found.granularity, *data.shape)),
             _static(linear),
             found.granularity,
             found.granularity,
@@ -171,4 +171,4 @@ def _quantize(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 def _static(linear: nn.Linear) -> Tensor | None:
     scale = linear.input_scale if isinstance(linear, Linear) else None
-    return None if scale is None else scale.detach().float().clone()
+    return None if scale is None else scale.detach().float().clone().reshape(1)

@@ -93,7 +93,7 @@ class FrozenLinear(nn.Linear):
         codes = Codes(
             torch.empty(out_features, in_features, dtype=torch.uint8, device=device).view(_E4M3),
             torch.empty(shape, dtype=torch.float32, device=device),
-            torch.empty((), dtype=torch.float32, device=device) if static_input else None,
+            torch.empty(1, dtype=torch.float32, device=device) if static_input else None,
             granularity,
             input_granularity,
             power_of_two,
