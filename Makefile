@@ -48,7 +48,7 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build docs demo demo-moe demo-inference demo-lora loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build docs demo demo-moe demo-inference demo-lora loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist release sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
@@ -94,14 +94,17 @@ test-tsan: $(INSTALLED)
 test-faults: _catch2 $(INSTALLED)  ## deliberate faults, each of which must turn a test red: minutes
 	@$(PY) tests/faults/run.py $(ARGS)
 
-wheel: $(INSTALLED)  ## source distribution and wheel, into dist/
-	@PYTHON=$(PY) scripts/wheel.sh
+wheel: build  ## source distribution and wheel, into dist/
+	@PYTHON=$(PY) CMAKE_ARGS='$(CMAKE_ARGS)' FP8_BUILD_DIR=$(CURDIR)/build scripts/wheel.sh
 
-test-wheel: wheel  ## the wheel in a fresh environment; downloads torch, or takes it from WHEEL_SITE
+test-wheel: wheel  ## the wheel in a fresh environment (torch from pip or WHEEL_SITE); test-sdist: the source
 	@PYTHON=$(PY) scripts/test_wheel.sh wheel
 
-test-sdist: wheel  ## the source distribution, built by pip in a clean environment
+test-sdist: wheel
 	@PYTHON=$(PY) scripts/test_wheel.sh sdist
+
+release: build  ## wheel and sdist, made twice and compared, tried in fresh environments
+	@PYTHON=$(PY) CMAKE_ARGS='$(CMAKE_ARGS)' PATH="$(PATH)" scripts/release.sh $(ARGS)
 
 sanitize: build  ## compute-sanitizer over every op; needs a GPU
 	@PYTHON=$(PY) scripts/sanitize.sh
@@ -162,13 +165,17 @@ _tests_built: $(CONFIGURED)
 	@$(BIN)cmake --build build -j $$(scripts/jobs.sh)
 	@$(DEVEL)
 
+# CMake asks everything anew, as with --fresh, but objects stay: ninja compiles again what another
+# command makes, or headers that changed. So `make test` after `make demo` only adds the tests.
 $(CONFIGURED): $(INSTALLED) VERSION
-	$(BIN)cmake --fresh -S . -B build $(CONFIGURE)
+	@rm -rf build/CMakeCache.txt build/CMakeFiles/[0-9]*
+	$(BIN)cmake -S . -B build $(CONFIGURE)
 	@rm -f build/.configured-* && touch $@
 
 ifneq ($(strip $(VENV)),)
+# Bytecode of what is imported is made then: of all of it, half a minute.
 $(INSTALLED): | $(BIN)python
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@rm -f $(VENV)/.installed-* && touch $@
 
 $(LINTERS): | $(INSTALLED)

@@ -1,7 +1,7 @@
 # Targets for the LibTorch in LibTorch_ROOT: pip's torch package, or an unpacked LibTorch. The build and the installed
 # FP8Config.cmake both include this file.
 #   LibTorch::cpu    libtorch_cpu, libc10 and their headers
-#   LibTorch::cuda   the CUDA half, where this LibTorch has one: what a library links
+#   LibTorch::cuda   exists where this LibTorch has a CUDA half, and is that
 #   LibTorch::program  what a program links: these, and by name, whether it refers to them or not, libtorch (which
 #                    AOTInductor's models ask for), libtorch_cuda (else LibTorch has no CUDA there) and the CUDA libraries
 #                    of libfp8_*, which those do not find by themselves where fp8 is not installed beside torch
@@ -29,8 +29,8 @@ elseif(EXISTS ${LibTorch_ROOT}/build-version)
 endif()
 if(NOT LibTorch_VERSION)
   set(LibTorch_ERROR "there is no LibTorch in ${LibTorch_ROOT}")
-elseif(NOT LibTorch_VERSION MATCHES "^2\\.11\\.")
-  set(LibTorch_ERROR "fp8 fits torch 2.11, but ${LibTorch_VERSION} is in ${LibTorch_ROOT}")
+elseif(LibTorch_VERSION VERSION_LESS 2.11)
+  set(LibTorch_ERROR "fp8 needs torch 2.11 or newer, but ${LibTorch_VERSION} is in ${LibTorch_ROOT}")
 endif()
 
 set(LibTorch_LIBRARY_PATH ${LibTorch_ROOT}/lib)

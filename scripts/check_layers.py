@@ -58,8 +58,7 @@ def core_files(root: Path) -> set[Path]:
     """Every file of the layer that the rule starts from."""
     csrc = root / "csrc"
     kernels = {path.resolve() for path in [*csrc.rglob("*.cu"), *csrc.rglob("*.cuh")]}
-    headers = [csrc / f"include/fp8/core{name}.h" for name in ("", "_grouped", "_norm", "_rope")]
-    public = {header.resolve() for header in headers if header.is_file()}
+    public = {header.resolve() for header in csrc.glob("include/fp8/core*.h")}
     return kernels | cmake_sources(root) | public
 
 

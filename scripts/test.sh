@@ -53,11 +53,26 @@ else
 fi
 
 # pytest last: its closing line ends the output.
+if [ "$mode" = all ]; then
+  # Without a GPU tests are work of one core for the most part: two processes share them, unless some were chosen.
+  two=$([ "$gpu" = 0 ] && [ "$(nproc)" -ge 2 ] && [ ${#pytest_args[@]} -eq 0 ] && echo 1 || echo 0)
+  if [ "$two" = 0 ]; then
+    exec "$python" -m pytest --cpp-gpu-skipped="$cpp_skipped" ${pytest_args[@]+"${pytest_args[@]}"}
+  fi
+  log=build/test-second-half.log
+  "$python" -m pytest --shard=2/2 -o cache_dir="$PWD/build/test-second-half" &>"$log" &
+  second=$!
+  trap 'kill "$second" 2>/dev/null' EXIT
+  status=0
+  "$python" -m pytest --shard=1/2 --cpp-gpu-skipped="$cpp_skipped" || status=$?
+  wait "$second" || status=$?
+  trap - EXIT
+  printf '\nthe second half of the tests, which ran at the same time:\n\n'
+  cat "$log"
+  exit "$status"
+fi
 jobs=${TEST_JOBS:-$(($(nproc) / 4 > 8 ? 8 : $(nproc) / 4))}
 jobs=$((jobs < 1 ? 1 : jobs > 16 ? 16 : jobs))
-if [ "$mode" = all ]; then
-  exec "$python" -m pytest --cpp-gpu-skipped="$cpp_skipped" ${pytest_args[@]+"${pytest_args[@]}"}
-fi
 pids=()
 for ((i = 1; i <= jobs; ++i)); do
   # A folder each for what autotune keeps: its tests remove it.

@@ -13,10 +13,10 @@ if [ "${1:-}" = all ]; then
   exit
 fi
 
-headers=(csrc/include/fp8/core.h csrc/host/{formats,launch,plan_key,plan_cache,plan_text}.h)
+headers=(csrc/include/fp8/core.h csrc/include/fp8/core_device.h csrc/host/{formats,launch,plan_key,plan_cache,plan_text}.h)
 sources=()
 if [ -f "$cuda/cublasLt.h" ]; then
-  sources=(csrc/core/matmul/lt_{choice,matmul}.cpp csrc/core/quantize/quantize_core.cpp)
+  sources=(csrc/core/matmul/lt_{choice,matmul,timing}.cpp csrc/core/quantize/quantize_core.cpp csrc/core/device/device.cpp)
 else
   echo "tidy: fp8_core left out, no CUDA headers in $cuda"
 fi

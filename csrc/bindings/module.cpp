@@ -11,69 +11,43 @@
 #include "fp8/core.h"
 #include "fp8/version.h"
 #include "host/tuning.h"
-#include "torch/quantize/whole_gpu.h"
-#ifdef FP8_WITH_CUDA
 #include "torch/matmul/autotune.h"
-#endif
+#include "torch/quantize/whole_gpu.h"
 
 namespace py = pybind11;
 
 namespace {
 
 std::map<std::string, std::string> build_info() {
-  return {{"version", FP8_VERSION},   {"torch", FP8_TORCH_VERSION},
-          {"cuda", FP8_CUDA_VERSION}, {"cublaslt", FP8_CUBLASLT_VERSION},
-          {"archs", FP8_CUDA_ARCHS},  {"compiler", FP8_COMPILER}};
+  return {{"version", FP8_VERSION},
+          {"cuda", FP8_CUDA_VERSION},
+          {"cublaslt", FP8_CUBLASLT_VERSION},
+          {"archs", FP8_CUDA_ARCHS},
+          {"compiler", FP8_COMPILER}};
 }
 
 std::map<std::string, int64_t> plan_cache_info() {
-#ifdef FP8_WITH_CUDA
   const fp8::core::PlanCacheInfo info = fp8::core::plan_cache_info();
-#else
-  const fp8::core::PlanCacheInfo info;
-#endif
   return {{"size", info.size},     {"capacity", info.capacity},   {"hits", info.hits},
           {"misses", info.misses}, {"fallbacks", info.fallbacks}, {"tuned", info.tuned}};
 }
 
-void plan_cache_clear() {
-#ifdef FP8_WITH_CUDA
-  fp8::core::plan_cache_clear();
-#endif
-}
+void plan_cache_clear() { fp8::core::plan_cache_clear(); }
 
-size_t cublaslt_runtime_version() {
-#ifdef FP8_WITH_CUDA
-  return fp8::core::cublaslt_runtime_version();
-#else
-  return 0;
-#endif
-}
+size_t cublaslt_runtime_version() { return fp8::core::cublaslt_runtime_version(); }
 
 // (problem, us of the first choice, us of the chosen one, source)
 using TunedProblem = std::tuple<std::string, double, double, std::string>;
 
-bool autotune_enabled() {
-#ifdef FP8_WITH_CUDA
-  return fp8::autotune::enabled();
-#else
-  return false;
-#endif
-}
+bool autotune_enabled() { return fp8::autotune::enabled(); }
 
-void autotune_open() {
-#ifdef FP8_WITH_CUDA
-  fp8::autotune::open_scope();
-#endif
-}
+void autotune_open() { fp8::autotune::open_scope(); }
 
 std::vector<TunedProblem> autotune_close() {
   std::vector<TunedProblem> problems;
-#ifdef FP8_WITH_CUDA
   for (const auto& problem : fp8::autotune::close_scope()) {
     problems.emplace_back(problem.text, problem.first_us, problem.chosen_us, problem.source);
   }
-#endif
   return problems;
 }
 

@@ -12,8 +12,8 @@ follows, `fp8.tools` what is done around training, `fp8.integrations` what other
 What begins with an underscore is private.
 
 Importing registers the operators `torch.ops.fp8.*`. It does not initialize CUDA, and it imports and
-changes no other library: `fp8` as an experts implementation of Hugging Face transformers is
-registered if that is loaded already (see `fp8.integrations.transformers`).
+changes no other library, whether that is loaded already or not: what other libraries are to know is
+registered by `fp8.convert` or by a call of `fp8.integrations` (docs/integrations.md).
 """
 
 from ._native.loader import PACKAGE as _PACKAGE
@@ -32,7 +32,6 @@ from ._native import flops as _flops
 from ._native import operators as _operators
 from .checkpoints import export_weights, load, save
 from .conversion import convert, freeze, revert, summary
-from .integrations.transformers import _registration
 from .nn import MLP, FrozenLinear, GatedMLP, GroupedLinear, Linear, MergedLinear, RMSNorm
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
@@ -40,12 +39,12 @@ from .tools import (
     cached_weights,
     calibrate,
     info,
+    numerics,
     plan_cache_clear,
     plan_cache_info,
     uncalibrate,
 )
 
-_registration.register_if_loaded()
 _flops.install()
 _operators.install()
 
@@ -73,6 +72,7 @@ __all__ = [
     "freeze",
     "info",
     "load",
+    "numerics",
     "ops",
     "plan_cache_clear",
     "plan_cache_info",

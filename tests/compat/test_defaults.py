@@ -192,6 +192,7 @@ def test_convert_a_mixture_within(family, context):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_mixture_chosen_by_transformers_runs_first_within(family, dtype):
     """set_experts_implementation converts nothing: the gate is looked for in the first forward."""
+    fp8.integrations.transformers.register()
     given = inputs(family)
     model = make(family)
     model.set_experts_implementation("fp8")

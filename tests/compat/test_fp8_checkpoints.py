@@ -134,3 +134,30 @@ def test_fp8_checkpoint_with_a_device_map(device_map, tmp_path):
         expected = model.get_submodule(name)
         assert torch.equal(layer.weight.view(torch.uint8), expected.weight.view(torch.uint8))
         assert torch.equal(layer.scales, expected.scales)
+
+
+def test_adapters_train_on_frozen_layers():
+    """PEFT takes a frozen layer for an nn.Linear, and makes adapters in its compute_dtype."""
+    import peft
+
+    model = fp8.freeze(llama(), "rowwise")
+    before = {n: m.weight.view(torch.uint8).clone() for n, m in linears(model).items()}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapters = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(adapters) == 2 * 3 * 2
+    assert {p.dtype for p in adapters.values()} == {torch.bfloat16}
+    optimizer = torch.optim.AdamW(adapters.values(), lr=1e-2)
+    ids = torch.randint(3, 96, (2, 16))
+    losses = []
+    for _ in range(8):
+        loss = adapted(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, codes in before.items():
+        layer = adapted.base_model.model.get_submodule(name)
+        weight = getattr(layer, "base_layer", layer).weight
+        assert torch.equal(weight.view(torch.uint8), codes)

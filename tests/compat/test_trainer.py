@@ -27,7 +27,7 @@ class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def trainer(model: nn.Module, folder: Any, **options: Any) -> transformers.Trainer:
+def trainer(model: nn.Module | None, folder: Any, **options: Any) -> transformers.Trainer:
     settings = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -43,6 +43,7 @@ def trainer(model: nn.Module, folder: Any, **options: Any) -> transformers.Train
         "seed": 3,
     }
     data = {"train_dataset": Texts(), "eval_dataset": options.pop("eval_dataset", None)}
+    data |= {k: options.pop(k) for k in ("callbacks", "model_init") if k in options}
     arguments = transformers.TrainingArguments(**(settings | options))
     return transformers.Trainer(model=model, args=arguments, **data)
 

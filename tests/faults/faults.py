@@ -6,16 +6,18 @@ from fault import Fault
 from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
-from faults_frozen import FROZENS
+from faults_frozen import FROZEN
 from faults_host import HOST
+from faults_linear_frozen import LINEAR_FROZEN
 from faults_merged import SIBLINGS
 from faults_mlp import MLPS
 from faults_norm import NORM
+from faults_numerics import NUMERICS
 from faults_python import PYTHON
 from faults_rope import ROPE
 from faults_torch import TORCH
 
 FAULTS: list[Fault] = [
     *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
-    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *FROZENS, *CUDA),
+    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *LINEAR_FROZEN, *NUMERICS, *CUDA),
 ]

@@ -17,26 +17,32 @@ import fp8
 
 ROOT = Path(sys.argv[1])
 PACKAGE = Path(fp8.__file__).parent
+MINOR = ".".join(torch.__version__.split(".")[:2])
 
 
 def check_files() -> None:
     version = (ROOT / "VERSION").read_text().strip()
     assert PACKAGE.is_relative_to(sys.prefix), PACKAGE
     assert fp8.__version__ == metadata.version("fp8") == version
-    assert "torch<2.12,>=2.11" in metadata.requires("fp8")
+    assert "torch>=2.11" in metadata.requires("fp8")  # no upper bound: pip moves no newer torch
+    library = f"lib/torch{MINOR}/libfp8_torch.so"
     for name in (
-        "lib/libfp8_torch.so",
+        library,
+        "lib/libfp8_core.so",
         "include/fp8/ops.h",
         "include/fp8/nn.h",
         "include/fp8/core.h",
         "share/cmake/FP8/FP8Config.cmake",
+        "share/fp8/sources/CMakeLists.txt",
+        "share/fp8/sources/csrc/torch/registration/library.cpp",
+        "../fp8_rebuild.py",
         "py.typed",
     ):
         assert (PACKAGE / name).is_file(), name
     recorded = {str(file) for file in metadata.files("fp8")}
-    assert "fp8/lib/libfp8_torch.so" in recorded  # so that pip uninstalls it
+    assert f"fp8/{library}" in recorded  # so that pip uninstalls it
     facts = fp8.info()
-    assert facts["built with"]["torch"] == torch.__version__
+    assert facts["built with"]["torch"].startswith(f"{MINOR}.")
 
 
 def check_training() -> None:
@@ -58,13 +64,20 @@ def check_training() -> None:
 
 def check_another_torch() -> None:
     """Import under another torch minor stops, and says what to do."""
-    program = "import torch; torch.__version__ = '2.12.0+cu130'; import fp8"
+    program = "import torch; torch.__version__ = '2.99.0+cu130'; import fp8"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert result.returncode != 0
-    for words in ("ImportError", "built for torch 2.11", "torch 2.12.0+cu130 is running", "Cure:"):
+    for words in ("ImportError", "torch 2.99.0+cu130 is running", "python -m fp8_rebuild"):
         assert words in result.stderr, result.stderr
+
+
+def check_rebuild_has_nothing_to_do() -> None:
+    command = [sys.executable, "-m", "fp8_rebuild"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "nothing to do" in result.stdout, result.stdout
 
 
 def check_cpp() -> str:
@@ -102,6 +115,7 @@ def main() -> None:
     check_files()
     check_training()
     check_another_torch()
+    check_rebuild_has_nothing_to_do()
     print(f"wheel: fp8 {fp8.__version__} works with torch {torch.__version__}; {check_cpp()}")
 
 

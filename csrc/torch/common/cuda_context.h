@@ -1,15 +1,14 @@
-// The one place where the torch layer meets the CUDA runtime: device guard and current stream, and
-// the choice between a pass of the core and the CPU's.
+// The one place where the torch layer meets CUDA: the current stream, and the choice between a pass
+// of the core and the CPU's. It asks LibTorch's interface for any device, so no header and no
+// library of CUDA is needed, and one libfp8_torch serves a LibTorch with CUDA and one without.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "fp8/core_device.h"
 #include "torch/common/messages.h"
-
-#ifdef FP8_WITH_CUDA
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace fp8 {
 
@@ -20,28 +19,18 @@ namespace fp8 {
                                    tensor.device(), ": build again where nvcc is on the PATH"));
 }
 
-#ifdef FP8_WITH_CUDA
 namespace cuda {
-inline cudaStream_t current_stream(const at::Tensor& tensor) {
-  return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
-}
-
-// Identifies the CUDA graph capture that the stream is in; 0 when it is in none.
-inline uint64_t capture_id(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id);
-  TORCH_CHECK(error == cudaSuccess,
-              "fp8: cudaStreamGetCaptureInfo failed: ", cudaGetErrorName(error));
-  return status == cudaStreamCaptureStatusNone ? 0 : id + 1;
+inline core::Stream current_stream(const at::Tensor& tensor) {
+  if (!tensor.is_cuda() || !core::has_cuda()) throw_no_cuda(tensor);
+  const c10::impl::VirtualGuardImpl cuda(c10::DeviceType::CUDA);
+  const c10::Stream stream = cuda.getStream(tensor.device());
+  return static_cast<core::Stream>(cuda.getStreamNativeHandle(stream));
 }
 }  // namespace cuda
-#endif
 
 }  // namespace fp8
 
 // Runs core::NAME on the current stream of `like`, or cpu::NAME.
-#ifdef FP8_WITH_CUDA
 #define FP8_RUN_PASS(NAME, like, ...)                                    \
   do {                                                                   \
     if ((like).is_cpu()) {                                               \
@@ -50,10 +39,3 @@ inline uint64_t capture_id(cudaStream_t stream) {
       ::fp8::core::NAME(__VA_ARGS__, ::fp8::cuda::current_stream(like)); \
     }                                                                    \
   } while (false)
-#else
-#define FP8_RUN_PASS(NAME, like, ...)                 \
-  do {                                                \
-    if (!(like).is_cpu()) ::fp8::throw_no_cuda(like); \
-    ::fp8::cpu::NAME(__VA_ARGS__);                    \
-  } while (false)
-#endif

@@ -20,7 +20,9 @@ inline std::string to_text(const char* text) { return text; }
 inline std::string to_text(const std::string& text) { return text; }
 inline std::string to_text(std::string_view text) { return std::string(text); }
 inline std::string to_text(c10::Device device) { return device.str(); }
-inline std::string to_text(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+inline std::string to_text(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);  // a string_view from torch 2.15 on
+}
 inline std::string to_text(const c10::SymInt& value) {
   const auto known = value.maybe_as_int();
   return known ? std::to_string(*known) : value.toSymNodeImplUnowned()->str();

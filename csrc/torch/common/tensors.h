@@ -3,12 +3,9 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/SymInt.h>
-
-#ifdef FP8_WITH_CUDA
-#include <c10/cuda/CUDACachingAllocator.h>
-#endif
 
 #include "fp8/core.h"
 #include "host/launch.h"
@@ -43,15 +40,12 @@ inline core::Dtype to_core(at::ScalarType dtype) {
 
 // at::empty on like's device, a CPU or the current GPU, past the dispatcher: a linear layer's step
 // makes about twenty tensors, and those that are not returned concern nobody else.
-inline at::Tensor empty_on([[maybe_unused]] const at::Tensor& like, at::IntArrayRef sizes,
-                           at::ScalarType dtype) {
-#ifdef FP8_WITH_CUDA
+inline at::Tensor empty_on(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
   if (like.is_cuda()) {
-    return at::detail::empty_generic(sizes, c10::cuda::CUDACachingAllocator::get(),
+    return at::detail::empty_generic(sizes, at::detail::getCUDAHooks().getCUDADeviceAllocator(),
                                      c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
                                      std::nullopt);
   }
-#endif
   return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, std::nullopt);
 }
 

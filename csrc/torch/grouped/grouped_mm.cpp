@@ -15,10 +15,8 @@
 #include <ATen/ATen.h>
 
 #include "cpu/kernels.h"
+#include "fp8/core_device.h"
 #include "torch/common/tensors.h"
-#ifdef FP8_WITH_CUDA
-#include "core/device/device.h"
-#endif
 
 namespace fp8::grouped {
 namespace {
@@ -81,10 +79,8 @@ at::Tensor multiply_high_precision_cpu(const at::Tensor& a, const at::Tensor& b,
   return out;
 }
 
-#ifdef FP8_WITH_CUDA
-
 bool has_scaled_kernel(const at::Tensor& t) {
-  return core::current_device(t.device().index()).capability == 90;
+  return core::compute_capability(t.device().index()) == 90;
 }
 
 at::Tensor scaled_grouped_mm(const Side& a, const Side& b, const at::Tensor& offsets,
@@ -98,14 +94,11 @@ at::Tensor codes_mm(const Side& a, const Side& b, const at::Tensor& offsets) {
                          offsets);
 }
 
-#endif
-
 }  // namespace
 
 at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets,
-                         at::ScalarType out_dtype, [[maybe_unused]] bool fast_accum) {
+                         at::ScalarType out_dtype, bool fast_accum) {
   if (a.codes.is_cpu()) return multiply_rows_cpu(a, b, offsets, out_dtype);
-#ifdef FP8_WITH_CUDA
   if (has_scaled_kernel(a.codes)) {
     return scaled_grouped_mm(a, b, offsets, fast_accum).to(out_dtype);
   }
@@ -117,15 +110,11 @@ at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets
       .mul_(a.scales.unsqueeze(1))
       .mul_(b.scales.index_select(0, group))
       .to(out_dtype);
-#else
-  throw_no_cuda(a.codes);
-#endif
 }
 
 at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
-                            at::ScalarType out_dtype, [[maybe_unused]] bool fast_accum) {
+                            at::ScalarType out_dtype, bool fast_accum) {
   if (a.codes.is_cpu()) return multiply_columns_cpu(a, b, padded_offsets, out_dtype);
-#ifdef FP8_WITH_CUDA
   if (has_scaled_kernel(a.codes)) {
     const Side flat_a{a.codes, a.scales.view(-1), a.granularity, a.rows};
     const Side flat_b{b.codes, b.scales.view(-1), b.granularity, b.rows};
@@ -136,9 +125,6 @@ at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padd
       .mul_(a.scales.unsqueeze(2))
       .mul_(b.scales.unsqueeze(1))
       .to(out_dtype);
-#else
-  throw_no_cuda(a.codes);
-#endif
 }
 
 at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,

@@ -53,7 +53,7 @@ void give_back_memory(const at::Tensor& t) {
   storage.set_nbytes(0);
 }
 
-struct BackwardArgs {
+struct MoeBackwardArgs {
   at::Tensor dy;              // [T, H]
   at::Tensor x;               // [T, H]
   at::Tensor experts;         // [T, k] int64
@@ -86,7 +86,7 @@ struct Gradients {  // undefined where not asked for
 };
 
 // Of no tokens.
-Gradients zero_gradients(const BackwardArgs& args) {
+Gradients zero_gradients(const MoeBackwardArgs& args) {
   Gradients grads;
   if (args.needs(needs::kX)) grads.x = at::zeros_like(args.x);
   if (args.needs(needs::kWeights)) grads.weights = at::zeros_like(args.weights);
@@ -105,7 +105,7 @@ struct GateGradients {
 };
 
 // Through down and the activation; writes the routing weights' gradient, without down's bias.
-GateGradients gate_gradients(const BackwardArgs& args,
+GateGradients gate_gradients(const MoeBackwardArgs& args,
                              const at::Tensor& d_weights) {  // [T, k] fp32, zeros, or undefined
   const at::Tensor& offsets = args.routing.offsets;
   const int64_t rows = args.rows();
@@ -146,7 +146,7 @@ GateGradients gate_gradients(const BackwardArgs& args,
 }
 
 // What down's bias adds to the routing weights' gradient: dy · bias of each slot's expert.
-void add_bias_part(const BackwardArgs& args, const at::Tensor& d_weights) {
+void add_bias_part(const MoeBackwardArgs& args, const at::Tensor& d_weights) {
   const int64_t last = args.down.size(0) - 1;
   const at::Tensor& experts = args.experts;
   // Not in 16 bits on a CPU, where torch 2.11's product spreads a NaN to the row before.
@@ -158,13 +158,13 @@ void add_bias_part(const BackwardArgs& args, const at::Tensor& d_weights) {
 }
 
 // Lets go of the gradient, which may be gate_up_out overwritten.
-void drop_gate_up_out(const BackwardArgs& args, GateGradients& gate) {
+void drop_gate_up_out(const MoeBackwardArgs& args, GateGradients& gate) {
   gate.gate_up_out = at::Tensor();
   if (args.needs(needs::kMayConsume)) give_back_memory(args.gate_up_out);
 }
 
 // dW of gate_up and of down. What a product has read goes before the next operand is made.
-void weight_gradients(const BackwardArgs& args, GateGradients& gate, Gradients& grads) {
+void weight_gradients(const MoeBackwardArgs& args, GateGradients& gate, Gradients& grads) {
   const auto& [offsets, place, source] = args.routing;
   const WeightGradient of_gate_up{args.gate_up, args.recipe, offsets};
   const WeightGradient of_down{args.down, args.recipe, offsets};
@@ -197,7 +197,7 @@ void weight_gradients(const BackwardArgs& args, GateGradients& gate, Gradients& 
   }
 }
 
-Gradients moe_gradients(const BackwardArgs& args) {
+Gradients moe_gradients(const MoeBackwardArgs& args) {
   const Routing& routing = args.routing;
   Gradients grads;
   if (args.needs(needs::kWeights)) {
@@ -242,7 +242,7 @@ kernel::_moe_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tenso
                       const std::optional<at::Tensor>& down_amax) {
   const c10::DeviceGuard guard(dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const BackwardArgs args{
+  const MoeBackwardArgs args{
       .dy = dy.contiguous(),
       .x = x.contiguous(),
       .experts = top_k_index.contiguous(),

@@ -18,12 +18,10 @@ Routing sort_by_expert(const at::Tensor& experts, int64_t groups) {
                        .place = routing.place.mutable_data_ptr<int32_t>(),
                        .source = routing.source.mutable_data_ptr<int32_t>()};
   at::Tensor workspace;
-#ifdef FP8_WITH_CUDA
   if (experts.is_cuda()) {
     workspace = empty_on(experts, {core::route_workspace_words(args)}, at::kInt);
     args.workspace = workspace.mutable_data_ptr<int32_t>();
   }
-#endif
   FP8_RUN_PASS(route, experts, args);
   return routing;
 }

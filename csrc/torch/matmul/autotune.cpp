@@ -9,16 +9,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <mutex>
 #include <utility>
 
-#include "core/device/check.h"
-#include "core/device/device.h"
-#include "core/matmul/lt_matmul.h"
+#include "fp8/core_device.h"
 #include "host/plan_key.h"
 #include "host/plan_text.h"
 #include "host/tuning.h"
@@ -68,51 +65,7 @@ std::string describe_with_alignments(const core::MatmulArgs& args) {
 
 // For the current device's model; empty where no folder is known.
 std::filesystem::path file_path() {
-  cudaDeviceProp properties{};
-  FP8_CUDA_CHECK(cudaGetDeviceProperties(&properties, core::current_device().index));
-  return tuning::file_path(properties.name, core::cublaslt_runtime_version());
-}
-
-// Times what is launched between start and stop.
-class Stopwatch {
- public:
-  Stopwatch() {
-    FP8_CUDA_CHECK(cudaEventCreate(&start_));
-    FP8_CUDA_CHECK(cudaEventCreate(&stop_));
-  }
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-  ~Stopwatch() {
-    cudaEventDestroy(start_);
-    cudaEventDestroy(stop_);
-  }
-  void start(cudaStream_t stream) { FP8_CUDA_CHECK(cudaEventRecord(start_, stream)); }
-  void stop(cudaStream_t stream) { FP8_CUDA_CHECK(cudaEventRecord(stop_, stream)); }
-  double microseconds() const {  // waits for stop
-    float milliseconds = 0;
-    FP8_CUDA_CHECK(cudaEventSynchronize(stop_));
-    FP8_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, start_, stop_));
-    return 1000.0 * milliseconds;
-  }
-
- private:
-  cudaEvent_t start_ = nullptr;
-  cudaEvent_t stop_ = nullptr;
-};
-
-// Training runs at the clocks of a GPU that has worked for a while. From rest it runs faster, and
-// what is fastest then need not be later. Less will do where another problem was measured just now.
-void warm_up(const core::MatmulPlan& plan, const core::MatmulArgs& args, void* workspace,
-             cudaStream_t stream) {
-  using Clock = std::chrono::steady_clock;
-  static Clock::time_point last_end{};  // measure() runs under a lock
-  const Clock::time_point start = Clock::now();
-  const std::chrono::milliseconds work{start - last_end < std::chrono::seconds(1) ? 50 : 250};
-  while (Clock::now() - start < work) {
-    for (int i = 0; i < 16; ++i) core::run_matmul(plan, args, workspace, stream);
-    FP8_CUDA_CHECK(cudaStreamSynchronize(stream));
-  }
-  last_end = Clock::now();
+  return tuning::file_path(core::current_device_name(), core::cublaslt_runtime_version());
 }
 
 struct Measured {
@@ -120,7 +73,7 @@ struct Measured {
   tuning::Choice choice;
 };
 
-Measured measure(core::MatmulArgs args, const at::Tensor& out, cudaStream_t stream) {
+Measured measure(core::MatmulArgs args, const at::Tensor& out, core::Stream stream) {
   // Asked with the call's own pointers, whose alignment counts.
   const std::vector<core::MatmulPlan> candidates =
       core::matmul_candidates(args, kCandidates, stream);
@@ -128,51 +81,25 @@ Measured measure(core::MatmulArgs args, const at::Tensor& out, cudaStream_t stre
   for (const core::MatmulPlan& plan : candidates) {
     workspace_bytes = std::max(workspace_bytes, plan.workspace_bytes);
   }
-  int l2_bytes = 0;
-  FP8_CUDA_CHECK(
-      cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, core::current_device().index));
   const auto bytes = [&](size_t count) {
     return at::empty({static_cast<int64_t>(count)}, out.options().dtype(at::kByte));
   };
   const at::Tensor workspace = bytes(workspace_bytes);
-  const at::Tensor flush = bytes(2 * static_cast<size_t>(l2_bytes));
+  const at::Tensor flush = bytes(2 * core::l2_bytes());
   at::Tensor scratch;
   if (args.accumulate) {
     scratch = at::zeros_like(out);
     args.out = scratch.mutable_data_ptr();
   }
 
-  // Once each untimed: the first launch loads the kernel, and may refuse what the heuristic
-  // offered.
-  std::vector<core::MatmulPlan> plans;
-  for (const core::MatmulPlan& plan : candidates) {
-    try {
-      core::run_matmul(plan, args, workspace.mutable_data_ptr(), stream);
-      plans.push_back(plan);
-    } catch (const core::Error&) {
-      cudaGetLastError();  // so that no later check finds it
-    }
-  }
-  core::require(!plans.empty(), "none of cuBLASLt's candidates runs");
-
-  warm_up(plans.front(), args, workspace.mutable_data_ptr(), stream);
-  std::vector<Stopwatch> watches(kRounds * plans.size());
-  for (size_t i = 0; i < watches.size(); ++i) {
-    flush.zero_();
-    watches[i].start(stream);
-    core::run_matmul(plans[i % plans.size()], args, workspace.mutable_data_ptr(), stream);
-    watches[i].stop(stream);
-  }
+  const std::vector<core::TimedMatmul> timed = core::time_matmuls(
+      candidates, args, workspace.mutable_data_ptr(), kRounds, [&] { flush.zero_(); }, stream);
+  if (timed.empty()) throw core::Error("fp8: none of cuBLASLt's candidates runs");
   std::vector<double> medians;
-  for (size_t candidate = 0; candidate < plans.size(); ++candidate) {
-    std::vector<double> times;
-    for (size_t i = candidate; i < watches.size(); i += plans.size()) {
-      times.push_back(watches[i].microseconds());
-    }
-    medians.push_back(tuning::median(times));
-  }
+  for (const core::TimedMatmul& candidate : timed) medians.push_back(candidate.us);
   const size_t best = tuning::choose(medians);
-  return {plans[best], {core::algorithm_of(plans[best]), medians.front(), medians[best]}};
+  const core::MatmulPlan& plan = timed[best].plan;
+  return {plan, {core::algorithm_of(plan), medians.front(), medians[best]}};
 }
 
 }  // namespace
@@ -185,8 +112,8 @@ bool enabled() {
 void tune(const core::MatmulArgs& args, core::MatmulPlan& plan, const at::Tensor& out) {
   State& state = State::instance();
   if (plan.tuned && state.scopes.load(std::memory_order_relaxed) == 0) return;
-  const cudaStream_t stream = cuda::current_stream(out);
-  if (cuda::capture_id(stream) != 0) return;
+  const core::Stream stream = cuda::current_stream(out);
+  if (core::capture_id(stream) != 0) return;
   const std::lock_guard lock(state.mutex);
   if (!plan.tuned) plan = core::plan_matmul(args, stream);  // another thread may have been faster
 

@@ -12,9 +12,7 @@
 #include "host/plan_text.h"
 #include "torch/common/cuda_context.h"
 #include "torch/common/tensors.h"
-#ifdef FP8_WITH_CUDA
 #include "torch/matmul/autotune.h"
-#endif
 
 namespace fp8 {
 namespace {
@@ -94,8 +92,6 @@ at::Tensor matmul_cpu(const Side& a, const Side& b, const Output& output) {
   return scale_product(at::mm(decoded(a), decoded(b).t()), a, b, output);
 }
 
-#ifdef FP8_WITH_CUDA
-
 at::Tensor matmul_dequantized(const Side& a, const Side& b, const Output& output) {
   const NoAutocast no_autocast;
   if (is_blockwise(a.granularity)) return matmul_blocks(a, b, output);
@@ -152,7 +148,7 @@ at::Tensor matmul_cuda(const Side& a, const Side& b, const Output& output) {
                               .accumulate = direct && !output.overwrite,
                               .fast_accum = output.fast_accum,
                               .device = a.codes.device().index()};
-  const cudaStream_t stream = cuda::current_stream(a.codes);
+  const core::Stream stream = cuda::current_stream(a.codes);
   core::MatmulPlan plan = core::plan_matmul(args, stream);
   if (!plan.supported) return matmul_dequantized(a, b, output);
   if (autotune::enabled()) autotune::tune(args, plan, out);
@@ -171,8 +167,6 @@ at::Tensor matmul_cuda(const Side& a, const Side& b, const Output& output) {
   if (bias.defined() && !fused_bias) out.add_(bias);
   return into.defined() ? store_product(into, out, output.overwrite) : out;
 }
-
-#endif  // FP8_WITH_CUDA
 
 }  // namespace
 
@@ -194,11 +188,7 @@ at::Tensor matmul(const Side& a, const Side& b, const Output& output) {
     return matmul(by_row(a), by_row(b), split);
   }
   if (a.codes.is_cpu()) return matmul_cpu(a, b, output);
-#ifdef FP8_WITH_CUDA
   return matmul_cuda(a, b, output);
-#else
-  throw_no_cuda(a.codes);
-#endif
 }
 
 }  // namespace fp8

@@ -101,8 +101,6 @@ Operand quantized(const at::Tensor& x, const QuantizeRequest& request) {
   return request.along_cols || request.along_rows ? operand::make(x, request) : Operand{};
 }
 
-#ifdef FP8_WITH_CUDA
-
 // --- fused ---
 
 // Whether kernels can read gate and up: aligned rows of whole sixteens.
@@ -306,8 +304,6 @@ bool is_aligned(const at::Tensor& dh) {
   return !dh.defined() || (is_matrix(dh) && leading_dim(dh) % 8 == 0 && on_16_bytes(dh));
 }
 
-#endif  // FP8_WITH_CUDA
-
 }  // namespace
 
 Products products_of(const Unit& unit, const at::Tensor& gate_out, const at::Tensor& up_out) {
@@ -320,10 +316,8 @@ Products products_of(const Unit& unit, const at::Tensor& gate_out, const at::Ten
 }
 
 Operand quantize_h(const Unit& unit, const Products& p, const QuantizeRequest& request) {
-#ifdef FP8_WITH_CUDA
   const bool fits = request.dtype == at::kFloat8_e4m3fn && !request.along_rows;
   if (fits && suits_kernels(p)) return fused_h(unit, p, request);
-#endif
   return operand::make(compose_backward(unit, p, {}, {.h = true}).h, request);
 }
 
@@ -332,7 +326,6 @@ UnitGradients backward_unit(const Unit& unit, const Products& p, const at::Tenso
   const bool merged = unit.form == Form::kMerged;
   UnitGradients out;
   bool made = false;
-#ifdef FP8_WITH_CUDA
   if (suits_kernels(p) && is_aligned(dh)) {
     const bool two = wanted.gate && wanted.up && !merged;
     const bool fits = (!wanted.gate || is_fused(requests.gate)) &&
@@ -344,7 +337,6 @@ UnitGradients backward_unit(const Unit& unit, const Products& p, const at::Tenso
     out = fused_values(unit, p, dh, wanted);
     made = true;
   }
-#endif
   if (!made) {
     Composed composed = compose_backward(unit, p, dh, wanted);
     out.h = composed.h;

@@ -205,12 +205,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kernel::_norm_backward(
                                 .dweight = needs_dweight ? dweight.mutable_data_ptr() : nullptr,
                                 .dbias = needs_dbias ? dbias.mutable_data_ptr() : nullptr};
     at::Tensor workspace;
-#ifdef FP8_WITH_CUDA
     if (x.is_cuda()) {
       workspace = empty_on(x, {core::norm_workspace_floats(args)}, at::kFloat);
       args.workspace = workspace.mutable_data_ptr<float>();
     }
-#endif
     FP8_RUN_PASS(norm_backward, x, args);
   }
   if (needs_dweight && weight) dweight = dweight.to(weight->scalar_type());

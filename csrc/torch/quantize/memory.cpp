@@ -44,13 +44,11 @@ std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& req
               .granularity = request.granularity,
               .power_of_two = request.power_of_two,
               .delayed = request.scaling.delayed};
-#ifdef FP8_WITH_CUDA
   if (x.is_cuda()) {
-    const cudaStream_t stream = cuda::current_stream(x);
+    const core::Stream stream = cuda::current_stream(x);
     id.stream = stream;
-    id.capture = cuda::capture_id(stream);
+    id.capture = core::capture_id(stream);
   }
-#endif
   return id;
 }
 

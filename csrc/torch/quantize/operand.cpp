@@ -96,11 +96,9 @@ core::QuantizeArgs quantize_args(const at::Tensor& x, int64_t rows, int64_t cols
   return args;
 }
 
-#ifdef FP8_WITH_CUDA
 at::Tensor workspace_of(size_t bytes, const at::Tensor& like) {
   return bytes == 0 ? at::Tensor() : empty_on(like, {static_cast<int64_t>(bytes)}, at::kByte);
 }
-#endif
 
 // --- a stack of matrices, stored [groups, rows, cols] ---
 
@@ -177,15 +175,11 @@ Operand operand::make(const at::Tensor& x, const QuantizeRequest& request) {
     cpu::quantize(args);
     return out;
   }
-#ifdef FP8_WITH_CUDA
   const at::Tensor workspace = workspace_of(core::quantize_workspace_bytes(args), x);
   if (workspace.defined()) args.workspace = workspace.mutable_data_ptr();
   core::quantize(args, cuda::current_stream(x));
   out.launched = true;
   return out;
-#else
-  throw_no_cuda(x);
-#endif
 }
 
 Operand operand::make_joined(at::TensorList parts, bool side_by_side,
@@ -215,16 +209,12 @@ Operand operand::make_joined(at::TensorList parts, bool side_by_side,
     cpu::quantize_joined(args);
     return out;
   }
-#ifdef FP8_WITH_CUDA
   if (!core::suits_joined(args)) return copied_together();
   const at::Tensor workspace = workspace_of(core::quantize_joined_workspace_bytes(args), first);
   if (workspace.defined()) args.quantize.workspace = workspace.mutable_data_ptr();
   core::quantize_joined(args, cuda::current_stream(first));
   out.launched = true;
   return out;
-#else
-  throw_no_cuda(first);
-#endif
 }
 
 Operand operand::make_stack(const at::Tensor& x, const QuantizeRequest& request) {

@@ -1,8 +1,9 @@
 """What torch.utils.flop_counter.FlopCounterMode counts for the operators: 2 · M · N · K a product.
 
 So as many as for the matmuls of nn.Linear, or of experts in high precision, forward and backward.
-Quantizing, biases and gates count nothing, as there. The module of the counter imports triton, so
-it is not imported here.
+Quantizing, biases and gates count nothing, as there. The counter's registry gets the formulas when
+a counter first meets one of the operators: `import fp8` changes nothing there, and its module,
+which imports triton, is not imported.
 """
 
 import importlib
@@ -24,12 +25,13 @@ _X, _WEIGHTS, _GATE_UP, _DOWN, _GATE_UP_BIAS = 1, 2, 4, 8, 16
 
 
 def install() -> None:
-    """Register the formulas if the counter's module is loaded, else when a counter meets one of the
-    operators: it asks an operator that it does not know to decompose itself."""
-    if not _register():
-        for op in FORMULAS:
+    """Have the formulas registered when a counter meets one of the operators: it asks an operator
+    that it does not know to decompose itself. Harmless to repeat."""
+    for op in FORMULAS:
+        original = op.default.decompose
+        if getattr(original, "func", None) is not _decompose:
             op.default.decompose = partial(  # type: ignore[method-assign]
-                _decompose, op.default.decompose
+                _decompose, original
             )
 
 

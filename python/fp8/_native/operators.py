@@ -24,6 +24,8 @@ NAMES = (
     "_linear_backward",
     "_fused_linear_into",
     "_fused_linear_functional",
+    "linear_frozen",
+    "_linear_frozen_backward",
     "merged_linear",
     "_merged_forward",
     "_merged_backward",

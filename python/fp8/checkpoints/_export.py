@@ -163,21 +163,22 @@ def _coded(
     kind = layer.granularity
     names = ["weight_scale_inv" if kind == "blockwise" else "weight_scale", "input_scale"]
     shape = shape_of(kind, rows, cols)
-    one: tuple[int, ...] = ()
+    one: tuple[int, ...] = (1,)
     if format is None and isinstance(module, FrozenLinear):
         names = [module.scale_name, module.input_scale_name]
         shape = tuple(module.scales.shape)
-        one = () if module.static_scale is None else tuple(module.static_scale.shape)
+        if module.static_scale is not None:
+            one = tuple(module.static_scale.shape)
     elif format == "fp8":
         if kind == "rowwise":
             raise ValueError(
                 f"fp8: {dot[:-1] or '(model)'} has a scale per row, which the format 'fp8' has "
                 "not: take 'compressed-tensors', or freeze with the recipe 'blockwise'"
             )
-        names = ["weight_scale_inv", "activation_scale"]
+        names, one = ["weight_scale_inv", "activation_scale"], ()
+        shape = () if kind == "tensorwise" else shape
     elif format == "compressed-tensors":
-        names, one = ["weight_scale", "input_scale"], (1,)
-        shape = shape or (1,)
+        names = ["weight_scale", "input_scale"]
     parts = _Parts(get, shape, one, kind, (rows, cols))
     items = [
         Item(f"{dot}weight", torch.float8_e4m3fn, (rows, cols), parts.weight),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..conversion._convert import check_model
 from ..conversion._freeze import unfuse
+from ..integrations.transformers._names import renaming_of
 from ..nn._freezing import Codes
 from ..nn._frozen import FrozenLinear, freeze_in_place
 from ..nn._scales import to_float32
@@ -96,7 +97,8 @@ def load(
         static_inputs: use static scales of inputs; False: scale by row, in every call, more
             accurate and with one more pass over the input.
         device: of what is on the meta device. None: the CPU.
-        rename: from a name in the checkpoint to the model's; None for a tensor to leave out.
+        rename: from a name in the checkpoint to the model's; None for a tensor to leave out. By
+            default the names are the same, for a model of transformers those that it gives them.
         progress: called with the number of tensors read, and of all.
 
     Raises, before anything in the model is changed: FileNotFoundError; ValueError for codes without
@@ -111,11 +113,14 @@ def load(
     """
     check_model("load", model)
     checkpoint = open_checkpoint(folder)
+    if rename is None:
+        rename = renaming_of(model)
     if rename is not None:
         checkpoint = _renamed(checkpoint, rename)
     plan = make_plan(model, checkpoint, strict)
     place = torch.device("cpu" if device is None else device)
-    with reading() as reader, torch.no_grad():
+    # Normal tensors, whatever the caller's mode.
+    with reading() as reader, torch.inference_mode(False), torch.no_grad():
         _fill(plan, Source(checkpoint, reader, place), static_inputs, progress)
     unfuse(model)
     return Loaded(
@@ -137,13 +142,17 @@ def _any(parts: list[Slice]) -> bool:
 
 def _renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
     tensors: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    for layer, how in checkpoint.inputs.items():
+        if (renamed := rename(f"{layer}.weight" if layer else "weight")) is not None:
+            inputs[renamed.rpartition(".")[0]] = how
     for name, entry in checkpoint.tensors.items():
         new = rename(name)
         if new in tensors:
             raise ValueError(f"fp8.load: rename gives {new!r} to two tensors, one is {name!r}")
         if new is not None:
             tensors[new] = entry
-    return checkpoint._replace(tensors=tensors)
+    return checkpoint._replace(tensors=tensors, inputs=inputs)
 
 
 class Source:

@@ -28,7 +28,8 @@ def save(
 
     The weight of every FrozenLinear is written as its codes, that of an fp8.Linear as the codes
     that its forward computes, without freezing it; the rest as it is. `fp8.load` finds the same
-    bits again. Tokenizer and generation_config are not written; of tied weights one is.
+    bits again. Names are the model's own. Tokenizer and generation_config are not written; of tied
+    weights one is.
 
     Args:
         model: with fp8.Linear or FrozenLinear layers. `model.config`, if there is one with

@@ -116,7 +116,7 @@ def convert(
             check_static(recipe, f"fp8.convert: {label(linear)}")
     chosen = [linear.module for linear in found]
     spare_collectives()
-    _registration.register_if_loaded()
+    _registration.register_for(model)
     configs = _experts.fp8_configs(able)
     by_default = fuse is True
     if by_default and not chosen and not able:

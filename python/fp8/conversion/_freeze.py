@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
+from ..nn._calls import has_own_forward
 from ..nn._freezing import quantized_together, recipe_of
 from ..nn._frozen import FrozenLinear, freeze_in_place
 from ..nn._fused_mlps import own_class as own_class_of_mlp
-from ..nn._fused_siblings import groups_of, joint_layers
+from ..nn._fused_siblings import can_read, groups_of, joint_layers
 from ..nn._fused_siblings import own_class as own_class_of_siblings
 from ..nn._linear import Linear
 from ..nn._merged import MergedLinear
@@ -138,6 +140,9 @@ def not_frozen(
 
 
 def unfit(module: nn.Linear) -> str | None:
+    """Why the weight of a module cannot become codes, beside what convert asks."""
+    if has_own_forward(module):
+        return "its forward was replaced on the instance; freeze before that"
     if "weight" not in module._parameters:
         return "its weight is no parameter"
     if hasattr(module.weight, "__tensor_flatten__") or type(module.weight).__name__ == "DTensor":
@@ -183,6 +188,14 @@ def unfuse(model: nn.Module) -> None:
             _sibling_fusion.undo(module)
 
 
+@torch.inference_mode(False)
+def _are_read_together(layers: Sequence[nn.Linear]) -> bool:
+    """Whether the forward of their fused parent computes layers as one, for inputs of their own
+    dtype."""
+    weight = layers[0].weight
+    return can_read(weight.new_empty((0, weight.size(1))), layers)
+
+
 def sharing_a_scale(
     model: nn.Module, chosen: Sequence[nn.Linear], recipes: dict[nn.Linear, Recipe]
 ) -> list[list[nn.Linear]]:
@@ -191,7 +204,7 @@ def sharing_a_scale(
     groups: list[list[nn.Linear]] = []
     for parent in model.modules():
         for layers in joint_layers(parent):
-            whole = all(layer in left for layer in layers)
+            whole = all(layer in left for layer in layers) and _are_read_together(layers)
             if whole and len({recipes[layer] for layer in layers}) == 1:
                 groups.append(list(layers))
                 for layer in layers:

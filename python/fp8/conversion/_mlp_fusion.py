@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .._native.progress import progress
 from ..nn._calls import has_own_forward
 from ..nn._fused_mlps import NOTES, Notes, fused_class, obstacle, original, own_class
 from ..nn._linear import Linear
@@ -13,7 +14,7 @@ from ._fusions import Fusable
 def find(model: nn.Module) -> list[Fusable]:
     """Every module of the model that is an MLP of linears, fused ones included."""
     found = []
-    for name, module in model.named_modules():
+    for name, module in progress([*model.named_modules()], "fp8: MLPs", "module"):
         if is_fused(module):
             notes: Notes | None = vars(module).get(NOTES)
             found.append(Fusable(module, name, notes and notes.spec))

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from .._native.progress import progress
 from ..nn._calls import has_own_forward
 from ..nn._fused_norms import LAYER, SPEC, NormSpec, fused_class, original
 from ..nn._fused_norms import stale as _stale
@@ -16,7 +17,7 @@ def find(model: nn.Module) -> list[Fusable]:
     """Every module of the model that is a norm, fused ones included, as they are now."""
     known: dict[Key, NormSpec | None] = {}
     found = []
-    for name, module in model.named_modules():
+    for name, module in progress([*model.named_modules()], "fp8: norms", "module"):
         fused, kind = is_fused(module), type(module)
         spec = vars(module).get(SPEC) if fused else None
         if not fused or original(kind) is not None:

@@ -3,6 +3,7 @@
 
 from torch import nn
 
+from .._native.progress import progress
 from ..nn import _fused_rope
 from ..nn._calls import has_own_forward
 from ..nn._fused_classes import base_of
@@ -23,7 +24,7 @@ def find(model: nn.Module) -> list[Fusable]:
     """Every module of the model whose forward rotates, or seems to, fused ones included."""
     known: dict[type[nn.Module], dict[str, Rotation]] = {}
     found = []
-    for name, module in model.named_modules():
+    for name, module in progress([*model.named_modules()], "fp8: rotations", "module"):
         kind = _own_class(type(module))
         if kind not in known:
             known[kind] = rotations(kind)

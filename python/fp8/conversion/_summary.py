@@ -142,7 +142,8 @@ def _status(
         static = "" if linear.module.input_scale is None else ", static input_scale"
         refused = linear.refused()  # for instance after model.double()
         if refused is None and frozen:
-            refused = f"not frozen: {reasons.get(linear.module, 'no rule speaks against it')}"
+            why = reasons.get(linear.module)
+            refused = f"not frozen: {why}" if why else "not frozen"
         return linear.module.recipe + static + (f" ({refused})" if refused else "")
     return f"- ({reasons.get(linear.module, 'not frozen' if frozen else 'not converted')})"
 

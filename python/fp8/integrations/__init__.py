@@ -1,7 +1,15 @@
-"""What other libraries need to find fp8, a module for each.
+"""What other packages ask for: a few lines each, and docs/integrations.md has a section each.
 
-`import fp8` imports none of these libraries. `fp8.integrations.peft` imports its own when it is
-first named, and raises ImportError, naming the package, if it is not there.
+    transformers  Trainer's callback, from_pretrained's quantization_config, experts of mixtures
+    lightning     precision plugins of Trainer and Fabric
+    torchtitan    an override of its Linear
+    axolotl       a plugin
+    megatron      its parallel linears, for a spec
+    peft          LoRA over frozen layers, merged into their codes
+
+`import fp8` imports none of these packages. A module here imports its package when it is imported
+itself, or first named as an attribute, and raises ImportError, naming the package, if it is not
+there. accelerate and DeepSpeed need nothing of ours, nor does PEFT over other layers.
 """
 
 import importlib
@@ -9,7 +17,7 @@ from types import ModuleType
 
 from . import transformers as transformers
 
-_LATER = frozenset({"peft"})
+_LATER = frozenset({"axolotl", "lightning", "megatron", "peft", "torchtitan"})
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,4 +1,5 @@
-"""The codes of a linear layer: what its forward computes of its weight in every call, once."""
+"""The codes of a linear layer: what its forward computes of its weight in every call, once; or
+those that are given, checked."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ..recipe import Recipe, check_recipe
 from ._linear import Linear
-from ._scales import Granularity
+from ._scales import Granularity, go_together, granularity_of, shape_of, to_float32, usual_input
 
 _ops = torch.ops.fp8
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,6 +24,78 @@ class Codes(NamedTuple):
     granularity: Granularity
     input_granularity: Granularity | None
     power_of_two: bool
+
+
+def check_granularity(granularity: object) -> None:
+    """Raises ValueError for an unknown one."""
+    known = ("tensorwise", "rowwise", "blockwise")
+    if granularity not in known:
+        raise ValueError(
+            f"fp8.FrozenLinear: expected a granularity of {known}, got {granularity!r}"
+        )
+
+
+def input_granularity_of(codes: Codes) -> Granularity:
+    """What of the input shares a scale: what the codes say, or else what is usual beside them.
+    ValueError where there is no product of the two."""
+    own = codes.input_granularity
+    if own is None:
+        own = "tensorwise" if codes.input_scale is not None else usual_input(codes.granularity)
+    check_granularity(own)
+    if not go_together(codes.granularity, own):
+        raise ValueError(
+            "fp8.FrozenLinear: expected input_granularity 'blockwise' beside a weight in blocks, "
+            f"and 'tensorwise' or 'rowwise' beside others, got {own!r} beside {codes.granularity!r}"
+        )
+    if codes.input_scale is not None and own != "tensorwise":
+        raise ValueError(
+            "fp8.FrozenLinear: expected input_granularity 'tensorwise' beside a static input "
+            f"scale, got {own!r}"
+        )
+    return own
+
+
+def given(
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    *,
+    granularity: Granularity | None,
+    input_granularity: Granularity | None,
+    power_of_two: bool,
+) -> Codes:
+    """Tensors of `FrozenLinear.from_codes` as codes. Raises TypeError and ValueError."""
+    name = "fp8.FrozenLinear.from_codes"
+    if not isinstance(weight, Tensor) or weight.dtype != torch.float8_e4m3fn or weight.dim() != 2:
+        raise TypeError(f"{name}: expected weight [N, K] in float8_e4m3fn, got {_text(weight)}")
+    rows, cols = weight.shape
+    found = granularity or granularity_of(tuple(weight_scale.shape), rows, cols)
+    expected = None if found is None else torch.Size(shape_of(found, rows, cols)).numel()
+    if found is None or weight_scale.numel() != expected:
+        raise ValueError(
+            f"{name}: expected weight_scale of one element, [{rows}, 1] or "
+            f"{list(shape_of('blockwise', rows, cols))} beside weight [{rows}, {cols}]"
+            f"{f' scaled {granularity}' if granularity else ''}, got {_text(weight_scale)}"
+        )
+    if input_scale is not None and input_scale.numel() != 1:
+        raise ValueError(f"{name}: expected input_scale of one element, got {_text(input_scale)}")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"{name}: expected bias [{rows}], got {_text(bias)}")
+    return Codes(
+        weight.detach(),
+        to_float32(weight_scale.detach(), f"{name}: weight_scale"),
+        None if input_scale is None else to_float32(input_scale.detach(), f"{name}: input_scale"),
+        found,
+        input_granularity,
+        power_of_two,
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{list(value.shape)} in {str(value.dtype).removeprefix('torch.')}"
 
 
 def recipe_of(linear: nn.Linear, recipe: str | Recipe | None) -> Recipe:
@@ -40,13 +113,13 @@ def recipe_of(linear: nn.Linear, recipe: str | Recipe | None) -> Recipe:
     return found
 
 
-@torch.no_grad()
 def quantized(linear: nn.Linear, recipe: str | Recipe | None = None) -> Codes:
     """The codes of one layer. Raises as `recipe_of`, and TypeError for a weight that is not in high
     precision."""
     return quantized_together([linear], recipe)[0]
 
 
+@torch.inference_mode(False)  # normal tensors, whatever the caller's mode
 @torch.no_grad()
 def quantized_together(
     linears: Sequence[nn.Linear], recipe: str | Recipe | None = None
@@ -70,7 +143,7 @@ def quantized_together(
     return [
         Codes(
             _alone(data),
-            _alone(scale),
+            _alone(scale).reshape(shape_of(found.granularity, *data.shape)),
             _static(linear),
             found.granularity,
             found.granularity,
@@ -98,4 +171,4 @@ def _quantize(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 def _static(linear: nn.Linear) -> Tensor | None:
     scale = linear.input_scale if isinstance(linear, Linear) else None
-    return None if scale is None else scale.detach().float().clone()
+    return None if scale is None else scale.detach().float().clone().reshape(1)

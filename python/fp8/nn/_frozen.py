@@ -18,17 +18,9 @@ from .._native import nested
 from ..recipe import Recipe
 from . import _frozen_reads, _frozen_state
 from ._calls import CALLED, _mark_traced, has_own_forward
-from ._freezing import Codes, quantized
+from ._freezing import Codes, check_granularity, given, input_granularity_of, quantized
 from ._linear import Linear
-from ._scales import (
-    Granularity,
-    canonical,
-    go_together,
-    granularity_of,
-    shape_of,
-    to_float32,
-    usual_input,
-)
+from ._scales import Granularity, canonical, shape_of
 
 _E4M3 = torch.float8_e4m3fn
 _linear_frozen: Any = getattr(getattr(torch.ops.fp8, "linear_frozen", None), "default", None)
@@ -96,13 +88,13 @@ class FrozenLinear(nn.Linear):
         scale_name: str = "weight_scale",
         input_scale_name: str = "input_scale",
     ) -> None:
-        _check_granularity(granularity)
+        check_granularity(granularity)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         shape = shape_of(granularity, out_features, in_features)
         codes = Codes(
             torch.empty(out_features, in_features, dtype=torch.uint8, device=device).view(_E4M3),
             torch.empty(shape, dtype=torch.float32, device=device),
-            torch.empty((), dtype=torch.float32, device=device) if static_input else None,
+            torch.empty(1, dtype=torch.float32, device=device) if static_input else None,
             granularity,
             input_granularity,
             power_of_two,
@@ -177,34 +169,17 @@ class FrozenLinear(nn.Linear):
             >>> codes, scale = fp8.ops.quantize_blockwise_128x128(torch.randn(256, 384))
             >>> fp8.FrozenLinear.from_codes(codes, scale, compute_dtype=torch.bfloat16)
         """
-        name = "fp8.FrozenLinear.from_codes"
-        if not isinstance(weight, Tensor) or weight.dtype != _E4M3 or weight.dim() != 2:
-            raise TypeError(f"{name}: expected weight [N, K] in float8_e4m3fn, got {_text(weight)}")
-        rows, cols = weight.shape
-        found = granularity or granularity_of(tuple(weight_scale.shape), rows, cols)
-        expected = None if found is None else torch.Size(shape_of(found, rows, cols)).numel()
-        if found is None or weight_scale.numel() != expected:
-            raise ValueError(
-                f"{name}: expected weight_scale of one element, [{rows}, 1] or "
-                f"{list(shape_of('blockwise', rows, cols))} beside weight [{rows}, {cols}]"
-                f"{f' scaled {granularity}' if granularity else ''}, got {_text(weight_scale)}"
-            )
-        if input_scale is not None and input_scale.numel() != 1:
-            raise ValueError(
-                f"{name}: expected input_scale of one element, got {_text(input_scale)}"
-            )
-        if bias is not None and tuple(bias.shape) != (rows,):
-            raise ValueError(f"{name}: expected bias [{rows}], got {_text(bias)}")
+        codes = given(
+            weight,
+            weight_scale,
+            bias,
+            input_scale,
+            granularity=granularity,
+            input_granularity=input_granularity,
+            power_of_two=power_of_two,
+        )
         if compute_dtype is None:
             compute_dtype = torch.get_default_dtype() if bias is None else bias.dtype
-        codes = Codes(
-            weight.detach(),
-            to_float32(weight_scale.detach(), f"{name}: weight_scale"),
-            None if input_scale is None else to_float32(input_scale.detach(), f"{name}: input"),
-            found,
-            input_granularity,
-            power_of_two,
-        )
         new = cls.__new__(cls)
         super(nn.Linear, new).__init__()
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -364,21 +339,7 @@ def hold(
 ) -> None:
     """Make these the layer's parameters, in place of what it has, and note what they mean.
     ValueError where they mean nothing together."""
-    own = codes.input_granularity
-    if own is None:
-        own = usual_input(codes.granularity)
-        own = "tensorwise" if codes.input_scale is not None else own
-    _check_granularity(own)
-    if not go_together(codes.granularity, own):
-        raise ValueError(
-            "fp8.FrozenLinear: expected input_granularity 'blockwise' beside a weight in blocks, "
-            f"and 'tensorwise' or 'rowwise' beside others, got {own!r} beside {codes.granularity!r}"
-        )
-    if codes.input_scale is not None and own != "tensorwise":
-        raise ValueError(
-            "fp8.FrozenLinear: expected input_granularity 'tensorwise' beside a static input "
-            f"scale, got {own!r}"
-        )
+    own = input_granularity_of(codes)
     parameters: dict[str, Any] = {"weight": codes.weight, scale_name: codes.scale}
     if codes.input_scale is not None:
         parameters[input_scale_name] = codes.input_scale
@@ -415,17 +376,3 @@ def freeze_in_place(
     if scale_name is None:
         scale_name = "weight_scale_inv" if codes.granularity == "blockwise" else "weight_scale"
     hold(layer, codes, bias, dtype, scale_name, input_scale_name)  # type: ignore[arg-type]
-
-
-def _check_granularity(granularity: object) -> None:
-    known = ("tensorwise", "rowwise", "blockwise")
-    if granularity not in known:
-        raise ValueError(
-            f"fp8.FrozenLinear: expected a granularity of {known}, got {granularity!r}"
-        )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{list(value.shape)} in {str(value.dtype).removeprefix('torch.')}"

@@ -175,7 +175,7 @@ def joint_layers(module: nn.Module) -> list[list[nn.Linear]]:
     return found
 
 
-def _can_read(x: Tensor, layers: Sequence[Any]) -> bool:
+def can_read(x: Tensor, layers: Sequence[Any]) -> bool:
     """Whether nothing is copied together for it, and a write would be seen."""
     weights = [layer._parameters.get("weight") for layer in layers]
     if x.is_inference() or any(w is None or w.is_inference() for w in weights):
@@ -190,7 +190,7 @@ def _can_read(x: Tensor, layers: Sequence[Any]) -> bool:
 
 
 def _merge(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor] | None:
-    return merged(x, layers) if _can_read(x, layers) else None
+    return merged(x, layers) if can_read(x, layers) else None
 
 
 def _merge_apart(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor] | None:

@@ -58,6 +58,9 @@ class Linear(nn.Linear):
     # working module.
     recipe: str = "tensorwise"
 
+    # transformers' tensor parallelism: forward gets local tensors. The operator takes no DTensor.
+    _hf_quantized_needs_local_tp = True
+
     def __init__(
         self,
         in_features: int,

@@ -38,10 +38,11 @@ def go_together(weight: Granularity, input: Granularity) -> bool:
 
 
 def shape_of(granularity: Granularity, rows: int, cols: int) -> tuple[int, ...]:
-    """The shape of new scales of a weight [rows, cols]."""
+    """The shape of new scales of a weight [rows, cols]: of one dimension at least, which FSDP2
+    wants of a parameter."""
     if granularity == "blockwise":
         return blocks_of(rows, cols)
-    return (rows, 1) if granularity == "rowwise" else ()
+    return (rows, 1) if granularity == "rowwise" else (1,)
 
 
 def granularity_of(shape: tuple[int, ...], rows: int, cols: int) -> Granularity | None:
@@ -63,7 +64,8 @@ def granularity_of(shape: tuple[int, ...], rows: int, cols: int) -> Granularity 
 def canonical(scale: Tensor, granularity: Granularity, rows: int, cols: int) -> Tensor:
     """A view of `scale` as [], [rows, 1] or [ceil(rows / 128), ceil(cols / 128)]. Raises
     RuntimeError, of view, where there are not so many."""
-    return scale.reshape(shape_of(granularity, rows, cols))
+    shape = shape_of(granularity, rows, cols)
+    return scale.reshape(() if granularity == "tensorwise" else shape)
 
 
 def to_float32(scale: Tensor, what: str) -> Tensor:

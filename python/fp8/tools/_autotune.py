@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from .._native import loader
+from .._native.progress import progress
 from ..nn._fused_siblings import joint_layers
 from ..nn._linear import Linear
 from ..recipe import Recipe, check_recipe
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MANY = 4  # cases, from which on there is a progress bar
 _one_at_a_time = Lock()
 
 
@@ -157,7 +157,7 @@ def autotune(
             "CUDA device, for layers in bfloat16, float16 or float32"
         )
     with _one_at_a_time, _measuring() as problems:
-        for case in _progress(cases):
+        for case in progress(cases, "fp8.autotune", "layer"):
             _run(case)
     for gpu in sorted({torch.cuda.get_device_name(case.device) for case in cases}):
         file = loader.native().autotune_file(gpu)
@@ -245,17 +245,6 @@ def _run(case: _Case) -> None:
         inputs = [random(*shape, dtype=case.dtype).requires_grad_() for shape in shapes]
         y = torch.ops.fp8.fused_linear(*inputs, recipe=case.recipe)
         torch.autograd.grad(y, inputs, random(*y.shape, dtype=y.dtype))
-
-
-def _progress(cases: list[_Case]) -> Iterable[_Case]:
-    if len(cases) < _MANY:
-        return cases
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return cases
-    bar: Iterable[_Case] = tqdm(cases, desc="fp8.autotune", unit="layer", leave=False)
-    return bar
 
 
 def _short(problem: str) -> str:

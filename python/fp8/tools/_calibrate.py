@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._native.progress import progress
 from ..nn import _offload
 from ..nn._linear import Linear
 from ..recipe import check_recipe
@@ -154,7 +155,7 @@ def _scales(
     scales = {}
     bad = []
     with torch.inference_mode(False), torch.no_grad():
-        for layer, name in layers.items():
+        for layer, name in progress(layers.items(), "fp8.calibrate", "layer"):
             if layer not in observed:
                 continue
             amax = observed[layer]

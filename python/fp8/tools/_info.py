@@ -5,6 +5,7 @@ Nothing here runs at import. `info()` asks the CUDA driver about the devices, so
 where there is one.
 """
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 
-from .._native import loader
+from .._native import loader, versions
 from ..recipe import RECIPES, Recipe
+from . import _doctor
 
 _TENSOR_CORES = "FP8 tensor cores"
 _FALLBACK = "slower path: dequantize, then matmul"
@@ -42,13 +44,22 @@ def plan_cache_clear() -> None:
 
 def info() -> dict[str, object]:
     """Versions, devices, what each recipe runs on each device, FP8_* variables, the plan cache, and
-    whether autotune is on and where it keeps what it measured.
+    whether autotune is on and where it keeps what it measured, and verdicts: what is ok, what takes
+    a slower path and why, what to install.
 
     Values are strings, numbers, lists and dicts of these, ready for json.dumps. `python -m
     fp8` prints them.
     """
+    facts = _facts()
+    judged = _doctor.verdicts(_machine(facts))
+    return {**facts, "verdicts": [str(verdict) for verdict in judged]}
+
+
+def _facts() -> dict[str, Any]:
     return {
         **_versions(),
+        "this pair": versions.status(torch.__version__, _cublaslt_runtime()),
+        "pairs": versions.table(),
         "cublaslt files": _cublaslt_files(),
         "driver": _driver_version(),
         "devices": _devices(),
@@ -60,6 +71,43 @@ def info() -> dict[str, object]:
         "autotune": _autotune(),
         "whole-GPU launches": _whole_gpu_launches(),
     }
+
+
+def _machine(facts: dict[str, Any]) -> _doctor.Machine:
+    """What the verdicts depend on."""
+    built = facts["built with"]
+    build = loader.read_build()
+    archs = re.findall(r"\d+", built.get("archs", ""))
+    visible = ("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "PYTORCH_NO_CUDA_MEMORY_CACHING")
+    return _doctor.Machine(
+        built_torch=build.torch,
+        built_cuda=build.cuda,
+        architectures=tuple(map(int, archs)),
+        binding=str(built.get("not available", "")),
+        torch=facts["torch"],
+        torch_cuda=torch.version.cuda or "",
+        gpus=tuple(
+            _doctor.Gpu(device["name"], int(device["compute capability"].replace(".", "")))
+            for device in facts["devices"]
+        ),
+        driver="" if facts["driver"] == "none" else facts["driver"],
+        cublaslt=facts["cublaslt at run time"],
+        cublaslt_files=tuple((f["path"], f["torch's own"]) for f in facts["cublaslt files"]),
+        fallbacks=int(facts["plan cache"].get("fallbacks", 0)),
+        transformers=_installed("transformers"),
+        environment={
+            **facts["environment"],
+            **{name: os.environ[name] for name in visible if name in os.environ},
+        },
+    )
+
+
+def _installed(package: str) -> str:
+    """The version of a package, without importing it; empty where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def report(facts: dict[str, object]) -> str:
@@ -87,7 +135,7 @@ def _lines(value: object) -> list[str]:
 def _versions() -> dict[str, object]:
     return {
         "fp8": loader.read_build().version,
-        "built with": _native_or_error("build_info"),
+        "built with": {"torch": loader.read_build().torch, **_native_or_error("build_info")},
         "cublaslt at run time": _cublaslt_runtime(),
         "torch": torch.__version__,
         "torch cuda": torch.version.cuda or "none",

@@ -13,10 +13,12 @@ import fp8
 from fp8 import _build
 
 PACKAGE = Path(fp8.__file__).parent
-CORE, TORCH = PACKAGE / "lib/libfp8_core.so", PACKAGE / "lib/libfp8_torch.so"
+CORE = PACKAGE / "lib/libfp8_core.so"
+CORES = [CORE, *PACKAGE.glob("lib/without_cuda/libfp8_core.so")]
+TORCH = PACKAGE / f"lib/torch{'.'.join(torch.__version__.split('.')[:2])}/libfp8_torch.so"
 EXTENSION = next(iter(PACKAGE.glob("_C.*.so")), PACKAGE / "_C.so")
-LIBRARIES = [CORE, TORCH, EXTENSION] if _build.CUDA_VERSION else [TORCH, EXTENSION]
-ids = [path.name.split(".")[0] for path in LIBRARIES]
+LIBRARIES = [*CORES, TORCH, EXTENSION]
+ids = [path.relative_to(PACKAGE).as_posix().split(".so")[0] for path in LIBRARIES]
 
 pytestmark = pytest.mark.skipif(not shutil.which("readelf"), reason="needs binutils")
 built_with_cuda = pytest.mark.skipif(not _build.CUDA_VERSION, reason="built without CUDA")
@@ -57,11 +59,32 @@ def test_core_needs_cublaslt_by_the_soname_that_torch_brings():
     assert wanted == [f"libcublasLt.so.{_build.CUDA_VERSION.split('.')[0]}"]
 
 
-@built_with_cuda
-def test_core_needs_no_torch():
-    needed = dynamic_section(CORE, "NEEDED")
+@pytest.mark.parametrize("core", CORES, ids=ids[: len(CORES)])
+def test_core_needs_no_torch(core):
+    needed = dynamic_section(core, "NEEDED")
     assert not [name for name in needed if re.match(r"lib(torch|c10|python)", name)]
-    assert not [name for name in undefined_symbols(CORE) if re.search(r"N2at|N3c10|N5torch", name)]
+    assert not [name for name in undefined_symbols(core) if re.search(r"N2at|N3c10|N5torch", name)]
+
+
+@pytest.mark.parametrize("library", [TORCH, EXTENSION], ids=["torch", "C"])
+def test_library_for_torch_needs_no_cuda(library):
+    """So it serves a torch without CUDA too: CUDA is reached through libfp8_core and c10."""
+    needed = dynamic_section(library, "NEEDED")
+    assert not [name for name in needed if re.search(r"cuda|cublas", name)]
+    assert "libfp8_core.so" in needed
+    symbols = undefined_symbols(library)
+    assert not [name for name in symbols if re.match(r"cuda[A-Z]|cublas", name)]
+    assert not [name for name in symbols if re.search(r"N3c104cuda|N2at4cuda", name)]
+
+
+def test_core_without_cuda_has_every_function_that_is_asked_for():
+    (core,) = CORES[1:] or [CORE]
+    text = subprocess.check_output(["nm", "--dynamic", "--defined-only", core], text=True)
+    defined = {line.split()[-1] for line in text.splitlines()}
+    for library in (TORCH, EXTENSION):
+        wanted = {name for name in undefined_symbols(library) if "3fp84core" in name}
+        assert wanted <= defined, library
+    assert not [name for name in dynamic_section(core, "NEEDED") if re.search("cuda|cublas", name)]
 
 
 @pytest.mark.parametrize("library", LIBRARIES[:-1], ids=ids[:-1])

@@ -48,7 +48,7 @@ def checkpoint(folder, format: str, family: str = "qwen3", **more):
     tensors, granularities = {}, {}
     for name, value in state.items():
         prefix = name.removesuffix(".weight")
-        if name.endswith("proj.weight"):
+        if name.endswith(("proj.weight", "w1.weight", "w2.weight", "w3.weight")):
             weight = make_weight(*value.shape)
             tensors |= {f"{prefix}.{last}": tensor for last, tensor in weight.tensors.items()}
             granularities[prefix] = weight
@@ -116,6 +116,52 @@ def test_from_pretrained_dequantizes_experts(format, tmp_path):
     other = make("qwen3_moe", **MOE)
     fp8.load(other, tmp_path)
     ids = torch.randint(96, (2, 9))
+    assert_same_bits(model(ids).logits, other(ids).logits)
+
+
+FAMILIES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_pretrained_and_load_know_names_that_transformers_changes(family, tmp_path, capfd):
+    """Mixtral's experts are w1, w3 and w2 of block_sparse_moe in files."""
+    tensors, _ = checkpoint(tmp_path, "fp8, blocks in bf16", family, **FAMILIES[family])
+    capfd.readouterr()
+    model = load(tmp_path)
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+    other = make(family, **FAMILIES[family])
+    done = fp8.load(other, tmp_path)
+    assert len(done.frozen) == sum(type(m) is fp8.FrozenLinear for m in model.modules()) > 0
+    mine, others = model.state_dict(), other.state_dict()
+    assert mine.keys() == others.keys()
+    for name, value in others.items():
+        # The router's correction is kept in float32: by from_pretrained, later by from_config too.
+        exact = mine[name].to(value.dtype) if name.endswith("correction_bias") else mine[name]
+        assert_same_bits(exact, value, name)
+    if family == "mixtral":
+        prefix = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+        scale = expand_scale(tensors[f"{prefix}_scale_inv"].float(), tensors[prefix].shape)
+        expected = (tensors[prefix].float() * scale).bfloat16()
+        up = mine["model.layers.0.mlp.experts.gate_up_proj"][1, 192:]
+        assert_same_bits(up, expected)
+    ids = torch.randint(96, (1, 7))
     assert_same_bits(model(ids).logits, other(ids).logits)
 
 

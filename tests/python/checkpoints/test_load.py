@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoint_files import FORMATS, SIZES, checkpoint, model, raw, scales, write
@@ -193,12 +196,43 @@ def test_load_leaves_no_view_of_the_file(tmp_path):
     target = model()
     folder = write(tmp_path, tensors)
     fp8.load(target, folder)
-    before = raw(target["layers"][0].weight.detach())
+    before = {name: raw(value) for name, value in target.state_dict().items()}
     file = folder / "model.safetensors"
-    with open(file, "r+b") as stream:
-        stream.seek(file.stat().st_size // 2)
-        stream.write(b"\0" * 1000)
-    assert raw(target["layers"][0].weight.detach()) == before
+    with open(file, "r+b") as stream:  # in place: a map would show it
+        stream.write(b"\0" * file.stat().st_size)
+    assert {name: raw(value) for name, value in target.state_dict().items()} == before
+
+
+def test_load_in_inference_mode_makes_tensors_like_any_other(tmp_path):
+    tensors, _ = checkpoint("AutoFP8, static")
+    with torch.device("meta"):
+        target = model()
+    with torch.inference_mode():
+        fp8.load(target, write(tmp_path, tensors))
+    assert not any(p.is_inference() for p in target.parameters())
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024
+
+
+def test_load_takes_the_memory_of_the_model_and_one_tensor(tmp_path):
+    size = 2048
+    tensors = {f"{i}.weight": torch.zeros(size, size).to(torch.float8_e4m3fn) for i in range(8)}
+    tensors |= {f"{i}.weight_scale": torch.ones(size, 1) for i in range(8)}
+    folder = write(tmp_path, tensors)
+    del tensors
+    with torch.device("meta"):
+        layers = [nn.Linear(size, size, bias=False, dtype=torch.bfloat16) for _ in range(8)]
+    before, most = anonymous_memory(), []
+    fp8.load(
+        nn.Sequential(*layers),
+        folder,
+        progress=lambda done, of: most.append(anonymous_memory() - before - done * size**2),
+    )
+    assert max(most) < size**2
 
 
 def test_load_not_strict_reports(tmp_path):

@@ -242,40 +242,40 @@ def one(**changes) -> dict:
     return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
 
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (b"", "expected 8 bytes of header length, the file has 0"),
-        (b"1234567", "the file has 7"),
-        (struct.pack("<Q", 1 << 62) + b"{}", "truncated, or no safetensors file"),
-        (struct.pack("<Q", 3) + b"{}", "said to have 3 bytes, of 2"),
-        (packed(b"\xff\xfe"), "its header is no JSON"),
-        (packed(b"[" * 100_000), "its header is no JSON"),
-        (packed([1]), "no JSON object"),
-        (packed({"__metadata__": 1}), "__metadata__ is no object"),
-        (packed({"a": 1}), "'a' lacks dtype, shape or data_offsets"),
-        (packed({"a": {"dtype": "F32"}}), "'a' lacks"),
-        (packed(one(dtype=1), b"\0" * 8), "expected dtype as a string"),
-        (packed(one(shape=[-2]), b"\0" * 8), "expected shape as a list of extents"),
-        (packed(one(shape=[2.0]), b"\0" * 8), "expected shape"),
-        (packed(one(shape=[True, 2]), b"\0" * 8), "expected shape"),
-        (packed(one(shape=[1 << 70]), b"\0" * 8), "expected shape"),
-        (packed(one(shape=[1] * 100), b"\0" * 8), "expected shape"),
-        (packed(one(shape=[1 << 40, 1 << 40]), b"\0" * 8), "takes 4835703278458516698824704"),
-        (packed(one(data_offsets=[8, 0]), b"\0" * 8), r"expected data_offsets \[begin, end\]"),
-        (packed(one(data_offsets=[0, 8, 9]), b"\0" * 8), "expected data_offsets"),
-        (packed(one(data_offsets=[-8, 0]), b"\0" * 8), "expected data_offsets"),
-        (packed(one(shape=[3]), b"\0" * 8), r"\[3\] in F32 takes 12 bytes, got 8"),
-        (packed(one(), b"\0" * 7), "'a' ends at byte .* of .*: the file is truncated"),
-        (packed(one(), b"\0" * 9), "1 bytes follow the last tensor"),
-        (packed(one(data_offsets=[1, 9]), b"\0" * 9), "'a' leaves a gap before it"),
-        (
-            packed(one() | {"b": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}, b"\0" * 8),
-            "'b' overlaps another tensor",
-        ),
-        (packed(b'{"a": 1, "a": 2}'), "a key appears twice"),
-    ],
-)
+HEADERS = [
+    (b"", "expected 8 bytes of header length, the file has 0"),
+    (b"1234567", "the file has 7"),
+    (struct.pack("<Q", 1 << 62) + b"{}", "truncated, or no safetensors file"),
+    (struct.pack("<Q", 3) + b"{}", "said to have 3 bytes, of 2"),
+    (packed(b"\xff\xfe"), "its header is no JSON"),
+    (packed(b"[" * 100_000), "its header is no JSON"),
+    (packed([1]), "no JSON object"),
+    (packed({"__metadata__": 1}), "__metadata__ is no object"),
+    (packed({"a": 1}), "'a' lacks dtype, shape or data_offsets"),
+    (packed({"a": {"dtype": "F32"}}), "'a' lacks"),
+    (packed(one(dtype=1), b"\0" * 8), "expected dtype as a string"),
+    (packed(one(shape=[-2]), b"\0" * 8), "expected shape as a list of extents"),
+    (packed(one(shape=[2.0]), b"\0" * 8), "expected shape"),
+    (packed(one(shape=[True, 2]), b"\0" * 8), "expected shape"),
+    (packed(one(shape=[1 << 70]), b"\0" * 8), "expected shape"),
+    (packed(one(shape=[1] * 100), b"\0" * 8), "expected shape"),
+    (packed(one(shape=[1 << 40, 1 << 40]), b"\0" * 8), "takes 4835703278458516698824704"),
+    (packed(one(data_offsets=[8, 0]), b"\0" * 8), r"expected data_offsets \[begin, end\]"),
+    (packed(one(data_offsets=[0, 8, 9]), b"\0" * 8), "expected data_offsets"),
+    (packed(one(data_offsets=[-8, 0]), b"\0" * 8), "expected data_offsets"),
+    (packed(one(shape=[3]), b"\0" * 8), r"\[3\] in F32 takes 12 bytes, got 8"),
+    (packed(one(), b"\0" * 7), "'a' ends at byte .* of .*: the file is truncated"),
+    (packed(one(), b"\0" * 9), "1 bytes follow the last tensor"),
+    (packed(one(data_offsets=[1, 9]), b"\0" * 9), "'a' leaves a gap before it"),
+    (
+        packed(one() | {"b": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}, b"\0" * 8),
+        "'b' overlaps another tensor",
+    ),
+    (packed(b'{"a": 1, "a": 2}'), "a key appears twice"),
+]
+
+
+@pytest.mark.parametrize(("content", "match"), HEADERS, ids=[f"{i}" for i, _ in enumerate(HEADERS)])
 def test_header_that_is_wrong(content, match, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)

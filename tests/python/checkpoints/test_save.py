@@ -122,7 +122,7 @@ def test_export_of_a_static_scale_and_of_buffers():
     source["norm"].register_buffer("kept", torch.ones(2))
     source["norm"].register_buffer("passing", torch.ones(2), persistent=False)
     exported = dict(fp8.export_weights(source))
-    assert_same_bits(exported["layers.0.input_scale"], torch.tensor(0.25))
+    assert_same_bits(exported["layers.0.input_scale"], torch.tensor([0.25]))
     assert "norm.kept" in exported
     assert "norm.passing" not in exported
     named = dict(fp8.export_weights(source, format="fp8"))

@@ -17,7 +17,10 @@ SOURCE = Path(__file__).with_name("nvtx_listener.cpp")
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 
 needs_nvtx = pytest.mark.skipif(
-    b"NVTX_INJECTION64_PATH" not in (PACKAGE / "lib/libfp8_torch.so").read_bytes()
+    not any(
+        b"NVTX_INJECTION64_PATH" in library.read_bytes()
+        for library in PACKAGE.glob("lib/torch*/libfp8_torch.so")
+    )
     or not (CUDA / "nvtx3/nvToolsExt.h").is_file()
     or shutil.which("g++") is None,
     reason="needs a build with NVTX (any with CUDA), its headers and g++",

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from cmake_runs import ROOT, TREE, configure
 
 import fp8
@@ -13,7 +14,10 @@ from fp8 import _build
 
 HEADERS = ["core.h", "nn.h", "ops.h", "version.h"]
 CMAKE_FILES = ["FP8Config.cmake", "FP8ConfigVersion.cmake", "LibTorch.cmake"]
-LIBRARIES = (["libfp8_core.so"] if _build.CUDA_VERSION else []) + ["libfp8_torch.so"]
+MINOR = ".".join(torch.__version__.split(".")[:2])
+LIBRARIES = ["libfp8_core.so", f"torch{MINOR}/build.json", f"torch{MINOR}/libfp8_torch.so"]
+if _build.CUDA_VERSION:
+    LIBRARIES.append("without_cuda/libfp8_core.so")
 
 
 def needed(program: Path) -> str:
@@ -22,7 +26,9 @@ def needed(program: Path) -> str:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Every file below a folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def find_package(tmp_path: Path, line: str, prefix: object, *options: str) -> str:
@@ -37,7 +43,7 @@ def find_package(tmp_path: Path, line: str, prefix: object, *options: str) -> st
 
 
 def test_install_has_headers_libraries_and_cmake_files_only(prefix):
-    assert names(prefix) == ["include", "lib", "share"]
+    assert sorted(path.name for path in prefix.iterdir()) == ["include", "lib", "share"]
     assert names(prefix / "include/fp8") == HEADERS
     assert names(prefix / "lib") == LIBRARIES
     assert names(prefix / "share/cmake/FP8") == CMAKE_FILES
@@ -47,14 +53,14 @@ def test_package_has_the_same(package, prefix):
     assert Path(fp8.cmake_prefix_path) == package / "share/cmake"
     for folder in ("include/fp8", "lib", "share/cmake/FP8"):
         assert names(package / folder) == names(prefix / folder)
-        for path in (prefix / folder).iterdir():
-            assert path.read_bytes() == (package / folder / path.name).read_bytes(), path
+        for name in names(prefix / folder):
+            assert (prefix / folder / name).read_bytes() == (package / folder / name).read_bytes()
 
 
 def test_install_names_no_folder_of_the_build_machine(prefix):
     for path in [*(prefix / "share/cmake/FP8").iterdir(), *(prefix / "include/fp8").iterdir()]:
         assert str(ROOT) not in path.read_text(), path
-    for name in LIBRARIES:
+    for name in (name for name in LIBRARIES if name.endswith(".so")):
         dynamic = subprocess.check_output(["readelf", "-d", prefix / "lib" / name], text=True)
         paths = re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic)
         assert all(entry.startswith("$ORIGIN") for entry in ":".join(paths).split(":")), paths
@@ -100,9 +106,27 @@ def test_find_package_says_why_not(tmp_path, prefix, line, message):
 def test_find_package_refuses_another_torch(tmp_path, prefix):
     other = tmp_path / "torch"
     other.mkdir()
-    (other / "version.py").write_text("__version__ = '2.12.1+cpu'\n")
-    text = find_package(tmp_path, "find_package(FP8)", prefix, f"-DLibTorch_ROOT={other}")
-    assert "fp8 fits torch 2.11, but 2.12.1+cpu is in" in " ".join(text.split())
+    for version, message in {
+        "2.99.1+cpu": f"this fp8 has libraries for LibTorch {MINOR}, but 2.99.1+cpu is in",
+        "2.10.0+cpu": "fp8 needs torch 2.11 or newer, but 2.10.0+cpu is in",
+    }.items():
+        (other / "version.py").write_text(f"__version__ = '{version}'\n")
+        text = find_package(tmp_path, "find_package(FP8)", prefix, f"-DLibTorch_ROOT={other}")
+        assert message in " ".join(text.split())
+
+
+def test_find_package_gives_a_torch_without_cuda_the_core_without(tmp_path, prefix):
+    other = tmp_path / "torch"
+    other.mkdir()
+    (other / "version.py").write_text(f"__version__ = '{MINOR}.0+cpu'\n")
+    line = (
+        "find_package(FP8)\n"
+        'get_target_property(links FP8::torch INTERFACE_LINK_LIBRARIES)\nmessage("links=${links}")'
+    )
+    text = find_package(tmp_path, line, prefix, f"-DLibTorch_ROOT={other}")
+    assert "found=1" in text
+    core = "lib/without_cuda/libfp8_core.so"
+    assert (core in text) == bool(_build.CUDA_VERSION)  # else there is one core
 
 
 def test_programs_are_built_from_the_install_tree_alone(programs):
@@ -118,7 +142,7 @@ def test_programs_load_torch_and_no_python(programs):
         text = needed(programs / name)
         assert "not found" not in text
         assert "python" not in " ".join(re.findall(r"^\s*(\S+)", text, re.MULTILINE))
-        assert f"{TREE}/moved/lib/libfp8_torch.so" in text
+        assert f"{TREE}/moved/lib/torch{MINOR}/libfp8_torch.so" in text
         assert "libtorch_cpu.so" in text
 
 

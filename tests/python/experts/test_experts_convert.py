@@ -126,6 +126,7 @@ def test_convert_refuses_an_unknown_experts_recipe():
 
 
 def test_set_experts_implementation_without_convert():
+    fp8.integrations.transformers.register()
     model = make("qwen3_moe")
     model.set_experts_implementation("fp8")
     assert totals(model).startswith("2 experts: 2 in FP8 (2 rowwise_gw_hp)")
@@ -142,6 +143,7 @@ def test_experts_that_cannot_run_in_fp8_run_as_before(by_convert, monkeypatch):
         model.set_experts_implementation("eager")
         fp8.convert(model, filter=only_experts, fuse=False)
     else:
+        fp8.integrations.transformers.register()
         model.set_experts_implementation("fp8")
     monkeypatch.setattr(experts, "_DTYPES", (torch.bfloat16, torch.float16))
     plain = make("mixtral")

@@ -59,6 +59,7 @@ def test_experts_convert_and_run_under_any_defaults(originals, default_dtype, fa
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_experts_chosen_by_transformers_run_under_any_defaults(originals, default_dtype, device):
+    fp8.integrations.transformers.register()
     module = copy.deepcopy(next(iter(originals["mixtral"].values())))
     given = call(module)
     expected = module(*given)

@@ -146,6 +146,7 @@ def test_model_saves_nothing_of_fp8(family, tmp_path):
 
 
 def test_model_from_pretrained_with_the_implementation(family, tmp_path):
+    fp8.integrations.transformers.register()
     make(family).save_pretrained(tmp_path)
     kind = type(make(family))
     model = kind.from_pretrained(tmp_path, experts_implementation="fp8")

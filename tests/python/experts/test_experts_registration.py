@@ -62,11 +62,30 @@ REGISTER = "fp8.integrations.transformers.register()"
         f"import fp8\n{REGISTER}",  # which imports transformers' registry
         f"import fp8\nimport transformers\n{REGISTER}",
         f"import transformers\nimport fp8\n{REGISTER}",  # its registry comes later: lazily
-        "from transformers import MixtralForCausalLM\nimport fp8",
+        f"from transformers import MixtralForCausalLM\nimport fp8\n{REGISTER}",
     ],
 )
 def test_implementation_exists_in_either_order(imports):
     assert run(imports + MODEL) == "in FP8"
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "imports",
+    ["import fp8", "from transformers import MixtralForCausalLM\nimport fp8"],
+)
+def test_implementation_is_unknown_until_asked_for(imports):
+    """Whichever is imported first; transformers says so when the name is used."""
+    program = MODEL.partition("import torch")[0].replace(
+        'model.set_experts_implementation("fp8")',
+        """
+try:
+    model.set_experts_implementation("fp8")
+except ValueError as error:
+    print(error)
+""",
+    )
+    assert 'experts_implementation="fp8"` is not supported' in run(imports + program)
 
 
 @needs_transformers
@@ -79,13 +98,18 @@ def test_implementation_is_taken_by_a_config():
 
 @needs_transformers
 def test_convert_registers():
-    """Of any model, one without experts too."""
+    """Where it meets a model of transformers, one without experts too."""
     program = """
         import fp8, torch
+        from transformers import LlamaConfig, LlamaModel
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-        print("fp8" in ALL_EXPERTS_FUNCTIONS)
-        fp8.convert(torch.nn.Linear(16, 16), filter=lambda *_: True)
-        print("fp8" in ALL_EXPERTS_FUNCTIONS)
+        model = LlamaModel(LlamaConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2,
+        ))
+        for one in (torch.nn.Linear(16, 16), torch.nn.ModuleDict({"inner": model})):
+            fp8.convert(one, filter=lambda *_: True)
+            print("fp8" in ALL_EXPERTS_FUNCTIONS)
     """
     assert run(program) == "False\nTrue"
 

@@ -57,7 +57,7 @@ def test_freeze_leaves_what_convert_left_in_high_precision():
         warnings.simplefilter("ignore")
         fp8.convert(model, "rowwise", filter=lambda module, name: name == "lm_head")
     assert row(model, "blocks.0.q_proj").endswith(expected)
-    assert row(model, "lm_head").endswith("rowwise (not frozen: no rule speaks against it)")
+    assert row(model, "lm_head").endswith("rowwise (not frozen)")
 
 
 def test_freeze_leaves_subclasses_and_other_dtypes():
@@ -87,6 +87,17 @@ def test_freeze_leaves_blocks_and_says_so(kind):
     name, child = next(iter(block.named_children()))
     assert type(child) is fp8.Linear
     assert f"tensorwise (not frozen: a layer of an fp8.{kind})" in row(model, f"0.{name}")
+
+
+def test_freeze_leaves_layers_whose_forward_was_replaced():
+    """As accelerate's hooks do, whose offloaded weights would be cast into codes."""
+    model = convert(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "rowwise")
+    own = model[0].forward
+    model[0].forward = lambda x: own(x)
+    fp8.freeze(model)
+    assert frozen_layers(model) == ["1"]
+    assert "(not frozen: its forward was replaced on the instance; freeze" in row(model, "0")
+    model(torch.randn(2, 16))
 
 
 def test_freeze_leaves_parametrized_layers():

@@ -128,7 +128,7 @@ def test_autotune_mode_ends_when_a_layer_fails(monkeypatch):
 
     module = sys.modules["fp8.tools._autotune"]  # fp8.autotune itself is the function
     monkeypatch.setattr(module, "_run", fail)
-    monkeypatch.setattr(module, "_progress", lambda cases: [None])
+    monkeypatch.setattr(module, "progress", lambda cases, title, unit: [None])
     with pytest.raises(RuntimeError, match="no memory"):
         fp8.autotune([(8, 16, 16)])
     assert fp8.info()["autotune"]["mode"] == "off"

@@ -22,6 +22,8 @@ FACTS = [
     "torch cuda",
     "python",
     "platform",
+    "this pair",
+    "pairs",
     "cublaslt files",
     "driver",
     "devices",
@@ -30,6 +32,7 @@ FACTS = [
     "plan cache",
     "autotune",
     "whole-GPU launches",
+    "verdicts",
 ]
 
 
@@ -107,7 +110,7 @@ def test_recipe_status_without_the_binding(monkeypatch):
     monkeypatch.setattr(_info, "_devices", lambda: [device])
     monkeypatch.setitem(sys.modules, "fp8._C", None)
     for cuda, expected in (("13.0", CORES), ("", "none: this fp8 was built without CUDA")):
-        build = _info.loader.Build("0.1.0", torch.__version__, cuda)
+        build = _info.loader.Build("0.1.0", cuda, {})
         monkeypatch.setattr(_info.loader, "read_build", lambda build=build: build)
         assert _info._recipe_status()["cuda:0"]["rowwise"] == expected
 

@@ -1,5 +1,6 @@
 """Importing fp8: quick, without CUDA, and with one clear message when it cannot work."""
 
+import json
 import os
 import shutil
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import fp8
+from fp8 import _build
 from fp8._native import loader as _loader
 
 PACKAGE = Path(fp8.__file__).parent
@@ -54,34 +56,90 @@ def test_load_without_a_build(monkeypatch):
 
 
 def test_load_without_the_library(monkeypatch, tmp_path):
-    monkeypatch.setattr(_loader, "LIBRARY", tmp_path / "none.so")
-    with pytest.raises(ImportError, match=r"none.so is missing: it has not been built") as raised:
+    monkeypatch.setattr(_loader, "LIBRARIES", tmp_path)
+    with pytest.raises(ImportError, match=r"libfp8_torch.so is missing: it has not been") as raised:
         _loader.load()
     assert "make build" in str(raised.value)
 
 
+@pytest.fixture
+def libraries(monkeypatch, tmp_path):
+    """A folder of libraries that are no more than names and facts."""
+
+    def make(version=fp8.__version__, **torches):
+        for folder, built_with in torches.items():
+            place = tmp_path / folder.replace("_", ".")
+            place.mkdir()
+            (place / "libfp8_torch.so").write_bytes(b"")
+            facts = {"fp8": version, "torch": built_with, "compiler": "GNU"}
+            (place / "build.json").write_text(json.dumps(facts))
+
+    monkeypatch.setattr(_loader, "LIBRARIES", tmp_path)
+    return make
+
+
+def test_load_takes_the_library_of_the_running_torch(monkeypatch, libraries):
+    libraries(torch2_9="2.9.1", torch2_11="2.11.0+cu130", torch2_100="2.100.0")
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(_loader.ctypes, "CDLL", lambda path: None)
+    for version in ("2.11.5+cpu", "2.100.1"):
+        monkeypatch.setattr(torch, "__version__", version)
+        _loader.load()
+    assert [Path(path).parent.name for path in loaded] == ["torch2.11", "torch2.100"]
+    assert list(_loader.read_build().torches) == ["2.9", "2.11", "2.100"]
+
+
+def test_load_ignores_what_another_version_of_fp8_left(monkeypatch, libraries):
+    libraries(version="0.0.1", torch2_99="2.99.0")
+    libraries(torch2_11="2.11.0")
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    with pytest.raises(ImportError, match=r"it was built for torch 2\.11\.0, but torch 2\.99\.0"):
+        _loader.load()
+
+
+def test_load_needs_the_library_beside_its_facts(libraries, tmp_path):
+    libraries(torch2_11="2.11.0", torch2_12="2.12.0")
+    (tmp_path / "torch2.12/libfp8_torch.so").unlink()
+    assert _loader.read_build().torches == {"2.11": "2.11.0"}
+
+
+def test_load_with_a_torch_that_none_of_several_fits(monkeypatch, libraries):
+    libraries(torch2_11="2.11.0+cu130", torch2_12="2.12.1+cu130", torch2_13="2.13.0+cu130")
+    monkeypatch.setattr(torch, "__version__", "2.14.0+cu130")
+    with pytest.raises(ImportError, match=r"built for torch 2\.11, 2\.12 and 2\.13, but") as raised:
+        _loader.load()
+    assert "install torch 2.13.*, or `python -m fp8_rebuild` compiles" in str(raised.value)
+
+
+@pytest.mark.parametrize(("cuda", "first"), [("13.0", True), ("", False)])
+def test_load_without_cuda_takes_the_core_without_cuda(monkeypatch, build, cuda, first):
+    build(cuda=cuda)
+    order = []
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(_loader.ctypes, "CDLL", order.append)
+    monkeypatch.setattr(torch.ops, "load_library", order.append)
+    _loader.load()
+    names = ["/".join(Path(path).parts[-2:]) for path in order]
+    expected = ["without_cuda/libfp8_core.so"] if first else []
+    assert names[:-1] == expected
+    assert names[-1].endswith("/libfp8_torch.so")
+
+
 @pytest.mark.parametrize("version", ["2.10.1+cu130", "2.12.0", "3.11.0", "2.12.0.dev20260101+cpu"])
 def test_load_with_another_torch(monkeypatch, build, version):
-    build(torch="2.11.0+cu130")
+    build(torches={"2.11": "2.11.0+cu130"})
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(ImportError, match=r"built for torch 2\.11\.0\+cu130, but torch ") as raised:
         _loader.load()
     assert f"torch {version} is running" in str(raised.value)
-    assert "install torch 2.11.*, or build fp8 again" in str(raised.value)
+    assert "install torch 2.11.*, or `python -m fp8_rebuild`" in str(raised.value)
 
 
-def test_load_with_another_patch_release_of_torch(monkeypatch, build):
-    build(torch="2.11.0+cu130")
-    monkeypatch.setattr(torch, "__version__", "2.11.7+cpu")
-    assert _loader.load().torch == "2.11.0+cu130"
-
-
-def test_load_of_a_cuda_build_with_a_torch_without_cuda(monkeypatch, build, failing_load):
-    build(cuda="13.0")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    failing_load("libc10_cuda.so: cannot open shared object file: No such file or directory")
-    with pytest.raises(ImportError, match=r"built with CUDA 13\.0, but this torch .* has none"):
-        _loader.load()
+def test_load_with_another_patch_release_of_torch(monkeypatch):
+    number = ".".join(torch.__version__.split(".")[:2])
+    monkeypatch.setattr(torch, "__version__", f"{number}.77+cpu")
+    assert _loader.load().torch == _loader.read_build().torches[number]
 
 
 @pytest.mark.parametrize("library", ["libcublasLt.so.13", "libcudart.so.13", "libtorch_cuda.so"])
@@ -95,14 +153,17 @@ def test_load_without_a_cuda_library(monkeypatch, build, failing_load, library):
     text = str(raised.value)
     assert "built with CUDA 13.0" in text
     assert "this torch: CUDA 12.8" in text
-    assert "install torch 2.11 with the same CUDA major version" in text
+    number = ".".join(torch.__version__.split(".")[:2])
+    assert f"install torch {number} for CUDA 13, together with its nvidia-* packages" in text
     assert text.splitlines()[-1] == f"  Linker:  {linker}"
 
 
 def test_load_with_another_abi(build, failing_load):
     build(cuda="")
     failing_load("libfp8_torch.so: undefined symbol: _ZN3c105ErrorC2ENS_14SourceLocationESs")
-    with pytest.raises(ImportError, match=r"has another ABI.*\n  Cure: +build fp8 again") as raised:
+    with pytest.raises(
+        ImportError, match=r"has another ABI.*\n  Cure: +`python -m fp8_reb"
+    ) as raised:
         _loader.load()
     assert "_ZN3c105ErrorC2ENS" in str(raised.value)
 
@@ -110,14 +171,16 @@ def test_load_with_another_abi(build, failing_load):
 def test_load_on_an_older_system(build, failing_load):
     build(cuda="")
     failing_load("libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by libfp8_torch.so)")
-    with pytest.raises(ImportError, match="system with newer C or C\\+\\+ libraries"):
+    with pytest.raises(ImportError, match="system with newer C or C\\+\\+ libraries") as raised:
         _loader.load()
+    assert "build fp8 from its sources" in str(raised.value)  # the core is too new as well
 
 
-def test_load_of_a_broken_file_shows_the_linkers_words(monkeypatch, tmp_path):
-    broken = tmp_path / "broken.so"
+def test_load_of_a_broken_file_shows_the_linkers_words(monkeypatch, tmp_path, build, libraries):
+    number = ".".join(torch.__version__.split(".")[:2])
+    libraries(**{f"torch{number.replace('.', '_')}": torch.__version__})
+    broken = tmp_path / f"torch{number}/libfp8_torch.so"
     broken.write_bytes(b"not an ELF file, but long enough to have a header" * 10)
-    monkeypatch.setattr(_loader, "LIBRARY", broken)
     with pytest.raises(ImportError, match=r"the dynamic linker refused it") as raised:
         _loader.load()
     assert "Linker:  " in str(raised.value)
@@ -129,7 +192,7 @@ def test_native_of_another_python(monkeypatch):
     monkeypatch.setitem(sys.modules, "fp8._C", None)
     with pytest.raises(ImportError, match=r"fp8\._C cannot be imported by Python 3\.") as raised:
         fp8.plan_cache_info()
-    assert "build fp8 again" in str(raised.value)
+    assert "python -m fp8_rebuild" in str(raised.value)
     with pytest.raises(ImportError, match="cannot be imported"):
         fp8.plan_cache_clear()
 
@@ -145,6 +208,27 @@ def test_every_message_says_what_is_running(monkeypatch):
 
 def run(code, *path):
     return new_process.python("-c", code, PYTHONPATH=os.pathsep.join(str(p) for p in path))
+
+
+def test_package_serves_a_torch_without_cuda():
+    """This torch may have CUDA, but says that it has none, and nothing of fp8's touches it."""
+    code = """
+import torch
+torch.version.cuda = None
+import fp8
+y = fp8.Linear(32, 16)(torch.randn(4, 32))
+y.sum().backward()
+assert fp8.plan_cache_info()["capacity"] == 0
+facts = fp8.info()
+assert facts["cublaslt at run time"] == "none", facts
+assert facts["this pair"]["gpu"] == "no CUDA here", facts
+maps = open("/proc/self/maps").read()
+print(*sorted({line.split()[-1] for line in maps.splitlines() if "libfp8_core" in line}))
+"""
+    result = run(code, PACKAGE.parent, os.environ.get("PYTHONPATH", ""))
+    assert result.returncode == 0, result.stderr
+    folder = "without_cuda" if _build.CUDA_VERSION else "lib"
+    assert Path(result.stdout.strip()).parts[-2:] == (folder, "libfp8_core.so")
 
 
 def test_import_of_an_unbuilt_package_says_how_to_build(tmp_path):

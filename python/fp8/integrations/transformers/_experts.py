@@ -42,9 +42,8 @@ _moe_experts = torch.ops.fp8.moe_experts.default
 
 @dataclass(frozen=True)
 class Settings:
-    """What convert notes on an experts module. A pickled model names this class: loading it imports
-    fp8, which registers the implementation that the module's config asks for; where fp8 was there
-    before transformers, `__setstate__` does."""
+    """What convert notes on an experts module. A pickled model names this class: loading it
+    registers the implementation that the module's config asks for (`__setstate__`)."""
 
     __module__ = "fp8.integrations.transformers"  # what pickles name
 

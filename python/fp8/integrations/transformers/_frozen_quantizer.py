@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,6 +30,7 @@ from ...conversion._rules import find_linears
 from ...nn._freezing import Codes, quantized
 from ...nn._frozen import FrozenLinear, freeze_in_place
 from ...recipe import Recipe, check_recipe
+from ._names import renaming_of
 
 METHOD = "fp8_frozen"
 """The name in transformers' registries; `fp8` is that of its own quantizer."""
@@ -255,14 +255,10 @@ def _tied(model: Any) -> set[str]:
 
 def _checkpoint(model: Any, files: list[Any], config: Any) -> Checkpoint:
     """The tensors of the files, under the names that transformers gives them."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    state, prefix = model.state_dict(), model.base_model_prefix
+    renamed = renaming_of(model)
+    assert renamed is not None  # a model of transformers
     tensors: dict[str, Entry] = {}
     inputs: dict[str, tuple[Any, bool]] = {}
-
-    def renamed(name: str) -> str:
-        return str(rename_source_key(name, renamings, [], prefix, state)[0])
 
     for file in map(Path, files):
         if file.suffix != ".safetensors":
@@ -285,6 +281,12 @@ def _companions(plan: Plan) -> set[str]:
     weights = [weight for _, weight in plan.dequantized.values()]
     weights += [part.weight for _, parts in plan.experts.values() for part in parts if part.weight]
     names = {name for w in weights for name in (w.scale, w.input_scale) if name}
+    for merged, (_, parts) in plan.experts.items():  # what transformers makes of their scales
+        names |= {
+            f"{merged}_{part.weight.scale_name.removeprefix('weight_')}"
+            for part in parts
+            if part.weight
+        }
     for weight in plan.frozen.values():
         names |= {weight.input_scale} if weight.input_scale else set()  # not taken, as it may be
         if not weight.codes.endswith(".weight"):
