@@ -74,7 +74,7 @@ def test_demo_inference_loads_a_checkpoint(model, tmp_path, saved):
     assert status == 0
     assert list(rows(printed))[1:] == ["fp8 as loaded" if saved == "in fp8" else "fp8 rowwise"]
     assert "trained" not in printed
-    assert decibels(list(rows(printed).values())[1]) > 25
+    assert 25 < decibels(list(rows(printed).values())[1]) < 80
 
 
 class NothingIsAskedOfTheDevice(TorchDispatchMode):
@@ -94,7 +94,8 @@ def test_demo_decoder_gives_the_tokens_of_generate(model, prompt, recipe):
     decoder = demo.Decoder(own, 64)
     expected = demo.eager(own, prompt, 12)
     assert torch.equal(decoder(prompt, 12), expected)
-    assert torch.equal(decoder(prompt, 12), expected)  # nothing is left of the first
+    assert torch.equal(decoder(prompt, 12), expected)
+    assert int(decoder.cache.get_seq_length()) == JOB.prompt + 11  # nothing is left of the first
     with torch.no_grad(), NothingIsAskedOfTheDevice():
         decoder.step()
 
