@@ -23,7 +23,7 @@ from ._linear import Linear
 from ._scales import Granularity, canonical, shape_of
 
 _E4M3 = torch.float8_e4m3fn
-_linear_frozen: Any = getattr(getattr(torch.ops.fp8, "linear_frozen", None), "default", None)
+_linear_frozen = torch.ops.fp8.linear_frozen.default
 
 
 class FrozenLinear(nn.Linear):
