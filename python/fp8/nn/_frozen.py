@@ -55,7 +55,7 @@ class FrozenLinear(nn.Linear):
     weight's: blocks go with blocks, a static scale of x with "tensorwise".
 
     Example:
-        >>> layer = fp8.FrozenLinear.from_linear(nn.Linear(64, 32), "rowwise")
+        >>> layer = fp8.FrozenLinear.from_linear(torch.nn.Linear(64, 32), "rowwise")
         >>> layer(torch.randn(2, 8, 64)).shape
         torch.Size([2, 8, 32])
     """
