@@ -56,7 +56,7 @@ def export_weights(model: nn.Module, *, format: str | None = None) -> Iterator[t
 
     Example:
         >>> for name, tensor in fp8.export_weights(model):
-        ...     send(name, tensor)
+        ...     print(name, list(tensor.shape))
     """
     check_model("export_weights", model)
     if format is not None:

@@ -107,9 +107,8 @@ def load(
     tensor or the file.
 
     Example:
-        >>> with torch.device("meta"):
-        ...     model = MyModel().to(torch.bfloat16)
-        >>> print(fp8.load(model, "folder", device="cuda"))
+        >>> fp8.save(fp8.freeze(model), "folder")
+        >>> print(fp8.load(model, "folder"))
     """
     check_model("load", model)
     checkpoint = open_checkpoint(folder)

@@ -23,7 +23,7 @@ from ._linear import Linear
 from ._scales import Granularity, canonical, shape_of
 
 _E4M3 = torch.float8_e4m3fn
-_linear_frozen: Any = getattr(getattr(torch.ops.fp8, "linear_frozen", None), "default", None)
+_linear_frozen = torch.ops.fp8.linear_frozen.default
 
 
 class FrozenLinear(nn.Linear):
@@ -55,7 +55,7 @@ class FrozenLinear(nn.Linear):
     weight's: blocks go with blocks, a static scale of x with "tensorwise".
 
     Example:
-        >>> layer = fp8.FrozenLinear.from_linear(nn.Linear(64, 32), "rowwise")
+        >>> layer = fp8.FrozenLinear.from_linear(torch.nn.Linear(64, 32), "rowwise")
         >>> layer(torch.randn(2, 8, 64)).shape
         torch.Size([2, 8, 32])
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._scales import WEIGHT_SCALES, canonical, to_float32
+from ._scales import WEIGHT_SCALES, granularity_of, to_float32
 
 if TYPE_CHECKING:
     from ._frozen import FrozenLinear
@@ -79,11 +79,17 @@ def fit(layer: "FrozenLinear", state_dict: dict[str, Any], prefix: str) -> str |
             value = to_float32(value, f"fp8.FrozenLinear: {key!r}")
         except TypeError as error:
             return str(error)
-        if value.numel() != own.numel():
+        meant = granularity_of(tuple(value.shape), rows, cols)
+        other = value.numel() > 1 and meant is not None and meant != granularity
+        if other or _extents(value) != _extents(own):
             return (
-                f"fp8.FrozenLinear: {key!r}: expected {own.numel()} scales, of a weight scaled "
+                f"fp8.FrozenLinear: {key!r}: expected {list(own.shape)}, of a weight scaled "
                 f"{granularity}, got {list(value.shape)}"
             )
-        as_own = canonical(value, granularity, rows, cols).reshape(own.shape)  # type: ignore[arg-type]
-        state_dict[key] = as_own
+        state_dict[key] = value.reshape(own.shape)
     return None
+
+
+def _extents(scale: Tensor) -> tuple[int, ...]:
+    """Of a shape, those that tell it from others: some tools drop the rest."""
+    return tuple(extent for extent in scale.shape if extent != 1)

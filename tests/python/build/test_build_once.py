@@ -47,11 +47,16 @@ def small_tree(tmp_path):
     return tmp_path
 
 
+# Tools of the running Python's environment come first.
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
 def make(tree: Path, target: str, **variables: str) -> None:
-    if not shutil.which("cmake") or not shutil.which("ninja"):
+    if not shutil.which("cmake", path=PATH) or not shutil.which("ninja", path=PATH):
         pytest.skip("needs cmake and ninja")
     words = ["VENV=", f"PYTHON={sys.executable}", *(f"{k}={v}" for k, v in variables.items())]
     environment = {k: v for k, v in os.environ.items() if k not in ("CI", "MAKEFLAGS", "MFLAGS")}
+    environment["PATH"] = PATH
     result = subprocess.run(
         ["make", "--no-print-directory", target, *words],
         cwd=tree,
@@ -100,15 +105,16 @@ def entries(build: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not (BUILD / "CTestTestfile.cmake").exists(), reason="needs a build of tests")
 def test_tests_change_no_command_of_the_libraries(tmp_path):
+    same = ("FP8_CUDA", "FP8_CUDA_ARCHITECTURES", "FP8_UNITY", "FP8_WERROR", "CMAKE_CUDA_COMPILER")
     options = []
     for line in (BUILD / "CMakeCache.txt").read_text().splitlines():
-        name = line.split(":")[0]
-        if name in ("FP8_CUDA", "FP8_CUDA_ARCHITECTURES", "FP8_UNITY", "FP8_WERROR"):
+        if line.split(":")[0] in same:
             options.append(f"-D{line}")
     command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *options]
     command += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
     command += [f"-DFP8_PYTHON_PACKAGE_DIR={tmp_path}/package", "-DFP8_BUILD_TESTS=OFF"]
-    subprocess.run(command, capture_output=True, check=True)
+    environment = os.environ | {"PATH": PATH}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
     with_tests = entries(BUILD)
     libraries = entries(tmp_path / "build")
     assert libraries

@@ -79,10 +79,27 @@ def test_frozen_state_takes_scales_in_other_forms(recipe, assign):
 def test_frozen_state_refuses_scales_of_another_kind():
     state = make("blockwise").state_dict()
     state["0.weight_scale"] = state.pop("0.weight_scale_inv")
-    fails(make("rowwise"), state, r"expected 144 scales, of a weight scaled rowwise, got \[2, 2\]")
+    fails(make("rowwise"), state, r"expected \[144, 1\], of a weight scaled rowwise, got \[2, 2\]")
     state = make().state_dict()
     state["0.weight_scale"] = state["0.weight_scale"].double()
     fails(make(), state, "expected a scale in float32, bfloat16, float16, .* got float64")
+
+
+@pytest.mark.parametrize("size", [(16384, 256), (256, 2)])
+def test_frozen_state_tells_as_many_scales_apart(size):
+    """Blocks of [256, 16384] and of [2, 256] are as many as rows."""
+    k, n = size
+    blocks, rows = ({"weight": torch.zeros(n, k).to(torch.float8_e4m3fn)} for _ in range(2))
+    blocks["weight_scale"] = torch.ones(-(-n // 128), -(-k // 128))
+    rows["weight_scale"] = torch.ones(n, 1)
+    layers = {
+        kind: fp8.FrozenLinear(k, n, bias=False, granularity=kind)
+        for kind in ("rowwise", "blockwise")
+    }
+    layers["rowwise"].load_state_dict(rows)
+    layers["blockwise"].load_state_dict(blocks)
+    fails(layers["rowwise"], blocks, "of a weight scaled rowwise, got")
+    fails(layers["blockwise"], rows, "of a weight scaled blockwise, got")
 
 
 def test_frozen_state_loads_into_what_a_skeleton_was_frozen_to():

@@ -5,9 +5,9 @@ implementation of its mixtures of experts.
 `FrozenConfig` and `frozen_config` make its linear layers `fp8.FrozenLinear`. Naming one of them
 imports transformers.
 
-`register()` puts the experts implementation into transformers' registry, so that a model can ask for
-it by its name (`fp8.convert` does so too, if the model is one of transformers), and the quantizers
-of the two configs, so that a config.json may name them.
+`register()` puts the experts implementation into transformers' registry, so that a model can ask
+for it by its name (`fp8.convert` does so too, if the model is one of transformers), and the
+quantizers of the two configs, so that a config.json may name them.
 
     import fp8
     from transformers import AutoModelForCausalLM

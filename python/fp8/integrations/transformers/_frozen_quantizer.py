@@ -62,7 +62,7 @@ class FrozenConfig(QuantizationConfigMixin):
         source: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.recipe = str(check_recipe(recipe))
         self.static_inputs = static_inputs
         self.source = source
@@ -222,7 +222,7 @@ class _Quantize(ConversionOps):
         self.recipe = recipe
 
     @torch.no_grad()
-    def convert(  # type: ignore[override]
+    def convert(
         self,
         input_dict: dict[str, Any],
         *args: Any,
