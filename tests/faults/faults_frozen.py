@@ -13,8 +13,23 @@ ERRORS = "tests/python/checkpoints/test_load_errors.py"
 MIXTURES = "tests/python/checkpoints/test_load_experts.py"
 SAVE = "tests/python/checkpoints/test_save.py"
 PRETRAINED = "tests/python/checkpoints/test_from_pretrained.py"
+READS = "tests/python/frozen/test_frozen_reads.py"
 
 FROZEN = [
+    Fault(
+        "code that merges adapters gets codes for numbers",
+        "python/fp8/nn/_frozen_reads.py",
+        '"forward", "get_base_weight", "merge", "unmerge"',
+        '"forward"',
+        READS,
+    ),
+    Fault(
+        "whoever has a function called merge is refused the weight",
+        "python/fp8/nn/_frozen_reads.py",
+        'and module.startswith("peft.")',
+        "",
+        READS,
+    ),
     Fault(
         "a cast of the model casts codes",
         "python/fp8/nn/_frozen.py",
