@@ -13,7 +13,8 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,17 @@ JOBS = {
     "cpu": Job(128, 384, 3, 4, 8, 64, 100, 2e-3, torch.float32, 32),
     "gpu": Job(4096, 14336, 4, 32, 8, 512, 60, 2e-4, torch.bfloat16, 128),
 }
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """With so many threads inside; None: as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def trained(job: Job, text: Text, device: torch.device) -> nn.Module:
@@ -265,6 +277,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains or loads, generates, prints the table; returns the exit status."""
     options = parse(arguments)
+    # For a model as small as the CPU's, more threads are slower.
+    with threads(1 if options.device == "cpu" and not options.model else None):
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """What the command line asks for."""
     job, device = JOBS[options.size], torch.device(options.device)
     if options.tokens is not None:
         job = Job(**(vars(job) | {"tokens": options.tokens}))
@@ -279,7 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"frozen  {layers} layers; embeddings, norms and lm_head stay in bf16\n\n{table(rows)}\n")
     print(f"same choice, logits: beside bf16, on {len(ids)} tokens of held-out text.")
     if device.type == "cpu":
-        print("On a CPU frozen layers multiply what the codes stand for: memory, no speed.")
+        print(
+            "On a CPU frozen layers multiply what the codes stand for: speed there is not a GPU's."
+        )
     return 0
 
 

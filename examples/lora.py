@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fp8
-from generate import JOBS, frozen_layers, trained
+from generate import JOBS, frozen_layers, threads, trained
 from stdlib_text import Text, load_text
 
 NEEDED = (
@@ -82,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if find_spec("peft") is None:
         print(NEEDED, file=sys.stderr)
         return 2
+    with threads(1 if options.device == "cpu" else None):
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """What the command line asks for."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     from fp8.integrations.peft import adopt, register
