@@ -48,12 +48,12 @@ CONFIGURED := build/.configured-$(shell echo '$(CURDIR) $(CONFIGURE)' | sha256su
 # Headers and FP8Config.cmake beside the libraries: fp8.cmake_prefix_path holds in a clone too.
 DEVEL := $(BIN)cmake --install build --prefix python/fp8 --component devel >/dev/null
 
-.PHONY: help build docs demo demo-moe loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist release sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
+.PHONY: help build docs demo demo-moe demo-inference demo-lora loss-curves test test-gpu test-compat test-asan test-tsan test-faults wheel test-wheel test-sdist release sanitize fuzz soak sweep bench bench-check lint tidy format clean distclean _tests_built _catch2
 
 help:  ## this list
 	@echo "make TARGET [VENV=] [ARGS='...']    VENV= (empty): the machine's own Python, no installs"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | \
-	  while IFS=$$'\t' read -r name text; do printf '  %-11s %s\n' "$$name" "$$text"; done
+	  while IFS=$$'\t' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
 build: $(CONFIGURED)  ## the libraries, into python/fp8 (then PYTHONPATH=python works)
 	@$(BIN)cmake --build build -j $$(scripts/jobs.sh) --target fp8_core fp8_torch _C
@@ -64,6 +64,12 @@ demo: build  ## the main job: train with nn.Linear and with each FP8 recipe, and
 
 demo-moe: build  ## the same with a small Mixtral and Qwen3-MoE from transformers, and FP8 experts
 	@$(PY) examples/train_moe.py $(ARGS)
+
+demo-inference: build  ## generate with FP8 weights beside bf16; demo-lora: adapters over them
+	@$(PY) examples/generate.py $(ARGS)
+
+demo-lora: build $(PACKAGES)
+	@PYTHONPATH="$$PYTHONPATH$(if $(SITE),:$(CURDIR)/$(SITE))" $(PY) examples/lora.py $(ARGS)
 
 loss-curves: build  ## 300 steps of the demo: is FP8 within bf16's noise over three seeds?
 	@$(PY) examples/loss_curves.py $(ARGS)
@@ -127,13 +133,13 @@ docs: $(MKDOCS)  ## docs/ as a site with the API reference, into build/docs
 	@PYTHONPATH=$(DOCS_SITE) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 	@echo "docs: build/docs/index.html"
 
-lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering, clang-tidy
+lint: $(INSTALLED) $(LINTERS)  ## format, style, types, layering, clang-tidy; format: mend it
 	@scripts/lint.sh
 
 tidy: build $(LINTERS)
 	@scripts/tidy.sh all
 
-format: $(INSTALLED) $(LINTERS)  ## let the formatters write
+format: $(INSTALLED) $(LINTERS)
 	@scripts/lint.sh --fix
 
 clean:  ## remove what was built; distclean: the virtual environment too

@@ -5,10 +5,11 @@
     torchtitan    an override of its Linear
     axolotl       a plugin
     megatron      its parallel linears, for a spec
+    peft          LoRA over frozen layers
 
 `import fp8` imports none of these packages. A module here imports its package when it is imported
 itself, or first named as an attribute, and raises ImportError, naming the package, if it is not
-there. PEFT, accelerate and DeepSpeed need nothing of ours.
+there. accelerate, DeepSpeed, and PEFT over layers that are not frozen, need nothing of ours.
 """
 
 import importlib
@@ -16,7 +17,7 @@ from types import ModuleType
 
 from . import transformers as transformers
 
-_LATER = frozenset({"axolotl", "lightning", "megatron", "torchtitan"})
+_LATER = frozenset({"axolotl", "lightning", "megatron", "peft", "torchtitan"})
 
 
 def __getattr__(name: str) -> ModuleType:

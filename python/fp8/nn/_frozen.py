@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from .._native import nested
 from ..recipe import Recipe
-from . import _frozen_state
+from . import _frozen_reads, _frozen_state
 from ._calls import CALLED, _mark_traced, has_own_forward
 from ._freezing import Codes, check_granularity, given, input_granularity_of, quantized
 from ._linear import Linear
@@ -62,6 +62,7 @@ class FrozenLinear(nn.Linear):
 
     __module__ = "fp8.nn"  # what pickles name
 
+    weight: Any = _frozen_reads.GuardedWeight()
     scale_name: str = "weight_scale"
     input_scale_name: str = "input_scale"
     granularity: Granularity = "rowwise"

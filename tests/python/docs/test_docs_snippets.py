@@ -47,8 +47,10 @@ def test_python_examples_that_do_not_run_are_these():
         for page in WITH_PYTHON
     }
     assert {name: len(lines) for name, lines in found.items() if lines} == {
-        "docs/several-gpus.md": 1
+        "docs/checkpoints.md": 1,
+        "docs/several-gpus.md": 1,
     }
+    assert "needs peft" in found["docs/checkpoints.md"][0]
     assert "needs several processes" in found["docs/several-gpus.md"][0]
 
 

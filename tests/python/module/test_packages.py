@@ -25,6 +25,7 @@ OTHERS = {
         "axolotl": "axolotl",
         "lightning": "lightning",
         "megatron": "megatron-core",
+        "peft": "peft",
         "torchtitan": "torchtitan",
         "transformers._callback": "transformers",
         "transformers._quantizer": "transformers",
@@ -104,8 +105,8 @@ def test_module_names_the_package_that_is_missing(module):
 
         class Absent:
             def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] in {{"axolotl", "lightning", "megatron", "torchtitan",
-                                              "transformers"}}:
+                if name.partition(".")[0] in {{"axolotl", "lightning", "megatron", "peft",
+                                              "torchtitan", "transformers"}}:
                     raise ModuleNotFoundError("it is not there", name=name)
 
         sys.meta_path.insert(0, Absent())
