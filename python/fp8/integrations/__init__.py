@@ -5,11 +5,11 @@
     torchtitan    an override of its Linear
     axolotl       a plugin
     megatron      its parallel linears, for a spec
-    peft          LoRA over frozen layers, merged into their codes
+    peft          LoRA over frozen layers
 
 `import fp8` imports none of these packages. A module here imports its package when it is imported
 itself, or first named as an attribute, and raises ImportError, naming the package, if it is not
-there. accelerate and DeepSpeed need nothing of ours, nor does PEFT over other layers.
+there. accelerate, DeepSpeed, and PEFT over layers that are not frozen, need nothing of ours.
 """
 
 import importlib
