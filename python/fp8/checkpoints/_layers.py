@@ -117,7 +117,8 @@ def scale_of(
     """What a scale of codes [rows, cols] is for, by its shape. Raises ValueError."""
     entry = tensors[scale]
     shape = squeezed(entry.shape)
-    groups = len(shape) == 2 and shape[0] == rows and cols % 32 == 0 and shape[1] == cols // 32
+    # Of 32 columns one group is a row.
+    groups = len(shape) == 2 and cols % 32 == 0 and tuple(shape) == (rows, cols // 32) and cols > 32
     if entry.dtype == "U8" or groups:
         raise ValueError(
             f"fp8.load: {codes!r} with {scale!r}, {entry.dtype} {list(entry.shape)}: MXFP8 (a "

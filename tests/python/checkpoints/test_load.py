@@ -245,3 +245,13 @@ def test_load_not_strict_reports(tmp_path):
     done = fp8.load(model(), folder, strict=False)
     assert (done.missing, done.unexpected) == (("norm.weight",), ("other.weight",))
     assert "1 missing; 1 unexpected" in str(done)
+
+
+def test_load_rows_of_32_columns(tmp_path):
+    """A scale for 32 elements is a row's there, and no MXFP8."""
+    frozen = fp8.FrozenLinear.from_linear(nn.Linear(32, 48, bias=False), "rowwise")
+    fp8.save(nn.Sequential(frozen), tmp_path)
+    target = nn.Sequential(nn.Linear(32, 48, bias=False))
+    fp8.load(target, tmp_path)
+    assert raw(target[0].weight.detach()) == raw(frozen.weight.detach())
+    assert target[0].granularity == "rowwise"
