@@ -261,6 +261,7 @@ print(seconds)
 def test_public_names():
     assert set(fp8.__all__) == {
         *(
+            "FrozenLinear",
             "GROUPED_RECIPES",
             "RECIPES",
             "GatedMLP",
@@ -276,10 +277,14 @@ def test_public_names():
             "calibrate",
             "cmake_prefix_path",
             "convert",
+            "export_weights",
+            "freeze",
             "info",
+            "load",
+            "numerics",
             "ops",
         ),
-        *("plan_cache_clear", "plan_cache_info", "revert", "summary", "uncalibrate"),
+        *("plan_cache_clear", "plan_cache_info", "revert", "save", "summary", "uncalibrate"),
     }
     assert all(hasattr(fp8, name) for name in fp8.__all__)
     assert Path(fp8.cmake_prefix_path) == PACKAGE.resolve() / "share/cmake"

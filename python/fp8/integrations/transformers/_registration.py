@@ -7,6 +7,7 @@ transformers, and a pickle of a converted mixture.
 
 import importlib
 import sys
+from importlib.util import find_spec
 from types import ModuleType
 
 from torch import nn
@@ -34,8 +35,9 @@ def register() -> None:
             f"fp8.integrations.transformers.register: {MODULE} has no ExpertsInterface; "
             "transformers 5 or later is needed"
         )
-    for quantizer in ("_quantizer", "_frozen_quantizer"):
-        importlib.import_module(f".{quantizer}", __package__)
+    if find_spec("transformers.quantizers") is not None:
+        for quantizer in ("_quantizer", "_frozen_quantizer"):
+            importlib.import_module(f".{quantizer}", __package__)
 
 
 def register_for(model: nn.Module) -> None:
