@@ -70,7 +70,7 @@ def test_page_names_the_versions_that_are_tested():
     assert len(rows) == 8
     for file in (ROOT / "python/fp8/integrations").rglob("*.py"):  # in their ImportErrors
         rows += re.findall(r'"([\w-]+)", "([\d.]+)", error\)', file.read_text())
-    assert len(rows) == 8 + 6
+    assert len(rows) == 8 + 7
     for package, version in rows:
         assert pinned[package] == version, package
 
