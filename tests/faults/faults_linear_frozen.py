@@ -39,6 +39,7 @@ LINEAR_FROZEN = [
         "const int64_t ld = (cols + 3) / 4 * 4;",
         "const int64_t ld = cols;",
         VALUES,
+        gpu=True,
     ),
     Fault(
         "a static scale of x is not used by a frozen layer",
