@@ -32,13 +32,6 @@ inline bool accumulates_fast(const MatmulArgs& args) {
   return args.fast_accum && !has_block_scales(args);
 }
 
-// Whether a product may be summed in that many parts of k. cuBLASLt 12.6.3 and later computes some
-// wrongly whose parts are not equal; only parts of whole stages of its kernels are taken for equal.
-constexpr int64_t kStageOfK = 128;
-constexpr bool splits_evenly(int64_t k, int64_t splits) {
-  return splits <= 1 || k % (splits * kStageOfK) == 0;
-}
-
 struct PlanKey {
   int64_t m = 0;
   int64_t n = 0;

@@ -1,6 +1,6 @@
 // The choice of an algorithm. cuBLASLt's heuristic ranks candidates for a problem; those that would
-// compute wrongly are dropped (split-K in unequal parts), and only sums in fp32 are asked for, in a
-// fixed order.
+// compute wrongly are dropped (split-K whose splits do not divide k), and only sums in fp32 are
+// asked for, in a fixed order.
 #include "core/matmul/lt_choice.h"
 
 #include <algorithm>
@@ -47,12 +47,13 @@ std::optional<T> configured(const cublasLtMatmulAlgo_t& algo,
   return status == CUBLAS_STATUS_SUCCESS ? std::optional(value) : std::nullopt;
 }
 
+// Split-K with splits that do not divide k can give wrong results (cuBLAS 12.6.3 and later).
 bool is_safe(const cublasLtMatmulHeuristicResult_t& result, int64_t k) {
   if (result.state != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kMaxWorkspaceBytes) {
     return false;
   }
   const auto splits = configured<int32_t>(result.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM);
-  return splits && splits_evenly(k, *splits);
+  return splits && (*splits <= 1 || k % *splits == 0);
 }
 
 // The preference sees to it in the heuristic's answers; an algorithm from elsewhere is asked.
@@ -117,7 +118,7 @@ cublasLtMatmulHeuristicResult_t with_splits(cublasLtHandle_t handle, LtPlan lt,
 // Asking for one candidate costs a few microseconds, for eight a hundred: so eight only when the
 // first one will not do. Long k and few rows can make all eight unsafe split-K; then the heuristic
 // is asked for algorithms that do not split, and where it has none (split accumulation on an H200),
-// the unsafe ones are tried with fewer splits, down to one.
+// the unsafe ones are tried with a number of splits that divides k.
 MatmulPlan first_choice(cublasLtHandle_t handle, const MatmulArgs& args, const LtPlan& lt) {
   struct Question {
     int wanted;

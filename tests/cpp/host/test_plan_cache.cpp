@@ -56,17 +56,6 @@ TEST_CASE("replaces a plan, and counts plans of a kind") {
   REQUIRE(cache.count_if([](int plan) { return plan > 20; }) == 1);
 }
 
-TEST_CASE("k is split in parts of whole stages, or not at all") {
-  REQUIRE(splits_evenly(8208, 1));
-  REQUIRE(splits_evenly(8208, 0));  // as an algorithm that knows no splits says it
-  REQUIRE(splits_evenly(4096, 4));
-  REQUIRE(splits_evenly(14336, 7));
-  REQUIRE_FALSE(splits_evenly(4096, 3));
-  REQUIRE_FALSE(splits_evenly(8208, 2));  // equal, of 32 stages and 8 of k
-  REQUIRE_FALSE(splits_evenly(8208, 16));
-  REQUIRE_FALSE(splits_evenly(64, 2));
-}
-
 TEST_CASE("forgets the least recently used plan") {
   Cache cache(2);
   cache.insert(1, 10);
