@@ -3,8 +3,9 @@
 #   scripts/test.sh all   C++ and Python, everything that this machine can run
 #   scripts/test.sh gpu   the tests that need a GPU; fails where there is none. Writes what came of them to
 #                         benchmarks/results, or to build/status where PYTEST_ARGS chose among them
-# PYTHON is the interpreter, CTEST is ctest, PYTEST_ARGS goes to pytest. The GPU's tests are host work for the most part:
-# TEST_JOBS processes (default: a quarter of the cores, at most 8) share them and the GPU.
+# PYTHON is the interpreter, CTEST is ctest, PYTEST_ARGS goes to pytest. TEST_JOBS processes share the tests (default: at
+# most 2, as each test of a CPU may use all cores; of the GPU's, which are host work for the most part, three quarters of
+# the cores, at most 16).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mode=${1:?all or gpu}
@@ -52,38 +53,15 @@ else
   run_ctest -LE gpu
 fi
 
-# pytest last: its closing line ends the output.
+# pytest last: its closing line ends the output. A few chosen tests are not worth the start of processes.
+cores=$(nproc)
 if [ "$mode" = all ]; then
-  # Without a GPU tests are work of one core for the most part: two processes share them, unless some were chosen.
-  two=$([ "$gpu" = 0 ] && [ "$(nproc)" -ge 2 ] && [ ${#pytest_args[@]} -eq 0 ] && echo 1 || echo 0)
-  if [ "$two" = 0 ]; then
-    exec "$python" -m pytest --cpp-gpu-skipped="$cpp_skipped" ${pytest_args[@]+"${pytest_args[@]}"}
-  fi
-  log=build/test-second-half.log
-  "$python" -m pytest --shard=2/2 -o cache_dir="$PWD/build/test-second-half" &>"$log" &
-  second=$!
-  trap 'kill "$second" 2>/dev/null' EXIT
-  status=0
-  "$python" -m pytest --shard=1/2 --cpp-gpu-skipped="$cpp_skipped" || status=$?
-  wait "$second" || status=$?
-  trap - EXIT
-  printf '\nthe second half of the tests, which ran at the same time:\n\n'
-  cat "$log"
-  exit "$status"
+  jobs=$([ "$gpu" = 0 ] && [ ${#pytest_args[@]} -eq 0 ] && echo $((cores < 2 ? cores : 2)) || echo 0)
+  mode_args=(--cpp-gpu-skipped="$cpp_skipped")
+else
+  jobs=$((cores * 3 / 4 > 16 ? 16 : cores * 3 / 4))
+  mode_args=(-m gpu --require-gpu --durations=12 --junitxml="$reports/pytest.xml")
 fi
-jobs=${TEST_JOBS:-$(($(nproc) / 4 > 8 ? 8 : $(nproc) / 4))}
-jobs=$((jobs < 1 ? 1 : jobs > 16 ? 16 : jobs))
-pids=()
-for ((i = 1; i <= jobs; ++i)); do
-  # A folder each for what autotune keeps: its tests remove it.
-  FP8_CACHE_DIR=$PWD/build/test-gpu/cache-$i "$python" -m pytest -m gpu --require-gpu --shard="$i/$jobs" --durations=8 \
-    -o cache_dir="$PWD/build/test-gpu/pytest-$i" --junitxml="$reports/pytest-$i.xml" ${pytest_args[@]+"${pytest_args[@]}"} &>"build/test-gpu-$i.log" &
-  pids+=($!)
-done
-status=$cpp_status
-for ((i = 1; i <= jobs; ++i)); do
-  wait "${pids[i - 1]}" || status=1
-  cat "build/test-gpu-$i.log"
-done
-tail -qn 1 build/test-gpu-[1-"$jobs"].log | sed 's/^/test-gpu: /'
-exit $status
+"$python" -m pytest -n "${TEST_JOBS:-$jobs}" --dist loadgroup "${mode_args[@]}" ${pytest_args[@]+"${pytest_args[@]}"} ||
+  exit $?
+exit "$cpp_status"

@@ -46,16 +46,9 @@ QuantizeArgs whole(const JoinedArgs& args) {
   return all;
 }
 
-// Longer rows of weights with a scale each were not equal to those of one matrix, to the bit, on
-// the GPU that they were tried on; why is not known.
-constexpr int64_t kMostRowwiseCols = 4096;
-
 // What the kernels were made for: weights in e4m3 one below the other, gradients side by side.
 bool has_kernels(const JoinedArgs& args) {
   const QuantizeArgs& q = args.quantize;
-  if (q.granularity == Granularity::kRowwise && !args.side_by_side && q.cols > kMostRowwiseCols) {
-    return false;
-  }
   const bool tensorwise = q.granularity == Granularity::kTensorwise;
   const Dtype format = tensorwise && args.side_by_side ? Dtype::kE5M2 : Dtype::kE4M3;
   const Granularity blocks =

@@ -73,7 +73,8 @@ def merged(p: Problem, recipe: str, **options: Any) -> Step:
 def joined(p: Problem, recipe: str, **options: Any) -> Step:
     """By fused_linear of what at::cat makes."""
     x, weight, bias = leaf(p.x), leaf(torch.cat(p.weights)), None
-    if p.biases is not None:
+    # A bias of zeros is another product, and a gradient with column sums another record.
+    if any(b is not None for b in p.biases or []):
         zeros = [w.new_zeros(len(w)) for w in p.weights]
         bias = torch.cat([z if b is None else b for b, z in zip(p.biases, zeros, strict=True)])
         bias = leaf(bias)
