@@ -1,5 +1,7 @@
 """The fusion `mlp`: feed-forward modules whose linears run in FP8 are one node, `fp8.ops.mlp`."""
 
+from collections.abc import Hashable
+
 from torch import nn
 
 from .._native.progress import progress
@@ -9,10 +11,12 @@ from ..nn._linear import Linear
 from ..nn._mlp import MLP, GatedMLP
 from ..nn._mlp_probe import MLPSpec, linears_of, probe
 from ._fusions import Fusable
+from ._mlp_key import key_of
 
 
 def find(model: nn.Module) -> list[Fusable]:
     """Every module of the model that is an MLP of linears, fused ones included."""
+    known: dict[Hashable, MLPSpec | None] = {}
     found = []
     for name, module in progress([*model.named_modules()], "fp8: MLPs", "module"):
         if is_fused(module):
@@ -21,7 +25,10 @@ def find(model: nn.Module) -> list[Fusable]:
             continue
         if isinstance(module, GatedMLP | MLP) or linears_of(module) is None:
             continue
-        spec = probe(module, type(module))
+        key = key_of(module)
+        if key not in known:
+            known[key] = probe(module, type(module))
+        spec = known[key]
         if spec is None:
             continue
         refused = None

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fp8
+from fp8.conversion import _mlp_fusion
+from fp8.nn._mlp_probe import probe
 
 FORMS = {
     "gated": models.Gated,
@@ -170,3 +172,35 @@ def test_mlp_meta_and_modes_of_the_caller():
 def test_mlp_functions_are_activations():
     for act in (nn.ReLU(inplace=True), F.silu, torch.relu, nn.functional.gelu):
         assert is_fused(fuse(models.Gated(act)))
+
+
+def test_mlps_that_are_alike_are_asked_once(monkeypatch):
+    """A model's layers share an answer; what a value, a child or an object tells apart does not."""
+    asked = []
+
+    def counted(module, base):
+        asked.append(module)
+        return probe(module, base)
+
+    monkeypatch.setattr(_mlp_fusion, "probe", counted)
+    alike = nn.ModuleList([models.Gated(nn.GELU()) for _ in range(3)])
+    assert all(map(is_fused, fuse(alike)))
+    assert len(asked) == 1
+
+    asked.clear()
+    kinds = [
+        *(models.Gated(act) for act in (F.silu, nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"))),
+        *(models.Gated(nn.ReLU(), bias=bias) for bias in (True, False)),
+        *(models.Clamped() for _ in range(2)),
+    ]
+    kinds[-1].limit = 3.0
+    kinds.append(models.Gated(lambda x: x.exp()))  # no MLP
+    fused = fuse(nn.ModuleList(kinds))
+    assert len(asked) == len(kinds)
+    assert [is_fused(module) for module in fused] == [True] * 8 + [False]
+    lines = [line for line in fp8.summary(fused).splitlines() if "gated, " in line]
+    found = [line.split("gated, ")[1].split()[0] for line in lines]
+    assert found[:6] == ["silu", "silu", "gelu", "gelu_tanh", "relu", "relu"]
+    fused[-2].load_state_dict(fused[-3].state_dict())
+    x = 8 * data(torch.float32)
+    assert not torch.equal(fused[-2](x), fused[-3](x))  # limits of their own
