@@ -73,13 +73,20 @@ __global__ void __launch_bounds__(kThreads, kFewerBlocks<T, kGated, Act>)
   for (int part = 0; part < kParts; ++part) {
     if (!is_made<kGated>(a, part)) continue;
     const uint32_t* history = history_of(a, part);
-    const uint32_t guess = guessed_amax(history);
-    const GroupScale scale = scale_from_amax(guess, Format::kMax, a.power_of_two);
-    (part == 0 ? multipliers.gate : multipliers.up) = scale.quant_multiplier;
-    if (threadIdx.x == 0) guesses[part] = guess;
+    if (static_cast<int>(threadIdx.x) / 32 == part) {
+      const uint32_t guess = guessed_amax(history);
+      if (threadIdx.x % 32 == 0) guesses[part] = guess;
+    }
     if (blockIdx.x == 0 && threadIdx.x < kAmaxHistorySize) {
       p.history_before[part * kAmaxHistorySize + threadIdx.x] = __ldcg(history + threadIdx.x);
     }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    if (!is_made<kGated>(a, part)) continue;
+    const GroupScale scale = scale_from_amax(guesses[part], Format::kMax, a.power_of_two);
+    (part == 0 ? multipliers.gate : multipliers.up) = scale.quant_multiplier;
   }
 
   for_tiles(inputs, tiles, place, [&](unsigned tile, const auto& take) {
@@ -132,7 +139,7 @@ __device__ __forceinline__ Settled settle(const BackwardParams& p, int part, int
   const int64_t tiles = static_cast<int64_t>(p.col_tiles) * p.row_tiles;
   const uint2 own = whole_report(p.tile_report + part * tiles, reports, scratch);
   const uint32_t* before = p.history_before + part * kAmaxHistorySize;
-  const SettledAmax settled = settled_amax<Format>(before, own);
+  const SettledAmax settled = settled_in_block<Format>(before, own, scratch);
   const GroupScale scale = scale_from_amax(settled.used, Format::kMax, p.args.power_of_two);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *scale_out = scale.scale;

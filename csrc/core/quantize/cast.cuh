@@ -133,16 +133,21 @@ __global__ void __launch_bounds__(kThreads, cast_blocks<Source, kScaleOf>())
   [[maybe_unused]] float tensor = 0.0F;
   [[maybe_unused]] auto* warp_report = reinterpret_cast<uint2*>(scratch);
   if constexpr (kDelayed) {
-    const uint32_t guess = guessed_amax(p.history);
-    tensor = scale_from_amax(guess, Format::kMax, p.power_of_two).quant_multiplier;
+    __shared__ uint32_t guess;
     const auto tile = static_cast<unsigned>(strip) * tiles_across + static_cast<unsigned>(tile_col);
-    // Of each tile: where another stream writes the history meanwhile, guesses differ.
-    if (threadIdx.x == 0) p.tile_guess[tile] = guess;
+    if (threadIdx.x < 32) {
+      const uint32_t amax = guessed_amax(p.history);
+      // Of each tile: where another stream writes the history meanwhile, guesses differ.
+      if (threadIdx.x == 0) p.tile_guess[tile] = guess = amax;
+    }
     static_assert(kAmaxHistorySize <= kThreads);
     if (blockIdx.x == 0 && threadIdx.x < kAmaxHistorySize) {
       p.history_before[threadIdx.x] = __ldcg(p.history + threadIdx.x);
     }
     examine(v, tile * kThreads + threadIdx.x, warp_report);
+    __syncthreads();
+    tensor = scale_from_amax(guess, Format::kMax, p.power_of_two).quant_multiplier;
+    report(p.tile_report + blockIdx.x, warp_report);
   } else if constexpr (!kRowwise) {
     tensor = tensor_multiplier(p, Format::kMax, scratch);
   }
@@ -199,10 +204,6 @@ __global__ void __launch_bounds__(kThreads, cast_blocks<Source, kScaleOf>())
 
     if constexpr (kDataT)
       store_transposed_tile(p.data_t, p.data_t.ld, tile_row, col0, codes, transposed);
-  }
-  if constexpr (kDelayed) {
-    if constexpr (!kDataT) __syncthreads();  // else there was one since examine
-    report(p.tile_report + blockIdx.x, warp_report);
   }
 }
 

@@ -41,8 +41,8 @@ struct WarpHistory {
   }
 };
 
-// The amax, as bits, whose scale a cast takes before it has seen x. Each warp looks it up by
-// itself: no barrier.
+// The amax, as bits, whose scale a cast takes before it has seen x; for a whole warp, one of a
+// block: thousands of blocks read these few lines, each of which one slice of L2 answers.
 __device__ __forceinline__ uint32_t guessed_amax(const uint32_t* history) {
   const uint32_t guess = __ldcg(history + kHistoryGuess);
   const uint32_t largest = WarpHistory(history).window_amax();
@@ -55,7 +55,7 @@ struct SettledAmax {
   bool repeats;
 };
 
-// own: amax and fingerprint of x. The same for every warp.
+// own: amax and fingerprint of x. For a whole warp, one of a block.
 template <typename Format>
 __device__ __forceinline__ SettledAmax settled_amax(const uint32_t* history, const uint2& own) {
   const auto fits = [&](uint32_t bits) {

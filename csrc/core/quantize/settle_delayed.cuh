@@ -37,6 +37,22 @@ __device__ __forceinline__ uint2 whole_report(const uint2* tiles, int64_t count,
   return all;
 }
 
+// settled_amax in every thread, by one warp. scratch: whole_report's, of which `own` is.
+template <typename Format>
+__device__ __forceinline__ SettledAmax settled_in_block(const uint32_t* history, const uint2& own,
+                                                        uint32_t* scratch) {
+  __syncthreads();  // its readers are done
+  if (threadIdx.x < 32) {
+    const SettledAmax settled = settled_amax<Format>(history, own);
+    if (threadIdx.x == 0) {
+      scratch[0] = settled.used;
+      scratch[1] = static_cast<uint32_t>(settled.repeats);
+    }
+  }
+  __syncthreads();
+  return {scratch[0], scratch[1] != 0};
+}
+
 // Whether a tile of this block was cast with another amax than `used`. Each thread looks at some.
 __device__ __forceinline__ bool cast_otherwise(const uint32_t* tile_guess, int64_t tiles,
                                                uint32_t used) {
@@ -59,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int64_t tiles = p.plan.col_tiles * p.plan.row_tiles;
   const uint2 own = whole_report(p.tile_report, tiles, scratch);
-  const SettledAmax settled = settled_amax<Format>(p.history_before, own);
+  const SettledAmax settled = settled_in_block<Format>(p.history_before, own, scratch);
   const GroupScale scale = scale_from_amax(settled.used, Format::kMax, p.power_of_two);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     if (p.scale != nullptr) *p.scale = scale.scale;
