@@ -54,7 +54,7 @@ else
 fi
 
 # pytest last: its closing line ends the output. A few chosen tests are not worth the start of processes.
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS nproc)
 if [ "$mode" = all ]; then
   jobs=$([ "$gpu" = 0 ] && [ ${#pytest_args[@]} -eq 0 ] && echo $((cores < 2 ? cores : 2)) || echo 0)
   mode_args=(--cpp-gpu-skipped="$cpp_skipped")
@@ -62,6 +62,9 @@ else
   jobs=$((cores * 3 / 4 > 16 ? 16 : cores * 3 / 4))
   mode_args=(-m gpu --require-gpu --durations=12 --junitxml="$reports/pytest.xml")
 fi
-"$python" -m pytest -n "${TEST_JOBS:-$jobs}" --dist loadgroup "${mode_args[@]}" ${pytest_args[@]+"${pytest_args[@]}"} ||
+jobs=${TEST_JOBS:-$jobs}
+# Threads of all processes together as many as cores: more would wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((jobs > 1 && cores > jobs ? cores / jobs : jobs > 1 ? 1 : cores))}
+"$python" -m pytest -n "$jobs" --dist loadgroup "${mode_args[@]}" ${pytest_args[@]+"${pytest_args[@]}"} ||
   exit $?
 exit "$cpp_status"
