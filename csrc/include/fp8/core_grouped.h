@@ -47,10 +47,16 @@ struct ScatterRowsArgs {
 };
 void scatter_rows(const ScatterRowsArgs& args, Stream stream);
 
+// Columns of a group in transposed copies: a multiple of kGroupPad, which is what one wgmma of the
+// grouped matmul contracts (ATen's takes multiples of 16), and at least that, because ATen's refuses
+// an empty contraction.
+inline constexpr int64_t kGroupPad = 32;
+constexpr int64_t padded_group(int64_t rows) {
+  return rows > kGroupPad ? (rows + kGroupPad - 1) / kGroupPad * kGroupPad : kGroupPad;
+}
+
 // A table of the 128-row tiles into which groups are cut, and of the places of groups in transposed
-// copies: each group is padded to a multiple of 16 columns and at least 16, because the grouped
-// matmul refuses an empty contraction. The last tiles have no rows: they fill what is left of the
-// columns with zeros.
+// copies. The last tiles have no rows: they fill what is left of the columns with zeros.
 struct GroupTile {
   int32_t row = 0;      // first row of x
   int32_t extents = 0;  // rows in it | columns to write << 8, each at most 128 | first tile << 16
@@ -59,11 +65,12 @@ struct GroupTile {
 };
 inline constexpr int64_t kGroupTileRows = 128;
 inline int64_t max_group_tiles(int64_t rows, int64_t groups) {
-  return rows / kGroupTileRows + groups + (groups + 1) * 16 / kGroupTileRows + 1;
+  return rows / kGroupTileRows + groups + (groups + 1) * kGroupPad / kGroupTileRows + 1;
 }
 // Columns of a transposed copy that hold `rows` rows in `groups` groups, whatever their sizes.
-inline int64_t max_padded_rows(int64_t rows, int64_t groups) {
-  return (rows + 15) / 16 * 16 + 16 * groups;
+template <typename Int>  // int64_t, or a symbolic one
+Int max_padded_rows(const Int& rows, const Int& groups) {
+  return (rows + (kGroupPad - 1)) / kGroupPad * kGroupPad + groups * kGroupPad;
 }
 struct TileTableArgs {
   const int32_t* offsets = nullptr;  // [groups]

@@ -11,7 +11,7 @@ at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets
                          at::ScalarType out_dtype, bool fast_accum);
 
 // out[g] = a[:, columns of g] * b[:, columns of g]^T * scales: codes [N, L] and [K, L], scales
-// [groups, N] and [groups, K] -> [groups, N, K]. Groups hold at least 16 columns, zeros where there
+// [groups, N] and [groups, K] -> [groups, N, K]. Groups hold at least 32 columns, zeros where there
 // is nothing.
 at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
                             at::ScalarType out_dtype, bool fast_accum);
