@@ -37,7 +37,8 @@ class Case(NamedTuple):
         expert has half of the rows, every second one none."""
         weights = [1.0] * self.experts
         if self.routing == "zipf":
-            weights = [0.0 if i % 7 == 3 else 1 / (i * 37 % self.experts + 4) for i in range(self.experts)]
+            ranks = (i * 37 % self.experts for i in range(self.experts))
+            weights = [0.0 if i % 7 == 3 else 1 / (rank + 4) for i, rank in enumerate(ranks)]
         elif self.routing == "half":
             weights = [1.0 if i % 2 == 0 else 0.0 for i in range(self.experts)]
             weights[self.experts // 3] = sum(weights)
@@ -136,7 +137,8 @@ def measure_case(case: Case, repeats: int) -> list[Row]:
         if case.experts > 32:
             del variants["loop"]  # 30 us of the host's time for each expert: out of the question
         flops = 2 * sum(counts) * case.k * case.n
-        for name, time in timing.device_times(variants, repeats).items():
+        times = timing.device_times(variants, repeats)
+        for name, time in times.items():
             found.append(
                 {
                     **case._asdict(),
@@ -144,6 +146,7 @@ def measure_case(case: Case, repeats: int) -> list[Row]:
                     "variant": name,
                     "time_us": time.as_dict(),
                     "tflops": flops / time.median / 1e6,
+                    "speedup": times["bf16"].median / time.median,
                 }
             )
     return found

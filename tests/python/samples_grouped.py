@@ -24,7 +24,8 @@ def _grouped_problem(
 
 def _grouped_mm(device: str) -> list[Sample]:
     found = []
-    for counts, k, n, spare in (((17, 0, 30, 1), 64, 48, 0), ((5, 9), 130, 7, 3), ((0,), 16, 16, 0)):
+    shapes = (((17, 0, 30, 1), 64, 48, 0), ((5, 9), 130, 7, 3), ((0,), 16, 16, 0))
+    for counts, k, n, spare in shapes:
         rows, groups = sum(counts) + spare, len(counts)
         x = torch.randn(rows, k, device=device)
         w = torch.randn(groups, n, k, device=device)
