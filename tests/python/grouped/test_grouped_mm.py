@@ -1,4 +1,4 @@
-"""grouped_mm: every group against fp64 of the dequantized operands; sizes by enumeration; errors."""
+"""grouped_mm: groups against fp64 of the dequantized operands; sizes by enumeration; errors."""
 
 from __future__ import annotations
 
