@@ -23,12 +23,13 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "decode": (("m", "k", "n", "variant"), ("speedup",)),
     "host": (("variant", "bias"), ("step_ratio",)),
     "sizes": (("m", "k", "n", "variant"), ("step_speedup",)),
+    "grouped": (("name", "rows", "routing", "product", "variant"), ("speedup",)),
     "moe": (("model", "tokens", "variant"), ("step_speedup", "forward_speedup", "peak_ratio")),
 }
 SMALLER_IS_BETTER = {"step_ratio", "peak_ratio"}
 TOLERANCE = 0.07
 TOLERANCES = {"host": 0.15}  # other processes share the host
-THEIRS = ("bf16", "torch", "TE", "GEMMs")  # how the names begin of what is not ours
+THEIRS = ("bf16", "torch", "TE", "GEMMs", "ATen")  # how the names begin of what is not ours
 
 
 def lacking(run: Row) -> set[str]:

@@ -19,6 +19,7 @@ import bench_accumulate
 import bench_block
 import bench_breakdown
 import bench_decode
+import bench_grouped
 import bench_host
 import bench_linear
 import bench_matmul
@@ -44,6 +45,7 @@ TABLES = {
     "host": bench_host.table,
     "sizes": bench_sizes.table,
     "moe": bench_moe.table,
+    "grouped": bench_grouped.table,
 }
 
 

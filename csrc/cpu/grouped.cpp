@@ -78,7 +78,7 @@ void make_tile_table(const core::TileTableArgs& a) {
   int64_t column = 0;
   for (int64_t g = 0; g < a.groups; ++g) {
     const auto [begin, end] = range_of(a.offsets, g, a.rows);
-    const int64_t padded = std::max<int64_t>((end - begin + 15) / 16 * 16, 16);
+    const int64_t padded = core::padded_group(end - begin);
     for (int64_t done = 0; done < padded; done += core::kGroupTileRows) {
       const int64_t rows = std::min(end - begin - done, core::kGroupTileRows);
       const int64_t columns = std::min(padded - done, core::kGroupTileRows);

@@ -22,6 +22,35 @@ def _grouped_problem(
     return x, weight.transpose(1, 2) if transposed else weight, offsets, bias
 
 
+def _grouped_mm(device: str) -> list[Sample]:
+    found = []
+    shapes = (((17, 0, 30, 1), 64, 48, 0), ((5, 9), 130, 7, 3), ((0,), 16, 16, 0))
+    for counts, k, n, spare in shapes:
+        rows, groups = sum(counts) + spare, len(counts)
+        x = torch.randn(rows, k, device=device)
+        w = torch.randn(groups, n, k, device=device)
+        offsets = torch.tensor(counts, device=device).cumsum(0).int()
+        (a, row_scale), (b, stack_scale) = OPS.quantize_rowwise(x), OPS.quantize_rowwise(w)
+        one = torch.tensor(0.5, device=device)
+        blocks = -(-k // 128)
+        in_blocks = [
+            torch.rand(shape, device=device)
+            for shape in ((rows, blocks), (groups, -(-n // 128), blocks))
+        ]
+        for name, scales in (
+            ("tensorwise", (one, one)),
+            ("rowwise", (row_scale, stack_scale)),
+            ("in blocks", in_blocks),
+        ):
+            found.append(Sample(f"{counts} {name}", (a, b, *scales, offsets)))
+        found.append(Sample(f"{counts} fp32", (a, b, one, one, offsets, torch.float32, False)))
+    (a, _), (b, _) = (OPS.quantize_rowwise(torch.randn(n, 128, device=device)) for n in (24, 40))
+    offsets = torch.tensor((64, 96), device=device).int()
+    scales = [torch.rand(2, n, device=device) for n in (24, 40)]
+    found.append(Sample("columns", (a, b, *scales, offsets, torch.float16, False)))
+    return found
+
+
 _GROUPED = (
     # counts, k, n, stored transposed, rows past the last offset
     ((17, 0, 30, 1), 64, 48, False, 0),
@@ -146,6 +175,7 @@ def _moe_backward(device: str) -> list[Sample]:
 
 
 TABLE: Table = {
+    "grouped_mm": _grouped_mm,
     "grouped_linear": _grouped_linear,
     "_grouped_forward": _grouped_forward,
     "_grouped_backward": _grouped_backward,

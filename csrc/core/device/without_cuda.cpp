@@ -34,6 +34,7 @@ size_t mlp_backward_workspace_bytes(const MlpBackwardArgs&) { return 0; }
 int64_t route_workspace_words(const RouteArgs&) { return 0; }
 int64_t norm_workspace_floats(const NormBackwardArgs&) { return 0; }
 bool suits_joined(const JoinedArgs&) { return false; }
+bool suits_grouped_mm(const GroupedMmArgs&) { return false; }
 
 void quantize(const QuantizeArgs&, Stream) { refuse("quantize"); }
 void quantize_joined(const JoinedArgs&, Stream) { refuse("quantize_joined"); }
@@ -46,6 +47,7 @@ void gate_forward(const GateForwardArgs&, Stream) { refuse("gate_forward"); }
 void gate_backward(const GateBackwardArgs&, Stream) { refuse("gate_backward"); }
 void combine(const CombineArgs&, Stream) { refuse("combine"); }
 void finish_rows(const FinishRowsArgs&, Stream) { refuse("finish_rows"); }
+void grouped_mm(const GroupedMmArgs&, Stream) { refuse("grouped_mm"); }
 void group_sums(const GroupSumsArgs&, Stream) { refuse("group_sums"); }
 void mlp_forward(const MlpForwardArgs&, Stream) { refuse("mlp_forward"); }
 void mlp_backward(const MlpBackwardArgs&, Stream) { refuse("mlp_backward"); }

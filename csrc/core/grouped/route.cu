@@ -97,6 +97,12 @@ __global__ void __launch_bounds__(kRouteThreads) place_kernel(const RouteParams 
 
 constexpr int kTableThreads = 1024;
 
+// padded_group, which only the host may call.
+__device__ __forceinline__ int padded_columns(int rows) {
+  constexpr int kPadding = static_cast<int>(kGroupPad);
+  return max((rows + kPadding - 1) / kPadding * kPadding, kPadding);
+}
+
 struct TableParams {
   TileTableArgs args;
   int entries;
@@ -119,7 +125,7 @@ __global__ void __launch_bounds__(kTableThreads) tile_table_kernel(const TablePa
     begin = min(max(group == 0 ? 0 : a.offsets[group - 1], 0), row_limit);
     rows = max(min(a.offsets[group], row_limit) - begin, 0);
   }
-  const int padded = group < groups ? max((rows + 15) / 16 * 16, 16) : 0;
+  const int padded = group < groups ? padded_columns(rows) : 0;
   const int tiles =
       (padded + static_cast<int>(kGroupTileRows) - 1) / static_cast<int>(kGroupTileRows);
   int all_tiles = 0;
@@ -145,7 +151,7 @@ __global__ void __launch_bounds__(kTableThreads) tile_table_kernel(const TablePa
       }
       const int done = (tile - first_tile[low]) * static_cast<int>(kGroupTileRows);
       const int left = row_count[low] - done;
-      const int columns = max((row_count[low] + 15) / 16 * 16, 16) - done;
+      const int columns = padded_columns(row_count[low]) - done;
       const auto limit = static_cast<int>(kGroupTileRows);
       entry.row = first_row[low] + done;
       entry.extents = min(left, limit) | min(columns, limit) << 8 | (done == 0 ? 1 << 16 : 0);

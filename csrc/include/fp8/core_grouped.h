@@ -47,10 +47,16 @@ struct ScatterRowsArgs {
 };
 void scatter_rows(const ScatterRowsArgs& args, Stream stream);
 
+// Columns of a group in transposed copies: a multiple of kGroupPad, which is what one wgmma of the
+// grouped matmul contracts (ATen's takes multiples of 16), and at least that, because ATen's
+// refuses an empty contraction.
+inline constexpr int64_t kGroupPad = 32;
+constexpr int64_t padded_group(int64_t rows) {
+  return rows > kGroupPad ? (rows + kGroupPad - 1) / kGroupPad * kGroupPad : kGroupPad;
+}
+
 // A table of the 128-row tiles into which groups are cut, and of the places of groups in transposed
-// copies: each group is padded to a multiple of 16 columns and at least 16, because the grouped
-// matmul refuses an empty contraction. The last tiles have no rows: they fill what is left of the
-// columns with zeros.
+// copies. The last tiles have no rows: they fill what is left of the columns with zeros.
 struct GroupTile {
   int32_t row = 0;      // first row of x
   int32_t extents = 0;  // rows in it | columns to write << 8, each at most 128 | first tile << 16
@@ -59,11 +65,12 @@ struct GroupTile {
 };
 inline constexpr int64_t kGroupTileRows = 128;
 inline int64_t max_group_tiles(int64_t rows, int64_t groups) {
-  return rows / kGroupTileRows + groups + (groups + 1) * 16 / kGroupTileRows + 1;
+  return rows / kGroupTileRows + groups + (groups + 1) * kGroupPad / kGroupTileRows + 1;
 }
 // Columns of a transposed copy that hold `rows` rows in `groups` groups, whatever their sizes.
-inline int64_t max_padded_rows(int64_t rows, int64_t groups) {
-  return (rows + 15) / 16 * 16 + 16 * groups;
+template <typename Int>  // int64_t, or a symbolic one
+Int max_padded_rows(const Int& rows, const Int& groups) {
+  return (rows + (kGroupPad - 1)) / kGroupPad * kGroupPad + groups * kGroupPad;
 }
 struct TileTableArgs {
   const int32_t* offsets = nullptr;  // [groups]
@@ -192,5 +199,41 @@ struct GroupSumsArgs {
   void* out = nullptr;             // [groups, cols] in dtype
 };
 void group_sums(const GroupSumsArgs& args, Stream stream);
+
+// Grouped FP8 matmul of e4m3 codes, on Hopper:
+//   rows     out[r, :] = a[r, :] b[g]^T for each row r of group g
+//   columns  out[g] = a[:, L] b[:, L]^T, L the columns of group g: weight gradients
+// times the scales of a's rows and b's. What tensor cores add up is promoted to fp32 every 128 of
+// the contraction, unless fast_accum; block scales are multiplied in there.
+//
+// Groups of rows begin and end anywhere, none is padded, and rows past the last offset are neither
+// read for a result nor written. Groups of columns begin anywhere and have a multiple of kGroupPad
+// columns, zeros beyond their own; one without columns gives zeros (or adds none). Offsets that
+// descend or exceed the extent give undefined values, but nothing is written out of bounds.
+// Deterministic: one order of sums, whatever the other groups are.
+struct GroupedMmArgs {
+  bool columns = false;
+  int64_t groups = 0;                // 1 to kMaxGroups
+  int64_t m = 0;                     // rows of a
+  int64_t n = 0;                     // rows of b, in each group; a multiple of 8
+  int64_t k = 0;                     // codes in a row of either, without gaps; a multiple of 16
+  const int32_t* offsets = nullptr;  // [groups], into the rows of a or the columns of both
+  const void* a = nullptr;           // [m, k], 16-byte aligned
+  const void* b = nullptr;           // [groups, n, k]; columns: [n, k]; 16-byte aligned
+  // rows: kTensorwise, kRowwise, or kBlock1x128 for a with kBlock128x128 for b; columns: kRowwise.
+  Granularity granularity = Granularity::kRowwise;
+  const float* a_scale = nullptr;  // one; [m]; [ceil(k / 128), a_scale_ld]; columns: [groups, m]
+  const float* b_scale = nullptr;  // one; [groups, n]; [groups, ceil(n / 128), b_scale_ld]
+  int64_t a_scale_ld = 0;          // blocks: at least m
+  int64_t b_scale_ld = 0;          // blocks: at least ceil(k / 128)
+  void* out = nullptr;             // [m, n]; columns: [groups, m, n]; 16-byte aligned
+  Dtype out_dtype = Dtype::kBFloat16;  // kBFloat16, kFloat16, kFloat32
+  bool fast_accum = false;
+  bool accumulate = false;  // kFloat32: out += the product
+};
+// Whether grouped_mm takes the problem on the current device: compute capability 9.0, and what is
+// said above of extents and alignment.
+bool suits_grouped_mm(const GroupedMmArgs& args);
+void grouped_mm(const GroupedMmArgs& args, Stream stream);
 
 }  // namespace fp8::core

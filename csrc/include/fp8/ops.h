@@ -200,13 +200,30 @@ struct MlpOptions {
 at::Tensor mlp(const at::Tensor& x, const at::Tensor& gate, const std::optional<at::Tensor>& up,
                const at::Tensor& down, const MlpOptions& options = {});
 
+// Products over groups whose extents only the device knows: offsets [E] int32, E below 1024, has the
+// row or column that ends each group. All codes are e4m3, and nothing waits for the offsets.
+//   rows     a [R, K], b [E, N, K] -> [R, N]: a[r] b[g]^T for the rows r of group g, zeros for rows
+//            past the last offset. Groups of any extent, 0 too. scale_a and scale_b both [], or
+//            [R, 1] and [E, N, 1], or in blocks [R, ceil(K / 128)] and [E, ceil(N / 128),
+//            ceil(K / 128)].
+//   columns  a [M, L], b [N, L] -> [E, M, N]: a[:, g] b[:, g]^T for the columns of group g, which
+//            are a multiple of 32, and at least that, zeros beyond the group's own: how weight
+//            gradients come about. scale_a [E, M], scale_b [E, N].
+// out_dtype and fast_accum as in scaled_mm. On Hopper one kernel of ours; elsewhere ATen's, which
+// round to bf16, and with scales in blocks fp32 products, group by group, that wait for the
+// offsets. Offsets that descend or exceed R or L give undefined values, and are not noticed. No
+// gradient.
+at::Tensor grouped_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
+                      const at::Tensor& scale_b, const at::Tensor& offsets,
+                      at::ScalarType out_dtype = at::kBFloat16, bool fast_accum = true);
+
 // x [T, K] sorted by group, weight [E, N, K] (stored so, or as [E, K, N]), offsets [E] int32, the
 // row that ends each group, bias [E, N] -> y [T, N] with y[r] = x[r] W[g]^T + b[g] for the rows r
 // of group g, zeros for rows past the last offset. All but offsets of one high-precision dtype; E
 // below 1024. Nothing waits for the offsets. Takes the recipes of fused_linear whose operands are
 // e4m3 with a scale per row ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise_fast_gw_hp"),
 // with their options; the weight gradient of "gw_hp" is made in bf16 on a GPU, in fp32 on the CPU.
-// On a GPU products are rounded to bf16 first. Differentiable once.
+// GPUs other than Hopper round products to bf16 first. Differentiable once.
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias = std::nullopt,
                           std::string_view recipe = kDefaultGroupedRecipe);

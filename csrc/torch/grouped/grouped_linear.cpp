@@ -5,7 +5,7 @@
 //   wgrad  dW = dy^T x      columns of dy and x, group by group     as the recipe says; or in bf16
 //
 // Rows keep their places: a group of rows may begin anywhere. Only wgrad contracts over rows, and
-// for it the transposed copies pad each group to a multiple of 16 columns. N and K that are no
+// for it the transposed copies pad each group to a multiple of 32 columns. N and K that are no
 // multiples of 16 are padded by copies of the operands, which no usual model needs.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
@@ -262,7 +262,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_
   const c10::SymInt groups = offsets.sym_size(0);
   const c10::SymInt k = pad16(x.sym_size(1));
   return {y,
-          at::empty_symint({k, pad16(x.sym_size(0)) + groups * 16},
+          at::empty_symint({k, core::max_padded_rows(x.sym_size(0), groups)},
                            x.options().dtype(at::kFloat8_e4m3fn)),
           at::empty_symint({groups, k}, x.options().dtype(at::kFloat)),
           at::empty_symint({groups}, offsets.options()), amax};

@@ -1,21 +1,23 @@
-// Grouped matmuls by ATen's kernels (CUTLASS, offsets on the device, no synchronization): measured
-// against a loop of cuBLASLt matmuls, which needs the offsets on the host, and bf16's. What the
-// kernel of torch 2.11 asks for, and who provides it:
+// Chooses how a grouped matmul runs: by the core's kernel (core/matmul/grouped_mm.cpp) on Hopper;
+// elsewhere, and for extents that it refuses, by ATen's kernels, CUTLASS with offsets on the device
+// too. What those of torch 2.11 ask for, and who provides it:
 //   - e4m3 operands, both contiguous along the contracted dimension, extents in sixteens:
-//   operands.cpp
+//     operands.cpp
 //   - groups of rows may begin anywhere; groups of columns (wgrad) begin at multiples of 16 and are
 //     never empty, which a device assertion checks: the tile table
-//   - bf16 output: other dtypes are cast
+//   - scales of rows, bf16 output: others are expanded, and cast
 //   - compute capability 9.0: elsewhere the codes, exact in bf16, take the bf16 kernel, and scales
-//   are
-//     applied to its output
-// The CPU decodes and multiplies in fp32, a group at a time.
+//     are applied to its output
+// The CPU decodes and multiplies in fp32, a group at a time; so does a GPU with scales in blocks
+// where the core's kernel does not run, and that waits for the offsets.
 #include "torch/grouped/grouped_mm.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 
 #include "cpu/kernels.h"
 #include "fp8/core_device.h"
+#include "host/grouped_plan.h"
 #include "torch/common/tensors.h"
 
 namespace fp8::grouped {
@@ -79,6 +81,76 @@ at::Tensor multiply_high_precision_cpu(const at::Tensor& a, const at::Tensor& b,
   return out;
 }
 
+// Scales in blocks change along the contracted dimension: the operands are scaled first, in fp32.
+// On any device, with the offsets on the CPU.
+at::Tensor multiply_blocks(const Side& a, const Side& b, const at::Tensor& offsets,
+                           at::ScalarType out_dtype) {
+  const at::NoTF32Guard full_precision;
+  const int64_t rows = a.codes.size(0);
+  const int64_t features = b.codes.size(1);
+  const int64_t k = a.codes.size(1);
+  const auto spread = [](const at::Tensor& scales, int64_t dim, int64_t extent) {
+    return scales.repeat_interleave(core::kScaleBlock, dim).narrow(dim, 0, extent);
+  };
+  const at::Tensor left =
+      a.codes.to(at::kFloat).mul_(spread(a.scales.narrow(1, 0, rows).t(), 1, k));
+  const at::Tensor out = at::empty({rows, features}, a.scales.options().dtype(out_dtype));
+  for_groups(offsets, rows, [&](int64_t g, int64_t begin, int64_t count) {
+    if (count == 0) return;
+    const at::Tensor scales = b.scales[g].narrow(1, 0, core::blocks_of(k));
+    const at::Tensor right =
+        b.codes[g].to(at::kFloat).mul_(spread(spread(scales, 0, features), 1, k));
+    out.narrow(0, begin, count).copy_(at::mm(left.narrow(0, begin, count), right.t()));
+  });
+  return out;
+}
+
+// One scale as one for each row of `shape`.
+Side with_row_scales(const Side& side, at::IntArrayRef shape) {
+  if (side.granularity != core::Granularity::kTensorwise) return side;
+  return {side.codes, side.scales.expand(shape).contiguous(), core::Granularity::kRowwise,
+          side.rows};
+}
+
+core::GroupedMmArgs args_of(const Side& a, const Side& b, const at::Tensor& offsets,
+                            at::ScalarType out_dtype, bool fast_accum) {
+  const bool blocks = is_blockwise(a.granularity);
+  return {.columns = b.codes.dim() == 2,
+          .groups = offsets.size(0),
+          .m = a.codes.size(0),
+          .n = b.codes.size(-2),
+          .k = a.codes.size(1),
+          .offsets = offsets.const_data_ptr<int32_t>(),
+          .a = a.codes.const_data_ptr(),
+          .b = b.codes.const_data_ptr(),
+          .granularity = a.granularity,
+          .a_scale = a.scales.const_data_ptr<float>(),
+          .b_scale = b.scales.const_data_ptr<float>(),
+          .a_scale_ld = blocks ? a.scales.stride(0) : 0,
+          .b_scale_ld = blocks ? b.scales.stride(1) : 0,
+          .out_dtype = to_core(out_dtype),
+          .fast_accum = fast_accum};
+}
+
+// By the core's kernel, if it takes the problem: `shape` in out_dtype. Else undefined.
+at::Tensor multiply_here(const Side& a, const Side& b, const at::Tensor& offsets,
+                         at::IntArrayRef shape, at::ScalarType out_dtype, bool fast_accum) {
+  core::GroupedMmArgs args = args_of(a, b, offsets, out_dtype, fast_accum);
+  const bool suits = !a.codes.is_cpu() && core::suits_grouped_mm(args);
+  if (!suits) {
+    if (core::printing_plans()) {
+      core::print_first_time(core::grouped_plan_line(
+          args, a.codes.is_cpu() ? -1 : a.codes.device().index(),
+          a.codes.is_cpu() || is_blockwise(a.granularity) ? "reference: fp32" : "ATen"));
+    }
+    return {};
+  }
+  at::Tensor out = empty_on(a.codes, shape, out_dtype);
+  args.out = out.mutable_data_ptr();
+  core::grouped_mm(args, cuda::current_stream(a.codes));
+  return out;
+}
+
 bool has_scaled_kernel(const at::Tensor& t) {
   return core::compute_capability(t.device().index()) == 90;
 }
@@ -96,8 +168,18 @@ at::Tensor codes_mm(const Side& a, const Side& b, const at::Tensor& offsets) {
 
 }  // namespace
 
-at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets,
+at::Tensor multiply_rows(const Side& given_a, const Side& given_b, const at::Tensor& offsets,
                          at::ScalarType out_dtype, bool fast_accum) {
+  const int64_t all_rows = given_a.codes.size(0);
+  const int64_t features = given_b.codes.size(1);
+  at::Tensor out =
+      multiply_here(given_a, given_b, offsets, {all_rows, features}, out_dtype, fast_accum);
+  if (out.defined()) return out;
+  if (is_blockwise(given_a.granularity)) {
+    return multiply_blocks(given_a, given_b, offsets.cpu(), out_dtype);
+  }
+  const Side a = with_row_scales(given_a, {all_rows});
+  const Side b = with_row_scales(given_b, {offsets.size(0), features});
   if (a.codes.is_cpu()) return multiply_rows_cpu(a, b, offsets, out_dtype);
   if (has_scaled_kernel(a.codes)) {
     return scaled_grouped_mm(a, b, offsets, fast_accum).to(out_dtype);
@@ -114,6 +196,10 @@ at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets
 
 at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
                             at::ScalarType out_dtype, bool fast_accum) {
+  at::Tensor out = multiply_here(a, b, padded_offsets,
+                                 {padded_offsets.size(0), a.codes.size(0), b.codes.size(0)},
+                                 out_dtype, fast_accum);
+  if (out.defined()) return out;
   if (a.codes.is_cpu()) return multiply_columns_cpu(a, b, padded_offsets, out_dtype);
   if (has_scaled_kernel(a.codes)) {
     const Side flat_a{a.codes, a.scales.view(-1), a.granularity, a.rows};

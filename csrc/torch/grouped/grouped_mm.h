@@ -6,12 +6,14 @@
 namespace fp8::grouped {
 
 // y[r] = a[r] * b[group of r]^T * scales: codes of a [R, K], of b [groups, N, K] -> [R, N]. Rows
-// past the last offset are not written.
+// past the last offset are not written. Scales: both [] (tensorwise); [R] and [groups, N]
+// (rowwise); or, in blocks, a's 1x128 [ceil(K / 128), >= R] and b's 128x128 [groups, ceil(N / 128),
+// >= ceil(K / 128)], the matrices of the latter without gaps.
 at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets,
                          at::ScalarType out_dtype, bool fast_accum);
 
 // out[g] = a[:, columns of g] * b[:, columns of g]^T * scales: codes [N, L] and [K, L], scales
-// [groups, N] and [groups, K] -> [groups, N, K]. Groups hold at least 16 columns, zeros where there
+// [groups, N] and [groups, K] -> [groups, N, K]. Groups hold at least 32 columns, zeros where there
 // is nothing.
 at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
                             at::ScalarType out_dtype, bool fast_accum);

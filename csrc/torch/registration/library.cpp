@@ -8,6 +8,7 @@
 #include "torch/common/messages.h"
 #include "torch/common/recipe.h"
 #include "torch/frozen/frozen.h"
+#include "torch/grouped/grouped_mm_op.h"
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
@@ -75,6 +76,10 @@ TORCH_LIBRARY(fp8, m) {
       "linear_frozen(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None,"
       " Tensor? input_scale=None, *, str? input_granularity=None, bool power_of_two=False)"
       " -> Tensor",
+      tags);
+  m.def(
+      "grouped_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor offsets,"
+      " ScalarType? out_dtype=None, bool fast_accum=True) -> Tensor",
       tags);
   const std::string grouped_recipe =
       fp8::join(" str recipe=\"", fp8::kDefaultGroupedRecipe, "\") -> Tensor");
@@ -266,6 +271,7 @@ void register_kernels(torch::Library& m) {
   FP8_KERNEL(kernel, quantize_blockwise_128x128_transpose);
   FP8_KERNEL(kernel, dequantize);
   FP8_KERNEL(kernel, scaled_mm);
+  FP8_KERNEL(kernel, grouped_mm);
   FP8_KERNEL(kernel, scaled_mm_accumulate_);
   FP8_KERNEL(kernel, _scaled_mm_accumulate);
   FP8_KERNEL(kernel, _linear_forward);
@@ -308,6 +314,7 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
          TORCH_FN(fp8::meta::quantize_blockwise_128x128_transpose));
   m.impl("dequantize", TORCH_FN(fp8::meta::dequantize));
   m.impl("scaled_mm", TORCH_FN(fp8::meta::scaled_mm));
+  m.impl("grouped_mm", TORCH_FN(fp8::meta::grouped_mm));
   m.impl("scaled_mm_accumulate_", TORCH_FN(fp8::meta::scaled_mm_accumulate_));
   m.impl("_scaled_mm_accumulate", TORCH_FN(fp8::meta::_scaled_mm_accumulate));
   m.impl("_linear_forward", TORCH_FN(fp8::meta::_linear_forward));
@@ -356,6 +363,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
                          "scaled_mm",
                          "scaled_mm_accumulate_",
                          "_scaled_mm_accumulate",
+                         "grouped_mm",
                          "_linear_forward",
                          "_linear_frozen_backward",
                          "_grouped_forward",

@@ -7,6 +7,7 @@
 #include "fp8/core.h"
 #include "torch/common/operators.h"
 #include "torch/frozen/frozen.h"
+#include "torch/grouped/grouped_mm_op.h"
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
 #include "torch/matmul/scaled_mm.h"
@@ -143,6 +144,13 @@ at::Tensor mlp(const at::Tensor& x, const at::Tensor& gate, const std::optional<
                  options.up_bias, options.down_bias, options.save, options.gate_second,
                  options.alpha, options.limit, options.gate_history, options.up_history,
                  options.down_history);
+}
+
+at::Tensor grouped_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
+                      const at::Tensor& scale_b, const at::Tensor& offsets,
+                      at::ScalarType out_dtype, bool fast_accum) {
+  static const auto op = find<decltype(kernel::grouped_mm)>("fp8::grouped_mm");
+  return op.call(a, b, scale_a, scale_b, offsets, out_dtype, fast_accum);
 }
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,

@@ -77,6 +77,11 @@ def _scaled_mm_accumulate(out: Shape, a: Shape, b: Shape, *args: Any, **kwargs: 
     return 2 * a.numel() * b[0]
 
 
+# Rows and columns past the last offset count too: where it is, only the device knows.
+def _grouped_mm(a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * a.numel() * b[-2]
+
+
 # Rows past the last offset count too: where it is, only the device knows.
 def _grouped(x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * x.numel() * weight[1]
@@ -153,6 +158,7 @@ FORMULAS = {
     _ops.scaled_mm: _scaled_mm,
     _ops.scaled_mm_accumulate_: _scaled_mm_accumulate,
     _ops._scaled_mm_accumulate: _scaled_mm_accumulate,
+    _ops.grouped_mm: _grouped_mm,
     _ops.grouped_linear: _grouped,
     _ops._grouped_forward: _grouped,
     _ops._grouped_backward: _grouped_backward,

@@ -33,6 +33,7 @@ NAMES = (
     "mlp",
     "_mlp_forward",
     "_mlp_backward",
+    "grouped_mm",
     "grouped_linear",
     "_grouped_forward",
     "_grouped_backward",

@@ -23,7 +23,7 @@ everything computed from the group is non-finite.
 
 from ._checkpointing import MATMUL_OPS as MATMUL_OPS
 from ._frozen import linear_frozen
-from ._grouped import grouped_linear, moe_experts
+from ._grouped import grouped_linear, grouped_mm, moe_experts
 from ._linear import fused_linear
 from ._linear import make_history as make_history
 from ._matmul import scaled_mm, scaled_mm_accumulate_
@@ -48,6 +48,7 @@ __all__ = [  # the operators
     "dequantize",
     "fused_linear",
     "grouped_linear",
+    "grouped_mm",
     "layer_norm",
     "linear_frozen",
     "merged_linear",

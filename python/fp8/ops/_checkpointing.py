@@ -20,6 +20,7 @@ MATMUL_OPS: frozenset[Any] = frozenset(
         _ops.merged_linear.default,
         _ops.mlp.default,
         _ops.scaled_mm.default,
+        _ops.grouped_mm.default,
     )
 )
 """What the forward of a model in FP8 calls in place of `aten.mm`, as OpOverloads: linear layers,

@@ -8,6 +8,53 @@ from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe
 _ops = torch.ops.fp8
 
 
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    offsets: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    fast_accum: bool = True,
+) -> Tensor:
+    """Products of quantized matrices over groups of rows, or of columns, whose extents stay on the
+    device. No gradient: `grouped_linear` has one.
+
+    Groups of rows: out[r] = (a[r] · scale_a[r]) · (b[g] · scale_b[g])ᵀ for each row r of group g.
+    Groups of columns, as in a weight gradient: out[g] = a[:, g] · b[:, g]ᵀ, with the scales of g.
+
+    Args:
+        a: [R, K] float8_e4m3fn, rows sorted by group; for columns [M, L].
+        b: [E, N, K] float8_e4m3fn, E at most 1023; for columns [N, L].
+        scale_a, scale_b: float32, both 0-dim (tensorwise), [R, 1] and [E, N, 1] (rowwise), or in
+            blocks [R, ceil(K / 128)] (1x128) and [E, ceil(N / 128), ceil(K / 128)] (128x128). For
+            columns [E, M] and [E, N].
+        offsets: [E] int32, the row or column that ends each group, ascending. Groups of rows have
+            any extent, also none. Groups of columns have a multiple of 32, and at least that, with
+            codes of zero beyond their own.
+        out_dtype: bfloat16, float16 or float32.
+        fast_accum: as in `scaled_mm`; False promotes sums to float32 every 128 elements, as is
+            always done with scales in blocks.
+
+    Returns: [R, N] in `out_dtype`, zeros in rows past the last offset; for columns [E, M, N].
+    Offsets that descend or exceed R or L give undefined values, and are not noticed.
+
+    On Hopper a kernel of fp8's own runs. Elsewhere it is ATen's, which rounds to bfloat16 first;
+    with scales in blocks operands are multiplied in float32, which waits for the offsets.
+
+    Example:
+        >>> a, scale_a = fp8.ops.quantize_rowwise(torch.randn(8, 64))
+        >>> b, scale_b = fp8.ops.quantize_rowwise(torch.randn(3, 32, 64))
+        >>> offsets = torch.tensor([3, 3, 8], dtype=torch.int32)
+        >>> fp8.ops.grouped_mm(a, b, scale_a, scale_b, offsets).shape
+        torch.Size([8, 32])
+    """
+    result: Tensor = _ops.grouped_mm.default(
+        a, b, scale_a, scale_b, offsets, out_dtype, fast_accum
+    )
+    return result
+
+
 def grouped_linear(
     x: Tensor,
     weight: Tensor,
@@ -30,8 +77,8 @@ def grouped_linear(
         recipe: out of `fp8.GROUPED_RECIPES`, with options in a string ("rowwise:power_of_two") or
             as an `fp8.Recipe`.
 
-    Returns: [T, N] in x's dtype. On a GPU products are made in bfloat16 and cast. Offsets that
-    descend or exceed T give undefined values, and are not noticed.
+    Returns: [T, N] in x's dtype. On GPUs other than Hopper products are made in bfloat16 and
+    cast. Offsets that descend or exceed T give undefined values, and are not noticed.
 
     Example:
         >>> offsets = torch.tensor([3, 3, 8], dtype=torch.int32)

@@ -56,7 +56,7 @@ TEST_CASE("groups' columns are quantized and transposed", "[grouped]") {
   for (int64_t g = 0; g < p.groups; ++g) {
     const int64_t first = g == 0 ? 0 : routing.offsets[g - 1];
     const int64_t rows = routing.offsets[g] - first;
-    REQUIRE(ends[g] == begin + std::max<int64_t>(16, (rows + 15) / 16 * 16));
+    REQUIRE(ends[g] == begin + padded_group(rows));
     for (int64_t c = 0; c < p.cols; ++c) {
       std::vector<float> column;
       for (int64_t r = 0; r < rows; ++r) {

@@ -18,6 +18,7 @@ import bench_accumulate  # noqa: E402
 import bench_block  # noqa: E402
 import bench_breakdown  # noqa: E402
 import bench_decode  # noqa: E402
+import bench_grouped  # noqa: E402
 import bench_host  # noqa: E402
 import bench_linear  # noqa: E402
 import bench_matmul  # noqa: E402
@@ -277,6 +278,21 @@ def scaled_grouped_mm_anywhere(a, b, scale_a, scale_b, ends, out_dtype, use_fast
         outs.append((left.float() @ right.float()) * scales[0][:, None] * scales[1])
         begin = end
     return (torch.cat(outs) if b.dim() == 3 else torch.stack(outs)).to(out_dtype)
+
+
+def test_grouped(run, monkeypatch):
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", scaled_grouped_mm_anywhere)
+    cases = (
+        bench_grouped.Case("tiny", 4, 128, 256, 256),
+        bench_grouped.Case("tiny", 4, 128, 256, 256, "half"),
+    )
+    monkeypatch.setattr(bench_grouped, "CASES", cases)
+    rows = run("grouped", bench_grouped)["rows"]
+    assert [row["variant"] for row in rows if row["product"] == "wgrad"] == 2 * [
+        *("bf16", "ATen fast", "ATen split", "fast", "split", "loop")
+    ]
+    assert {row["routing"] for row in rows} == {"even", "half"}
+    assert cases[1].counts() == [64, 128, 64, 0]
 
 
 TINY_EXPERTS = MoeShape("Tiny", 320, 4, 2, 64, 48)

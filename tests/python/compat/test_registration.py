@@ -37,6 +37,7 @@ SCHEMAS = {
         " gate_history up_history down_history",
         1,
     ),
+    "grouped_mm": ("a b scale_a scale_b offsets out_dtype fast_accum", 1),
     "grouped_linear": ("x weight offsets bias recipe", 1),
     "rms_norm": ("x weight eps form", 1),
     "layer_norm": ("x weight bias eps", 1),
