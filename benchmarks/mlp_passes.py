@@ -62,7 +62,7 @@ def measure(repeats: int, sizes: tuple[int, ...] = passes.INPUT_MB) -> list[dict
     """One row for each pass and size, as passes.measure has them."""
     found: list[dict] = []
     for input_mb in sizes:
-        rows = round(input_mb * 1e6 / (4 * FEATURES))
+        rows = round(input_mb * 1e6 / (4 * FEATURES) / 128) * 128  # as batches have
         for recipe, table in PASSES.items():
             step = step_of(rows, recipe)
             for _ in range(2):
