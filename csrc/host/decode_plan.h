@@ -120,31 +120,23 @@ struct DecodeProblem {
   bool blocks = false;
 };
 
-struct DecodeChoice {
-  DecodeInput input = DecodeInput::kNone;
-  DecodePlan plan;
-};
-
 // Rows that a block quantizes for itself. Of more the codes come from a launch before.
 constexpr int64_t kDecodeQuantizedRows = 8;
 // Of less the launch is the time, whichever way the product is made.
 constexpr int64_t kDecodeLeastWeight = int64_t{1} << 20;
 
-inline DecodeChoice choose_decode(const DecodeProblem& problem, int sm_count, int shared_bytes) {
+// stages == 0: decode does not take it.
+inline DecodePlan choose_decode(const DecodeProblem& problem, int sm_count, int shared_bytes) {
   const auto& [m, n, k, blocks] = problem;
   if (m < 1 || m > kMaxDecodeRows || n * k < kDecodeLeastWeight) return {};
   const auto fits = [&](DecodeSource source) {
     return plan_decode(m, n, k, blocks, source, kMmaTileRows, sm_count, shared_bytes);
   };
-  if (m <= kDecodeQuantizedRows) {
-    const DecodePlan plan = fits(DecodeSource::kQuantized);
-    if (plan.stages > 0) return {DecodeInput::kValues, plan};
-  }
-  for (const DecodeSource source : {DecodeSource::kResident, DecodeSource::kStreamed}) {
-    const DecodePlan plan = fits(source);
-    if (plan.stages > 0) return {DecodeInput::kCodes, plan};
-  }
-  return {};
+  DecodePlan plan;
+  if (m <= kDecodeQuantizedRows) plan = fits(DecodeSource::kQuantized);
+  if (plan.stages == 0) plan = fits(DecodeSource::kResident);
+  if (plan.stages == 0) plan = fits(DecodeSource::kStreamed);
+  return plan;
 }
 
 inline std::string decode_line(const DecodeArgs& args, int device, const DecodePlan& plan) {
@@ -155,7 +147,8 @@ inline std::string decode_line(const DecodeArgs& args, int device, const DecodeP
          granularity_name(args.granularity) + (args.power_of_two ? " power_of_two" : "") +
          (args.bias != nullptr ? " bias" : "") + " | tile_rows=" + number(plan.tile_rows) +
          " tiles=" + number(plan.tiles) + " stages=" + number(plan.stages) +
-         " x=" + sources[static_cast<int>(plan.source)] + " launches=1";
+         " x=" + sources[static_cast<int>(plan.source)] +
+         " launches=" + (plan.source == DecodeSource::kQuantized ? "1" : "2");
 }
 
 }  // namespace fp8::core

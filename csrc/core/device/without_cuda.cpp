@@ -57,7 +57,8 @@ void norm_forward(const NormForwardArgs&, Stream) { refuse("norm_forward"); }
 void norm_backward(const NormBackwardArgs&, Stream) { refuse("norm_backward"); }
 void rope(const RopeArgs&, Stream) { refuse("rope"); }
 
-DecodeInput decode_input(const DecodeArgs&) { return DecodeInput::kNone; }
+bool suits_decode(const DecodeArgs&) { return false; }
+size_t decode_workspace_bytes(const DecodeArgs&) { return 0; }
 void decode(const DecodeArgs&, Stream) { refuse("decode"); }
 
 MatmulPlan plan_matmul(const MatmulArgs&, Stream) { refuse("plan_matmul"); }

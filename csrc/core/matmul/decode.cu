@@ -1,9 +1,10 @@
-// Launches the decode kernel; compiled for sm_90a.
+// Launches the decode kernels; compiled for sm_90a.
 #include <array>
 #include <atomic>
 
 #include "core/device/shared_memory.h"
 #include "core/matmul/decode.cuh"
+#include "core/matmul/decode_quantize.cuh"
 
 namespace fp8::core {
 namespace {
@@ -25,23 +26,30 @@ void launch_tokens(const DecodeParams& params, bool blocks, bool pdl, cudaStream
 
 }  // namespace
 
-void launch_decode(const DecodeParams& params, bool values, bool blocks, bool pdl,
-                   cudaStream_t stream) {
-  if (values) {
-    require(params.plan.tokens == 8, "decode: more rows than are quantized inside");
+void launch_decode(const DecodeParams& params, bool blocks, bool pdl, cudaStream_t stream) {
+  if (params.plan.source == DecodeSource::kQuantized) {
+    require(params.plan.tokens == 8, "decode: more rows than a block quantizes");
     return dispatch_input(params.dtype, [&](auto type) {
       launch_tokens<8, typename decltype(type)::type>(params, blocks, pdl, stream);
     });
   }
+  dispatch_input(params.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto quantize =
+        blocks ? decode_quantize_kernel<true, T> : decode_quantize_kernel<false, T>;
+    launch(quantize, static_cast<unsigned>(params.m), kDecodeQuantizeThreads, stream, params,
+           {.pdl = true});
+  });
+  constexpr bool kOverlaps = true;
   switch (params.plan.tokens) {
     case 8:
-      return launch_tokens<8, void>(params, blocks, pdl, stream);
+      return launch_tokens<8, void>(params, blocks, kOverlaps, stream);
     case 16:
-      return launch_tokens<16, void>(params, blocks, pdl, stream);
+      return launch_tokens<16, void>(params, blocks, kOverlaps, stream);
     case 32:
-      return launch_tokens<32, void>(params, blocks, pdl, stream);
+      return launch_tokens<32, void>(params, blocks, kOverlaps, stream);
     default:
-      return launch_tokens<64, void>(params, blocks, pdl, stream);
+      return launch_tokens<64, void>(params, blocks, kOverlaps, stream);
   }
 }
 

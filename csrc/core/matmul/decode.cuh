@@ -119,7 +119,7 @@ __device__ __forceinline__ float loaded_float(const void* values, Dtype dtype, i
 // y of a tile from the groups' sums.
 template <bool kBlocks>
 __device__ __forceinline__ void finish_tile(const DecodeParams& p, const float* sums,
-                                            const float* x_scale, int x_scale_step, int64_t row0) {
+                                            const float* x_scale, int64_t row0) {
   const int rows = static_cast<int>(min(int64_t{p.plan.tile_rows}, p.n - row0));
   const int pitch = p.plan.sums_pitch;
   for (int i = static_cast<int>(threadIdx.x); i < p.m * rows; i += kDecodeGroups * 128) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void finish_tile(const DecodeParams& p, const float* 
     }
     const int64_t n = row0 + row;
     if constexpr (!kBlocks) {
-      value *= x_scale[token * x_scale_step];
+      value *= x_scale[token];
       value *= __ldg(p.weight_scale + n * p.weight_scale_row_stride);
     }
     if (p.bias != nullptr) value += loaded_float(p.bias, p.dtype, n);
@@ -170,7 +170,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     wait_for(ring.x_ready, 0);
   }
   const float* x_scale = kValues ? made_scales : p.x_scale;
-  const int x_scale_rows = kValues ? kTokens : static_cast<int>(p.x_scale_rows);
   const bool streams = p.plan.source == DecodeSource::kStreamed;
   auto* sums = reinterpret_cast<float*>(shared + p.plan.sums_offset);
   const int group = warp / 4;
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
           const int col = k_box * static_cast<int>(p.weight_scale_col_stride);
           const float w0 = __ldg(p.weight_scale + w_scale[0] + col);
           const float w8 = __ldg(p.weight_scale + w_scale[1] + col);
-          const float* scales = x_scale + (k_box * x_scale_rows + first_token);
+          const float* scales = x_scale + (k_box * kTokens + first_token);
           constexpr bool kAhead = kTokens < 64;  // of the products, where registers are left
           const auto of_x = [&](int j) { return *reinterpret_cast<const float2*>(scales + 8 * j); };
           [[maybe_unused]] float2 ahead[kAhead ? kTokens / 8 : 1];
@@ -261,7 +260,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       to += 8 * p.plan.sums_pitch;
     }
     sync_groups();
-    finish_tile<kBlocks>(p, sums, x_scale, kValues ? 1 : p.x_scale_step, row0);
+    finish_tile<kBlocks>(p, sums, x_scale, row0);
     sync_groups();
   }
 }

@@ -1,5 +1,5 @@
-// What the decode kernel is given. Between decode_core.cpp and decode.cu, so that what is compiled
-// for sm_90a is the kernel alone.
+// What the decode kernels are given. Between decode_core.cpp and decode.cu, so that what is
+// compiled for sm_90a is the kernels alone.
 #pragma once
 
 #include <cuda.h>
@@ -22,9 +22,10 @@ struct DecodeParams {
   bool vectorized = false;  // x and ldx on 16 bytes
   bool power_of_two = false;
   const float* input_scale = nullptr;
-  const float* x_scale = nullptr;  // of codes
-  int64_t x_scale_rows = 0;        // from block to block
-  int x_scale_step = 1;            // from row to row: 0 or 1
+  // Of x, made by a launch before: codes [m, ld_codes]; scales [m], of blocks [k_boxes][tokens].
+  uint8_t* x_codes = nullptr;
+  int64_t ld_codes = 0;
+  float* x_scale = nullptr;
   const float* weight_scale = nullptr;
   int64_t weight_scale_row_stride = 0;
   int64_t weight_scale_col_stride = 0;
@@ -33,8 +34,7 @@ struct DecodeParams {
   Dtype dtype = Dtype::kBFloat16;  // of x, bias and y
 };
 
-// values: x itself. blocks: scales of 1x128 and 128x128.
-void launch_decode(const DecodeParams& params, bool values, bool blocks, bool pdl,
-                   cudaStream_t stream);
+// blocks: scales of 1x128 and 128x128. pdl: see DecodeArgs.
+void launch_decode(const DecodeParams& params, bool blocks, bool pdl, cudaStream_t stream);
 
 }  // namespace fp8::core

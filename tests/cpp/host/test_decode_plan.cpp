@@ -66,29 +66,30 @@ TEST_CASE("whether a decode is chosen does not depend on the number of rows") {
   for (const int64_t n : kExtents) {
     for (const int64_t k : kExtents) {
       for (const bool blocks : {false, true}) {
-        const bool one = choose_decode({1, n, k, blocks}, 132, kShared).input != DecodeInput::kNone;
+        const bool one = choose_decode({1, n, k, blocks}, 132, kShared).stages > 0;
         for (int64_t m = 1; m <= kMaxDecodeRows; ++m) {
-          const DecodeChoice choice = choose_decode({m, n, k, blocks}, 132, kShared);
+          const DecodePlan plan = choose_decode({m, n, k, blocks}, 132, kShared);
           INFO("m=" << m << " n=" << n << " k=" << k);
-          REQUIRE((choice.input != DecodeInput::kNone) == one);
-          if (one) REQUIRE(choice.plan.stages >= kDecodeMinStages);
+          REQUIRE((plan.stages > 0) == one);
+          if (one) REQUIRE(plan.stages >= kDecodeMinStages);
         }
-        REQUIRE(choose_decode({65, n, k, blocks}, 132, kShared).input == DecodeInput::kNone);
+        REQUIRE(choose_decode({65, n, k, blocks}, 132, kShared).stages == 0);
       }
     }
   }
 }
 
 TEST_CASE("small weights are left to matmul") {
-  REQUIRE(choose_decode({4, 512, 512, false}, 132, kShared).input == DecodeInput::kNone);
-  REQUIRE(choose_decode({4, 4096, 4096, false}, 132, kShared).input == DecodeInput::kValues);
-  REQUIRE(choose_decode({16, 4096, 4096, false}, 132, kShared).input == DecodeInput::kCodes);
+  REQUIRE(choose_decode({4, 512, 512, false}, 132, kShared).stages == 0);
+  REQUIRE(choose_decode({4, 4096, 4096, false}, 132, kShared).source == DecodeSource::kQuantized);
+  REQUIRE(choose_decode({16, 4096, 4096, false}, 132, kShared).source == DecodeSource::kResident);
+  REQUIRE(choose_decode({64, 4096, 4096, false}, 132, kShared).source == DecodeSource::kStreamed);
 }
 
 TEST_CASE("the printed plan of a decode") {
   DecodeArgs args{.m = 4, .n = 4096, .k = 4096};
-  const DecodeChoice choice = choose_decode({4, 4096, 4096, false}, 132, kShared);
-  const std::string line = decode_line(args, 0, choice.plan);
+  const std::string line =
+      decode_line(args, 0, choose_decode({4, 4096, 4096, false}, 132, kShared));
   REQUIRE(line.find("fp8 plan: cuda:0 decode m=4 n=4096 k=4096 x=bfloat16 rowwise | tile_rows=32 "
                     "tiles=128 stages=") == 0);
   REQUIRE(line.find(" x=quantized launches=1") != std::string::npos);
