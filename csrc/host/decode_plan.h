@@ -1,12 +1,12 @@
 // How core::decode shares a product of few rows among the multiprocessors, and what
 // FP8_PRINT_PLAN=1 says of it. Host logic: no CUDA, tested on any machine.
 //
-//   fp8 plan: cuda:0 decode m=4 n=4096 k=4096 x=bfloat16 rowwise | tile_rows=32 tiles=128 stages=23
+//   fp8 plan: cuda:0 decode m=2 n=4096 k=4096 x=bfloat16 rowwise | tile_rows=32 tiles=128 stages=20
 //   x=quantized launches=1
 //
 // A block owns whole rows of the weight, a tile of them at a time, so that no block waits for
 // another. It streams them through a ring of stages in shared memory, of kDecodeStageCols columns
-// each; two warpgroups take stages in turn, and add their sums once for each tile.
+// each; four warpgroups take stages in turn, and add their sums once for each tile.
 #pragma once
 
 #include <algorithm>
@@ -27,14 +27,14 @@ constexpr int kDecodeBoxCols = 128;  // bytes of a row that the copy engine swiz
 constexpr int kDecodeStageCols = 2 * kDecodeBoxCols;
 constexpr int kDecodeBoxAlign = 1024;
 constexpr int kMmaTileRows = 64;  // what the instruction takes; rows beyond a tile's are not used
-constexpr int kDecodeMaxStages = 40;
-constexpr int kDecodeMinStages = 3;
+constexpr int kDecodeMaxStages = 40;  // a multiple of kDecodeGroups, as each number of stages is:
+                                      // then a slot of the ring has one reader, which cannot take
+                                      // what the slot held before for what it waits for
 
 // How a block gets the codes of x.
 enum class DecodeSource : uint8_t {
-  kQuantized,  // makes them itself, of all of x
-  kResident,   // copies all of them, once
-  kStreamed,   // copies them with each stage, since all do not fit
+  kQuantized,  // makes them itself, of all of x, once
+  kStreamed,   // copies them with each stage
 };
 
 struct DecodePlan {
@@ -51,7 +51,7 @@ struct DecodePlan {
   int sums_offset = 0;  // [groups][tokens][sums_pitch] floats
   int sums_pitch = 0;
   int scales_offset = 0;    // of x, where the block makes them: [1 or k_boxes][tokens]
-  int barriers_offset = 0;  // full and free for each stage, one for x
+  int barriers_offset = 0;  // full and free for each stage; then [tokens] words
   int shared_bytes = 0;
 
   bool operator==(const DecodePlan&) const = default;
@@ -93,12 +93,12 @@ inline DecodePlan plan_decode(int64_t m, int64_t n, int64_t k, bool blocks, Deco
   const int64_t scales = makes_scales ? (blocks ? plan.k_boxes : 1) * plan.tokens * 4 : 0;
   // The instructions read whole tiles of kMmaTileRows rows, of the last box too.
   const int beyond = static_cast<int>(round_up(plan.tile_rows, kMmaTileRows)) - plan.tile_rows;
-  for (int stages = kDecodeMaxStages; stages >= kDecodeMinStages; --stages) {
+  for (int stages = kDecodeMaxStages; stages > 0; stages -= kDecodeGroups) {
     const int64_t x_offset = int64_t{stages} * plan.stage_bytes;
     const int64_t sums_offset = x_offset + x_bytes;
     const int64_t scales_offset = sums_offset + sums;
     const int64_t barriers_offset = scales_offset + scales;
-    const int64_t end = std::max(barriers_offset + (2 * stages + 1) * 8 + plan.tokens * 4,
+    const int64_t end = std::max(barriers_offset + 2 * stages * 8 + plan.tokens * 4,
                                  x_offset - (streams_x ? plan.tokens * kDecodeStageCols : 0) +
                                      int64_t{beyond} * kDecodeBoxCols);
     if (end > shared_bytes) continue;
@@ -120,8 +120,9 @@ struct DecodeProblem {
   bool blocks = false;
 };
 
-// Rows that a block quantizes for itself. Of more the codes come from a launch before.
-constexpr int64_t kDecodeQuantizedRows = 8;
+// Elements of x that a block quantizes for itself: of more that takes longer than the launch that
+// is saved. At most 8 rows.
+constexpr int64_t kDecodeQuantizedElements = 14336;
 // Of less the launch is the time, whichever way the product is made.
 constexpr int64_t kDecodeLeastWeight = int64_t{1} << 20;
 
@@ -133,22 +134,20 @@ inline DecodePlan choose_decode(const DecodeProblem& problem, int sm_count, int 
     return plan_decode(m, n, k, blocks, source, kMmaTileRows, sm_count, shared_bytes);
   };
   DecodePlan plan;
-  if (m <= kDecodeQuantizedRows) plan = fits(DecodeSource::kQuantized);
-  if (plan.stages == 0) plan = fits(DecodeSource::kResident);
+  if (m <= 8 && m * k <= kDecodeQuantizedElements) plan = fits(DecodeSource::kQuantized);
   if (plan.stages == 0) plan = fits(DecodeSource::kStreamed);
   return plan;
 }
 
 inline std::string decode_line(const DecodeArgs& args, int device, const DecodePlan& plan) {
   const auto number = [](int64_t value) { return std::to_string(value); };
-  const char* sources[] = {"quantized", "resident", "streamed"};
   return "fp8 plan: " + device_text(device) + " decode m=" + number(args.m) +
          " n=" + number(args.n) + " k=" + number(args.k) + " x=" + dtype_name(args.x_dtype) + " " +
          granularity_name(args.granularity) + (args.power_of_two ? " power_of_two" : "") +
          (args.bias != nullptr ? " bias" : "") + " | tile_rows=" + number(plan.tile_rows) +
          " tiles=" + number(plan.tiles) + " stages=" + number(plan.stages) +
-         " x=" + sources[static_cast<int>(plan.source)] +
-         " launches=" + (plan.source == DecodeSource::kQuantized ? "1" : "2");
+         (plan.source == DecodeSource::kQuantized ? " x=quantized launches=1"
+                                                  : " x=streamed launches=2");
 }
 
 }  // namespace fp8::core

@@ -19,25 +19,23 @@
 
 namespace fp8::core {
 
-// The ring's barriers: full[s] counts bytes, free[s] the warps of the group that has read it.
+// The ring's barriers: full[s] counts bytes, free[s] the warps of the group that has read it. A
+// wait knows a phase by its parity only. So nobody may be a whole turn ahead of a slot: a slot's
+// readers are one group within a tile, since the number of stages is a multiple of that of groups,
+// and no group begins a tile before all have ended the last one.
 struct DecodeRing {
   uint32_t stages;  // addresses
   uint32_t full;
   uint32_t free;
-  uint32_t x_ready;
 
   __device__ __forceinline__ DecodeRing(const DecodePlan& plan, uint32_t shared)
-      : stages(shared),
-        full(shared + plan.barriers_offset),
-        free(full + 8 * plan.stages),
-        x_ready(free + 8 * plan.stages) {}
+      : stages(shared), full(shared + plan.barriers_offset), free(full + 8 * plan.stages) {}
 
   __device__ __forceinline__ void init(const DecodePlan& plan) const {
     for (int i = 0; i < plan.stages; ++i) {
       init_barrier(full + 8 * i, 1);
       init_barrier(free + 8 * i, 4);
     }
-    init_barrier(x_ready, 1);
     barriers_are_ready();
   }
 };
@@ -51,15 +49,14 @@ class DecodeProducer {
         per_tile_(static_cast<int>(p.plan.k_boxes) / 2),
         x_part_(p.plan.tile_rows * kDecodeStageCols) {}
 
-  __device__ __forceinline__ void run(uint32_t x_codes) {
+  __device__ __forceinline__ void run() {
     const auto mine = static_cast<int>((p_.plan.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
     const int total = mine * per_tile_;
     const int ahead = min(total, p_.plan.stages);
     for (int i = 0; i < ahead; ++i) copy_weight(i, i);
     const bool streams = p_.plan.source == DecodeSource::kStreamed;
-    if (p_.plan.source != DecodeSource::kQuantized) wait_for_previous();
-    if (p_.plan.source == DecodeSource::kResident) copy_x(x_codes);
     if (streams) {
+      wait_for_previous();
       for (int i = 0; i < ahead; ++i) copy_x_of_stage(i, i);
     }
     int slot = 0;
@@ -94,15 +91,6 @@ class DecodeProducer {
     copy_box(to + p_.plan.tokens * kDecodeBoxCols, p_.x_map, col + kDecodeBoxCols, 0, barrier,
              KeepInL2::kLong);
   }
-  __device__ __forceinline__ void copy_x(uint32_t to) const {
-    const auto boxes = static_cast<int>(p_.plan.k_boxes);
-    const int bytes = p_.plan.tokens * kDecodeBoxCols;
-    arrive_expecting(ring_.x_ready, boxes * bytes);
-    for (int i = 0; i < boxes; ++i) {
-      copy_box(to + i * bytes, p_.x_map, i * kDecodeBoxCols, 0, ring_.x_ready, KeepInL2::kLong);
-    }
-  }
-
   const DecodeParams& p_;
   const DecodeRing& ring_;
   int per_tile_;  // stages
@@ -146,6 +134,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   constexpr bool kValues = !std::is_void_v<X>;
   constexpr int kSums = kTokens / 2;  // of 64 rows by kTokens in 128 threads
+  constexpr int kUnrolledBoxes = kBlocks && kTokens == 64 ? 1 : 2;  // or registers are short
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const DecodeRing ring(p.plan, base);
@@ -154,7 +143,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   if (threadIdx.x == 0) ring.init(p.plan);
   __syncthreads();
   if (warp == kDecodeGroups * 4) {
-    if (lane == 0) DecodeProducer(p, ring).run(base + p.plan.x_offset);
+    if (lane == 0) DecodeProducer(p, ring).run();
     return;
   }
 
@@ -166,11 +155,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     auto* amax =
         reinterpret_cast<uint32_t*>(shared + p.plan.barriers_offset + 8 * (2 * p.plan.stages + 1));
     DecodeInputRows<X, kBlocks>(p, shared + p.plan.x_offset, made_scales, amax).quantize();
-  } else if (p.plan.source == DecodeSource::kResident) {
-    wait_for(ring.x_ready, 0);
   }
   const float* x_scale = kValues ? made_scales : p.x_scale;
-  const bool streams = p.plan.source == DecodeSource::kStreamed;
   auto* sums = reinterpret_cast<float*>(shared + p.plan.sums_offset);
   const int group = warp / 4;
   const int first_row = warp % 4 * 16 + lane / 4;  // and the eighth after it
@@ -198,11 +184,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       const uint32_t at = ring.stages + slot * p.plan.stage_bytes;
       const uint64_t w = box_descriptor(at);
       const uint64_t x =
-          box_descriptor(streams ? at + 2 * w_box
-                                 : base + p.plan.x_offset + in_tile * 2 * kTokens * kDecodeBoxCols);
+          box_descriptor(kValues ? base + p.plan.x_offset + in_tile * 2 * kTokens * kDecodeBoxCols
+                                 : at + 2 * w_box);
       float sum[kSums];
       wait_for(ring.full + 8 * slot, stage / p.plan.stages & 1);
-#pragma unroll(kBlocks&& kTokens == 64 ? 1 : 2)
+#pragma unroll kUnrolledBoxes
       for (int box = 0; box < 2; ++box) {
         if (kBlocks || box == 0) mma_fence();
 #pragma unroll
