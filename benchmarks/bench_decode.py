@@ -1,6 +1,7 @@
 """Layers of inference, weights in FP8 or not: a call of few rows, from a CUDA graph, cold L2.
 
     python benchmarks/bench_decode.py --quick
+    FP8_DECODE=1 python benchmarks/bench_decode.py --quick  # up to 64 rows by the decode kernel
 
 `frozen` has a weight that is FP8 (fp8.FrozenLinear's operator), `fused` quantizes it in each
 replay, `product` is scaled_mm on operands that are ready: what quantizing x costs is the difference

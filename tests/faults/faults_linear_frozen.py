@@ -10,6 +10,8 @@ ERRORS = "tests/python/frozen/test_linear_frozen_errors.py"
 FROZEN = "csrc/torch/frozen/frozen.cpp"
 CHECK = "csrc/torch/frozen/check.cpp"
 AUTOGRAD = "csrc/torch/frozen/autograd.cpp"
+DECODE = "tests/python/frozen/test_decode.py"
+KERNEL = "csrc/core/matmul/decode.cuh"
 
 LINEAR_FROZEN = [
     Fault(
@@ -89,5 +91,52 @@ LINEAR_FROZEN = [
         'FP8_CHECK_VALUE(!blocks, "fp8::", kOp,',
         'FP8_CHECK_VALUE(true, "fp8::", kOp,',
         ERRORS,
+    ),
+    Fault(
+        "CUDA: a decode adds the sums of all warpgroups but one",
+        KERNEL,
+        "group < kDecodeGroups; ++group",
+        "group < kDecodeGroups - 1; ++group",
+        DECODE,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: a decode takes a tile's scales of blocks from its first row",
+        KERNEL,
+        "row / kScaleBlock * p.weight_scale_row_stride",
+        "row0 / kScaleBlock * p.weight_scale_row_stride",
+        DECODE,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: a decode rounds y before the bias is added",
+        KERNEL,
+        "if (p.bias != nullptr) value +=",
+        "if (p.bias != nullptr) value = __bfloat162float(__float2bfloat16_rn(value)) +",
+        DECODE,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: a decode forgets that x's scales are to be powers of two",
+        "csrc/core/matmul/decode_input.cuh",
+        "scale_from_amax(bits, E4M3::kMax, p_.power_of_two)",
+        "scale_from_amax(bits, E4M3::kMax)",
+        DECODE,
+        gpu=True,
+    ),
+    Fault(
+        "a decode reads rows of x that lie apart as if they did not",
+        "csrc/torch/frozen/decode.cpp",
+        "args.ldx = leading_dim(matrix);",
+        "args.ldx = k;",
+        DECODE,
+        gpu=True,
+    ),
+    Fault(
+        "a decode's last box is read past shared memory",
+        "csrc/host/decode_plan.h",
+        "round_up(plan.tile_rows, kMmaTileRows)) - plan.tile_rows",
+        "round_up(plan.tile_rows, 8)) - plan.tile_rows",
+        "ctest test_decode_plan",
     ),
 ]

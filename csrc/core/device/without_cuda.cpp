@@ -4,6 +4,7 @@
 // What is asked before a launch answers with nothing; what launches throws. The torch layer says
 // why before it gets there (torch/common/cuda_context.h).
 #include "fp8/core.h"
+#include "fp8/core_decode.h"
 #include "fp8/core_device.h"
 #include "fp8/core_grouped.h"
 #include "fp8/core_joined.h"
@@ -55,6 +56,10 @@ void mlp_values(const MlpValuesArgs&, Stream) { refuse("mlp_values"); }
 void norm_forward(const NormForwardArgs&, Stream) { refuse("norm_forward"); }
 void norm_backward(const NormBackwardArgs&, Stream) { refuse("norm_backward"); }
 void rope(const RopeArgs&, Stream) { refuse("rope"); }
+
+bool suits_decode(const DecodeArgs&) { return false; }
+size_t decode_workspace_bytes(const DecodeArgs&) { return 0; }
+void decode(const DecodeArgs&, Stream) { refuse("decode"); }
 
 MatmulPlan plan_matmul(const MatmulArgs&, Stream) { refuse("plan_matmul"); }
 void run_matmul(const MatmulPlan&, const MatmulArgs&, void*, Stream) { refuse("run_matmul"); }

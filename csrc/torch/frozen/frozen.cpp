@@ -6,6 +6,8 @@
 //                      the transposed codes; with 128x128 blocks dy in blocks of 1x128, times the
 //                      transposed codes with their transposed scales. W is not quantized again.
 //
+// Of few rows y may be core::decode's (decode.cpp); all else is made of operands and matmul.
+//
 // What cuBLASLt wants and a checkpoint has not (extents in 16s, rows of block scales in fours, a
 // scale for each row where the other operand has them) is made in the call; of the weight itself
 // nothing is copied where N and K are multiples of 16.
@@ -37,20 +39,6 @@ int64_t code_rows(int64_t rows, at::ScalarType out_dtype, bool blocks) {
   return !blocks && rows * bytes % 16 == 0 ? rows : pad16(rows);
 }
 
-// codes [rows, k] as a product reads them: in place where they lie so, else copied.
-at::Tensor ready_codes(const at::Tensor& codes, int64_t rows) {
-  const int64_t k = pad16(codes.size(1));
-  if (rows == codes.size(0) && k == codes.size(1) && codes.is_contiguous() && on_16_bytes(codes)) {
-    return codes;
-  }
-  const at::Tensor bytes = codes.view(at::kByte);
-  const bool pads = rows != codes.size(0) || k != codes.size(1);
-  at::Tensor ready =
-      pads ? at::zeros({rows, k}, bytes.options()) : empty_on(codes, {rows, k}, at::kByte);
-  ready.narrow(0, 0, codes.size(0)).narrow(1, 0, codes.size(1)).copy_(bytes);
-  return ready.view(codes.scalar_type());
-}
-
 // On 16 bytes, as cuBLASLt wants each scale.
 at::Tensor aligned(const at::Tensor& scales) {
   return on_16_bytes(scales) ? scales : scales.clone();
@@ -79,7 +67,7 @@ Side weight_side(const at::Tensor& weight, const at::Tensor& scale, const frozen
                  at::ScalarType out_dtype) {
   const bool blocks = form.weight == Granularity::kBlock128x128;
   const int64_t rows = code_rows(weight.size(0), out_dtype, blocks);
-  Side side{.codes = ready_codes(weight, rows), .rows = weight.size(0)};
+  Side side{.codes = frozen::ready_codes(weight, rows), .rows = weight.size(0)};
   if (blocks) {
     side.scales = square_scales(scale);
     side.granularity = Granularity::kBlock128x128;
@@ -99,7 +87,7 @@ Side weight_t_side(const at::Tensor& weight, const at::Tensor& scale, Granularit
   const bool blocks = granularity == Granularity::kBlock128x128;
   const int64_t k = weight.size(1);
   const int64_t rows = code_rows(k, out_dtype, blocks);
-  Side side{.codes = ready_codes(weight.t(), rows), .rows = k};
+  Side side{.codes = frozen::ready_codes(weight.t(), rows), .rows = k};
   if (blocks) {
     side.scales = square_scales(scale.t());
     side.granularity = Granularity::kBlock128x128;
@@ -135,6 +123,19 @@ at::Tensor times_row_scales(const at::Tensor& dy, const at::Tensor& scale) {
 
 }  // namespace
 
+at::Tensor frozen::ready_codes(const at::Tensor& codes, int64_t rows) {
+  const int64_t k = pad16(codes.size(1));
+  if (rows == codes.size(0) && k == codes.size(1) && codes.is_contiguous() && on_16_bytes(codes)) {
+    return codes;
+  }
+  const at::Tensor bytes = codes.view(at::kByte);
+  const bool pads = rows != codes.size(0) || k != codes.size(1);
+  at::Tensor ready =
+      pads ? at::zeros({rows, k}, bytes.options()) : empty_on(codes, {rows, k}, at::kByte);
+  ready.narrow(0, 0, codes.size(0)).narrow(1, 0, codes.size(1)).copy_(bytes);
+  return ready.view(codes.scalar_type());
+}
+
 at::Tensor kernel::linear_frozen(const at::Tensor& x, const at::Tensor& weight,
                                  const at::Tensor& weight_scale, const OptionalTensor& bias,
                                  const OptionalTensor& input_scale,
@@ -147,6 +148,10 @@ at::Tensor kernel::linear_frozen(const at::Tensor& x, const at::Tensor& weight,
   if (x.numel() == 0 || weight.size(0) == 0) {
     at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
+  }
+  if (const std::optional<at::Tensor> y =
+          frozen::decode(x, weight, weight_scale, form, bias, input_scale, power_of_two)) {
+    return x.dim() == 2 ? *y : y->view(shape);
   }
   const Side qx = input_side(x, form, input_scale, power_of_two);
   const Side qw = weight_side(weight, weight_scale, form, x.scalar_type());

@@ -33,6 +33,17 @@ Form checked_form(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 core::Granularity weight_granularity(const char* op, const at::Tensor& weight,
                                      const at::Tensor& weight_scale, std::optional<bool> blocks);
 
+// codes [N, K] as a product reads them, [rows, pad16(K)] with zeros beyond: in place where they lie
+// so, else copied.
+at::Tensor ready_codes(const at::Tensor& codes, int64_t rows);
+
+// y of few rows [m, N], or nothing where matmul takes the product (fp8/core_decode.h). x is not
+// empty.
+std::optional<at::Tensor> decode(const at::Tensor& x, const at::Tensor& weight,
+                                 const at::Tensor& weight_scale, const Form& form,
+                                 const OptionalTensor& bias, const OptionalTensor& input_scale,
+                                 bool power_of_two);
+
 }  // namespace frozen
 
 namespace kernel {
