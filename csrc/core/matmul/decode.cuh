@@ -14,7 +14,7 @@
 #pragma once
 
 #include "core/device/dispatch.cuh"
-#include "core/device/wgmma.cuh"
+#include "core/device/hopper_narrow.cuh"
 #include "core/matmul/decode_input.cuh"
 
 namespace fp8::core {
@@ -33,10 +33,10 @@ struct DecodeRing {
 
   __device__ __forceinline__ void init(const DecodePlan& plan) const {
     for (int i = 0; i < plan.stages; ++i) {
-      init_barrier(full + 8 * i, 1);
-      init_barrier(free + 8 * i, 4);
+      hopper::init_barrier(full + 8 * i, 1);
+      hopper::init_barrier(free + 8 * i, 4);
     }
-    barriers_are_ready();
+    hopper::fence_barrier_init();
   }
 };
 
@@ -62,7 +62,7 @@ class DecodeProducer {
     int slot = 0;
     uint32_t parity = 0;
     for (int i = ahead; i < total; ++i) {
-      wait_for(ring_.free + 8 * slot, parity);
+      hopper::wait(ring_.free + 8 * slot, parity);
       copy_weight(i, slot);
       if (streams) copy_x_of_stage(i, slot);
       if (++slot == p_.plan.stages) {
@@ -78,18 +78,18 @@ class DecodeProducer {
     const uint32_t barrier = ring_.full + 8 * slot;
     const auto row = static_cast<int>((blockIdx.x + i / per_tile_ * gridDim.x) * p_.plan.tile_rows);
     const int col = i % per_tile_ * kDecodeStageCols;
-    arrive_expecting(barrier, p_.plan.stage_bytes);
-    copy_box(to, p_.weight_map, col, row, barrier, KeepInL2::kBriefly);
-    copy_box(to + p_.plan.tile_rows * kDecodeBoxCols, p_.weight_map, col + kDecodeBoxCols, row,
-             barrier, KeepInL2::kBriefly);
+    hopper::arrive_expecting(barrier, p_.plan.stage_bytes);
+    hopper::load_box(&p_.weight_map, barrier, to, col, row, hopper::KeepInL2::kBriefly);
+    hopper::load_box(&p_.weight_map, barrier, to + p_.plan.tile_rows * kDecodeBoxCols,
+                     col + kDecodeBoxCols, row, hopper::KeepInL2::kBriefly);
   }
   __device__ __forceinline__ void copy_x_of_stage(int i, int slot) const {
     const uint32_t to = ring_.stages + slot * p_.plan.stage_bytes + x_part_;
     const uint32_t barrier = ring_.full + 8 * slot;
     const int col = i % per_tile_ * kDecodeStageCols;
-    copy_box(to, p_.x_map, col, 0, barrier, KeepInL2::kLong);
-    copy_box(to + p_.plan.tokens * kDecodeBoxCols, p_.x_map, col + kDecodeBoxCols, 0, barrier,
-             KeepInL2::kLong);
+    hopper::load_box(&p_.x_map, barrier, to, col, 0, hopper::KeepInL2::kLong);
+    hopper::load_box(&p_.x_map, barrier, to + p_.plan.tokens * kDecodeBoxCols, col + kDecodeBoxCols,
+                     0, hopper::KeepInL2::kLong);
   }
   const DecodeParams& p_;
   const DecodeRing& ring_;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   constexpr int kSums = kTokens / 2;  // of 64 rows by kTokens in 128 threads
   constexpr int kUnrolledBoxes = kBlocks && kTokens == 64 ? 1 : 2;  // or registers are short
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = shared_address(shared);
+  const uint32_t base = hopper::shared_address(shared);
   const DecodeRing ring(p.plan, base);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   for (int64_t tile = blockIdx.x; tile < p.plan.tiles; tile += gridDim.x, stage0 += per_tile) {
     const int64_t row0 = tile * p.plan.tile_rows;
     float total[kSums] = {};
-    [[maybe_unused]] int
-        w_scale[2];  // offsets: of the first row's scales, and the eighth's after it
+    // Where the scales of the first row lie, and of the eighth after it.
+    [[maybe_unused]] int w_scale[2];
     if constexpr (kBlocks) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -182,23 +182,23 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       const int stage = stage0 + in_tile;
       const int slot = stage % p.plan.stages;
       const uint32_t at = ring.stages + slot * p.plan.stage_bytes;
-      const uint64_t w = box_descriptor(at);
-      const uint64_t x =
-          box_descriptor(kValues ? base + p.plan.x_offset + in_tile * 2 * kTokens * kDecodeBoxCols
-                                 : at + 2 * w_box);
+      const uint64_t w = hopper::wgmma_operand(at);
+      const uint64_t x = hopper::wgmma_operand(kValues ? base + p.plan.x_offset +
+                                                             in_tile * 2 * kTokens * kDecodeBoxCols
+                                                       : at + 2 * w_box);
       float sum[kSums];
-      wait_for(ring.full + 8 * slot, stage / p.plan.stages & 1);
+      hopper::wait(ring.full + 8 * slot, stage / p.plan.stages & 1);
 #pragma unroll kUnrolledBoxes
       for (int box = 0; box < 2; ++box) {
-        if (kBlocks || box == 0) mma_fence();
+        if (kBlocks || box == 0) hopper::wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kDecodeBoxCols / kMmaDepth; ++k) {
-          mma<kTokens>(sum, w + (box * w_box >> 4) + 2 * k,
-                       x + (box * kTokens * kDecodeBoxCols >> 4) + 2 * k,
-                       k > 0 || (!kBlocks && box > 0));
+        for (int k = 0; k < kDecodeBoxCols / hopper::kProductDepth; ++k) {
+          hopper::wgmma<kTokens>(sum, w + (box * w_box >> 4) + 2 * k,
+                                 x + (box * kTokens * kDecodeBoxCols >> 4) + 2 * k,
+                                 k > 0 || (!kBlocks && box > 0));
         }
         if constexpr (kBlocks) {
-          mma_commit();
+          hopper::wgmma_commit();
           const int k_box = min(in_tile * 2 + box, last_box);
           const int col = k_box * static_cast<int>(p.weight_scale_col_stride);
           const float w0 = __ldg(p.weight_scale + w_scale[0] + col);
@@ -211,8 +211,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 #pragma unroll
             for (int j = 0; j < kTokens / 8; ++j) ahead[j] = of_x(j);
           }
-          mma_wait<0>();
-          if (box == 1 && lane == 0) arrive(ring.free + 8 * slot);
+          hopper::wgmma_wait<0>();
+          hopper::settle(sum);
+          if (box == 1 && lane == 0) hopper::arrive(ring.free + 8 * slot);
 #pragma unroll
           for (int j = 0; j < kTokens / 8; ++j) {
             const float2 s = kAhead ? ahead[kAhead ? j : 0] : of_x(j);
@@ -224,9 +225,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
         }
       }
       if constexpr (!kBlocks) {
-        mma_commit();
-        mma_wait<0>();
-        if (lane == 0) arrive(ring.free + 8 * slot);
+        hopper::wgmma_commit();
+        hopper::wgmma_wait<0>();
+        hopper::settle(sum);
+        if (lane == 0) hopper::arrive(ring.free + 8 * slot);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) total[i] += sum[i];
       }

@@ -6,16 +6,14 @@
 #pragma once
 
 #include "core/device/codes.cuh"
+#include "core/device/hopper.cuh"
 #include "core/device/reduce.cuh"
-#include "core/device/tensor_copy.cuh"
 #include "core/matmul/decode_params.h"
 
 namespace fp8::core {
 
 // Among the warps that multiply; the one that copies goes on.
-__device__ __forceinline__ void sync_groups() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kDecodeGroups * 128) : "memory");
-}
+__device__ __forceinline__ void sync_groups() { hopper::sync_threads<kDecodeGroups * 128>(1); }
 
 template <typename T, bool kBlocks>
 class DecodeInputRows {
@@ -54,7 +52,7 @@ class DecodeInputRows {
         cast(first);
       }
     }
-    publish_to_async_readers();
+    hopper::fence_shared();
     sync_groups();
   }
 
