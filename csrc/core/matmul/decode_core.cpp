@@ -30,7 +30,7 @@ size_t codes_bytes(const DecodeArgs& args) { return static_cast<size_t>(args.m *
 
 }  // namespace
 
-#ifndef FP8_HAS_DECODE
+#ifndef FP8_HOPPER_KERNELS
 void launch_decode(const DecodeParams&, bool, bool, cudaStream_t) {}
 #endif
 
