@@ -2,7 +2,7 @@
 // problem, and what FP8_PRINT_PLAN=1 says of it:
 //
 //   fp8 plan: cuda:0 grouped_mm rows groups=128 m=65536 n=1536 k=2048 out=bfloat16 rowwise |
-//   wgmma tile=256x128 split blocks=132 workspace=0 launches=1
+//   wgmma tile=128x128 in turn fast blocks=132 workspace=0 launches=1
 //
 // Host logic: no CUDA, tested on any machine.
 #pragma once
@@ -23,6 +23,11 @@ enum class Accumulation : uint8_t {
   kSplit,   // there for 128 elements at a time, which fp32 registers add up
   kBlocks,  // so, each 128 times the scale of a's row and of b's square
 };
+
+// Up to here a tile's sums take so little time that storing it should not be waited for: 4 to 10%
+// faster (H200, Qwen3-30B's experts); 15 to 30% slower at 28672, because smaller tiles are read
+// more often.
+inline constexpr int64_t kMaxInTurnContraction = 2048;
 
 struct GroupedPlan {
   Accumulation accumulation = Accumulation::kFast;
@@ -54,6 +59,8 @@ inline GroupedPlan plan_grouped(const GroupedMmArgs& a, int sm_count) {
   plan.accumulation = a.granularity == Granularity::kBlock1x128 ? Accumulation::kBlocks
                       : a.fast_accum                            ? Accumulation::kFast
                                                                 : Accumulation::kSplit;
+  plan.in_turn =
+      plan.accumulation == Accumulation::kFast && !a.columns && a.k <= kMaxInTurnContraction;
   plan.blocks = sm_count;
   return plan;
 }

@@ -5,7 +5,7 @@
 namespace fp8::core::grouped {
 
 void launch_blocks(const GroupedPlan& plan, const Params& params, cudaStream_t stream) {
-  launch_tiles<Accumulation::kBlocks, false>(plan, params, stream);
+  launch_together<Accumulation::kBlocks, false>(plan, params, stream);
 }
 
 }  // namespace fp8::core::grouped

@@ -5,9 +5,9 @@ namespace fp8::core::grouped {
 
 void launch_columns(const GroupedPlan& plan, const Params& params, cudaStream_t stream) {
   if (plan.accumulation == Accumulation::kFast) {
-    launch_tiles<Accumulation::kFast, true>(plan, params, stream);
+    launch_together<Accumulation::kFast, true>(plan, params, stream);
   } else {
-    launch_tiles<Accumulation::kSplit, true>(plan, params, stream);
+    launch_together<Accumulation::kSplit, true>(plan, params, stream);
   }
 }
 

@@ -17,13 +17,10 @@ void launch_config(const GroupedPlan& plan, const Params& params, cudaStream_t s
          {.shared_bytes = C::kSharedBytes});
 }
 
+// Both warpgroups on a tile of 256 x 128.
 template <Accumulation kAccumulation, bool kColumns>
-void launch_tiles(const GroupedPlan& plan, const Params& params, cudaStream_t stream) {
-  if (plan.in_turn) {
-    launch_config<Config<2, 128, true, kAccumulation, kColumns>>(plan, params, stream);
-  } else {
-    launch_config<Config<4, 128, false, kAccumulation, kColumns>>(plan, params, stream);
-  }
+void launch_together(const GroupedPlan& plan, const Params& params, cudaStream_t stream) {
+  launch_config<Config<4, 128, false, kAccumulation, kColumns>>(plan, params, stream);
 }
 
 }  // namespace fp8::core::grouped

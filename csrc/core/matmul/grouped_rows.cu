@@ -4,10 +4,12 @@
 namespace fp8::core::grouped {
 
 void launch_rows(const GroupedPlan& plan, const Params& params, cudaStream_t stream) {
-  if (plan.accumulation == Accumulation::kFast) {
-    launch_tiles<Accumulation::kFast, false>(plan, params, stream);
+  if (plan.in_turn) {
+    launch_config<Config<2, 128, true, Accumulation::kFast, false>>(plan, params, stream);
+  } else if (plan.accumulation == Accumulation::kFast) {
+    launch_together<Accumulation::kFast, false>(plan, params, stream);
   } else {
-    launch_tiles<Accumulation::kSplit, false>(plan, params, stream);
+    launch_together<Accumulation::kSplit, false>(plan, params, stream);
   }
 }
 

@@ -43,7 +43,11 @@ TEST_CASE("grouped matmuls accumulate as they are asked to, and say so") {
   REQUIRE(plan_grouped(args, 132).accumulation == Accumulation::kFast);
   REQUIRE(grouped_plan_line(args, 0, describe(plan_grouped(args, 132))) ==
           "fp8 plan: cuda:0 grouped_mm rows groups=128 m=65536 n=1536 k=2048 out=bfloat16 rowwise"
-          " | wgmma tile=256x128 fast blocks=132 workspace=0 launches=1");
+          " | wgmma tile=128x128 in turn fast blocks=132 workspace=0 launches=1");
+  args.k = 4096;
+  REQUIRE(describe(plan_grouped(args, 132)) ==
+          "wgmma tile=256x128 fast blocks=132 workspace=0 launches=1");
+  args.k = 2048;
   args.granularity = Granularity::kBlock1x128;
   REQUIRE(plan_grouped(args, 132).accumulation == Accumulation::kBlocks);
   args.columns = true;
