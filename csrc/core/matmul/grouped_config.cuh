@@ -24,9 +24,11 @@ struct Config {
   static constexpr int kStages = 196608 / kStageBytes;
   // Blocks of out wait here on their way: 16 rows by 128 columns of 16 bits for each warp.
   static constexpr int kStagingBytes = 16 * 256;
-  static constexpr int kStagingAt = kStages * kStageBytes;
-  static constexpr int kZerosAt = kStagingAt + 8 * kStagingBytes;
-  static constexpr int kScalesAt = kZerosAt + (kColumns ? 1024 : 0);
+  // Zeros in place of eight rows lie first: checkers take them for all rows of an operand.
+  static constexpr int kZerosAt = 0;
+  static constexpr int kStagesAt = kColumns ? 1024 : 0;
+  static constexpr int kStagingAt = kStagesAt + kStages * kStageBytes;
+  static constexpr int kScalesAt = kStagingAt + 8 * kStagingBytes;
   static constexpr int kBarriersAt = kScalesAt + 2 * kN * 4;
   static constexpr int kSharedBytes = kBarriersAt + 2 * kStages * 8;
   static_assert(kSharedBytes <= 227 * 1024);
@@ -56,10 +58,10 @@ template <typename C>
 struct Shared {
   uint32_t base;
   __device__ __forceinline__ uint32_t a(int stage, int block) const {
-    return base + stage * C::kStageBytes + block * C::kBlockBytes;
+    return base + C::kStagesAt + stage * C::kStageBytes + block * C::kBlockBytes;
   }
   __device__ __forceinline__ uint32_t b(int stage) const {
-    return base + stage * C::kStageBytes + C::kM * 128;
+    return base + C::kStagesAt + stage * C::kStageBytes + C::kM * 128;
   }
   // Eight rows, which stand for all.
   __device__ __forceinline__ uint64_t zeros() const {

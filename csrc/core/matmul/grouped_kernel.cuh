@@ -71,7 +71,6 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Shared<C>&
   Tile tile;
   int turn = 0;  // whose, where each warpgroup has tiles of its own
   if (warpgroup == 1) multiply.end_turn();
-  if (Multiplier<C>::kAlternates && warpgroup == 1) hopper::arrive_at<256>(3);
   for (int index = blockIdx.x; walk.find(index, tile); index += gridDim.x, turn ^= 1) {
     if (C::kPingPong && turn != warpgroup) {
       ring.skip((tile.k + 127) / 128);
@@ -127,7 +126,6 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Shared<C>&
     }
   }
   if (turn == warpgroup) multiply.wait_for_turn();  // so that arrivals and waits match
-  if (Multiplier<C>::kAlternates && warpgroup == 0) hopper::sync_threads<256>(3);
 }
 
 template <typename C>

@@ -63,7 +63,8 @@ __device__ __forceinline__ void store_16bit(const Params& p, const OutBlock& blo
                  : "r"(staging + r * 256 + (chunk ^ (r % 8)) * 16)
                  : "memory");
     if (r < block.rows && chunk * 8 < block.cols) {
-      *reinterpret_cast<uint4*>(out + r * p.ld_out + chunk * 8) = v;
+      // First out of L2: what waits there is operands, which other tiles read too.
+      __stcs(reinterpret_cast<uint4*>(out + r * p.ld_out + chunk * 8), v);
     }
   }
   __syncwarp();

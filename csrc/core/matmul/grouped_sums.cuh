@@ -16,11 +16,6 @@ namespace fp8::core::grouped {
 template <typename C>
 struct Multiplier {
   static constexpr int kSums = C::kN / 2;  // of a thread, for each block of 64 rows
-#ifndef FP8_NO_TURNS
-  static constexpr bool kAlternates = C::kAccumulation != Accumulation::kFast && !C::kPingPong;
-#else
-  static constexpr bool kAlternates = false;
-#endif
   const Params& p;
   const Shared<C>& shared;
   Ring<C::kStages>& ring;
@@ -83,9 +78,6 @@ struct Multiplier {
   template <int kOwn>
   __device__ __forceinline__ void split(float (&sums)[C::kOwnBlocks][kSums],
                                         const Tile& tile) const {
-    // Both warpgroups have as many blocks: a chain of one is issued behind a chain of the other.
-    // Else they would do so at the same time, and add at the same time.
-    const bool alternate = kAlternates && min((tile.rows + 63) / 64, C::kBlocks) % 2 == 0;
     float part[kSums];
     BlockScales scales(*this, tile);
 #pragma unroll
@@ -98,11 +90,9 @@ struct Multiplier {
       if (left <= 128) end_turn();
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
-        if (alternate) hopper::sync_threads<256>(3 + warpgroup);
         hopper::wgmma_fence();
         issue(part, own, left, 0);
         hopper::wgmma_commit();
-        if (alternate) hopper::arrive_at<256>(3 + (warpgroup ^ 1));
         hopper::wgmma_wait<0>();
         hopper::settle(part);
         if (own == kOwn - 1) release(ring.stage);

@@ -147,8 +147,8 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
 // blocks takes "blockwise", others one of the first two; by default "rowwise". input_scale (one
 // element, fp32): a static scale of x for weights without blocks, as in fused_linear. The values
 // are fused_linear's where it quantizes x and weight so, to the bit; not for few rows where
-// FP8_DECODE=1: then, on compute capability 9.0, a kernel of its own multiplies up to 64 rows with a
-// weight of 2^20 elements or more, unless x has one scale that is not given. Codes and scales are
+// FP8_DECODE=1: then, on compute capability 9.0, a kernel of its own multiplies up to 64 rows with
+// a weight of 2^20 elements or more, unless x has one scale that is not given. Codes and scales are
 // the same, sums are added in another order, and a row of y has the same bits whatever the other
 // rows are, up to 64 of them.
 //
@@ -204,8 +204,8 @@ struct MlpOptions {
 at::Tensor mlp(const at::Tensor& x, const at::Tensor& gate, const std::optional<at::Tensor>& up,
                const at::Tensor& down, const MlpOptions& options = {});
 
-// Products over groups whose extents only the device knows: offsets [E] int32, E below 1024, has the
-// row or column that ends each group. All codes are e4m3, and nothing waits for the offsets.
+// Products over groups whose extents only the device knows: offsets [E] int32, E below 1024, has
+// the row or column that ends each group. All codes are e4m3, and nothing waits for the offsets.
 //   rows     a [R, K], b [E, N, K] -> [R, N]: a[r] b[g]^T for the rows r of group g, zeros for rows
 //            past the last offset. Groups of any extent, 0 too. scale_a and scale_b both [], or
 //            [R, 1] and [E, N, 1], or in blocks [R, ceil(K / 128)] and [E, ceil(N / 128),

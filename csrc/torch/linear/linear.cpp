@@ -96,8 +96,10 @@ void wgrad_into(const at::Tensor& main_grad,  // [N, K] any strides
     at::addmm_out(out, out, dy.t(), x, beta);
     return;
   }
-  // cuBLAS refuses some outputs of other strides (seen with one of [1, 2] on an H200).
-  if (main_grad.scalar_type() == at::kFloat && gpu && main_grad.is_contiguous()) {
+  // cuBLAS refuses some outputs of other strides (seen on an H200: [1, 2] of strides (1, 1), which
+  // counts as contiguous).
+  const bool dense = main_grad.stride(1) == 1 && main_grad.stride(0) == main_grad.size(1);
+  if (main_grad.scalar_type() == at::kFloat && gpu && dense) {
     at::addmm_out(out, out, dy.t(), x, at::kFloat, beta);
     return;
   }

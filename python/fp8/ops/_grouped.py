@@ -49,9 +49,7 @@ def grouped_mm(
         >>> fp8.ops.grouped_mm(a, b, scale_a, scale_b, offsets).shape
         torch.Size([8, 32])
     """
-    result: Tensor = _ops.grouped_mm.default(
-        a, b, scale_a, scale_b, offsets, out_dtype, fast_accum
-    )
+    result: Tensor = _ops.grouped_mm.default(a, b, scale_a, scale_b, offsets, out_dtype, fast_accum)
     return result
 
 

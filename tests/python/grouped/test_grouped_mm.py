@@ -168,11 +168,13 @@ def test_grouped_mm_nan_stays_in_its_group(device):
     p = rows((60, 61), 48, 64, "rowwise", device)
     p.a.view(torch.uint8)[60:] = 0x7F
     actual = OPS.grouped_mm(*p)
-    assert bool(actual[:60].isfinite().all()) and bool(actual[60:].isnan().all())
+    assert actual[:60].isfinite().all()
+    assert actual[60:].isnan().all()
     p = columns((40, 33), 48, 64, device)
     p.a.view(torch.uint8)[:, 64:] = 0x7F
     actual = OPS.grouped_mm(*p)
-    assert bool(actual[0].isfinite().all()) and bool(actual[1].isnan().all())
+    assert actual[0].isfinite().all()
+    assert actual[1].isnan().all()
 
 
 @pytest.mark.parametrize("make", [rows, columns])
@@ -250,7 +252,8 @@ def test_grouped_mm_beyond_32_bits_of_elements():
 def test_grouped_mm_without_elements(device, counts, n, k):
     p = rows(counts, n, k, "tensorwise", device)
     out = OPS.grouped_mm(*p)
-    assert out.shape == (sum(counts), n) and not out.any()
+    assert out.shape == (sum(counts), n)
+    assert not out.any()
 
 
 def test_grouped_mm_errors(device):

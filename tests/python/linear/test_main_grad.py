@@ -186,6 +186,20 @@ def test_main_grad_strides(device, overwrite, buffer_dtype, recipe):
         assert_same_bits(view._base[~inside], whole[~inside], "outside")
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_main_grad_of_one_row_that_was_a_column(device, overwrite, recipe):
+    """Its strides (1, 1) count as contiguous, but are none that cuBLAS takes for a matrix."""
+    layer = fp8.Linear(2, 1, bias=False, recipe=recipe, device=device, dtype=torch.bfloat16)
+    x = torch.ones(2, 2, device=device, dtype=torch.bfloat16)
+    layer.weight.main_grad = torch.ones(2, 1, device=device).t()
+    assert layer.weight.main_grad.is_contiguous()
+    layer.weight.overwrite_main_grad = overwrite
+    layer(x).backward(torch.ones(2, 1, device=device, dtype=torch.bfloat16))
+    wanted = torch.full((1, 2), 2.0 if overwrite else 3.0, device=device)
+    torch.testing.assert_close(layer.weight.main_grad, wanted)
+
+
 def test_main_grad_is_not_touched_without_a_gradient_of_the_weight(device):
     """Frozen weight, no_grad, inference, and backwards that do not reach the weight."""
     layer, x, dy, _ = small(device, "tensorwise")
