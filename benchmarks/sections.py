@@ -17,6 +17,7 @@ TITLES = {
     "model": "Whole training steps",
     "block": "Decoder layers",
     "moe": "Experts",
+    "grouped": "Grouped products",
     "linear": "Single layers",
     "accumulate": "Gradient accumulation",
     "breakdown": "Where the time goes",
@@ -119,6 +120,32 @@ def moe(rows: list[Row]) -> str:
     )
 
 
+def grouped(rows: list[Row]) -> str:
+    """Without the ceilings, which the JSON has."""
+    names = {"bf16": "bf16", "ATen fast": "ATen", "ATen split": "ATen, split"}
+    names |= {"fast": "fp8", "split": "fp8, split", "blockwise": "fp8, blocks"}
+
+    def layer(row: Row) -> str:
+        routing = "" if row["routing"] == "even" else f", {row['routing']}"
+        what = f"{row['name']}, {row['experts']} x {row['k']} → {row['n']}, {row['rows']} rows"
+        return f"{what}{routing}, {row['product']}"
+
+    def cell(row: Row) -> str:
+        return f"{row['time_us']['median']:.0f} ({row['tflops']:.0f})"
+
+    return (
+        "Products of groups of rows, us (TFLOP/s): torch's in bf16 and in FP8 with scales of rows, "
+        "fp8's with the same scales and in blocks. Split: sums are promoted to fp32 every 128 "
+        "elements. zipf, half: unlike groups.\n\n"
+    ) + pivot(
+        "product",
+        [row for row in rows if row["variant"] in names],
+        layer,
+        lambda row: names[row["variant"]],
+        cell,
+    )
+
+
 def linear(rows: list[Row]) -> str:
     """The step's speed against bf16, without the peers' slower forms (which the JSON has)."""
 
@@ -208,6 +235,7 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "model": sections_model.section,
     "block": block,
     "moe": moe,
+    "grouped": grouped,
     "linear": linear,
     "accumulate": accumulate,
     "breakdown": breakdown,

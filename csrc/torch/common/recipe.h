@@ -21,8 +21,8 @@
 namespace fp8 {
 
 // fprop y = x W^T, dgrad dx = dy W, wgrad dW = dy^T x. Fast accumulation is that of Hopper's tensor
-// cores; without it sums are promoted to fp32 on the way, which grouped products pay more for than
-// dense ones: 1.2 to 2.6 times the time where groups have a few hundred rows.
+// cores; without it sums are promoted to fp32 on the way, which costs grouped products 1.1 to 1.25
+// times the time on Hopper (docs/measurements.md).
 struct Recipe {
   std::string_view name;
   core::Granularity granularity;                      // x and dy
