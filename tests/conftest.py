@@ -19,11 +19,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _group(item: pytest.Item, gpu: bool) -> str | None:
+    """What one process has of several (pytest-xdist): tests that share a CMake build; without a
+    GPU, where fixtures cost more than tests, those of a file."""
+    if item.path.parent.name == "cpp":
+        return "cpp"
+    return None if gpu else str(item.path)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent.name == "cpp":  # they share one CMake build
-            item.add_marker(pytest.mark.xdist_group("cpp"))
+        if group := _group(item, config.getoption("--require-gpu")):
+            item.add_marker(pytest.mark.xdist_group(group))
     if config.getoption("--require-gpu") or torch.cuda.is_available():
         return
     for item in items:
