@@ -1,4 +1,4 @@
-// Descriptors of matrices for the copy engine (core/device/tensor_copy.cuh).
+// Descriptors of matrices for the copy engine (core/device/hopper.cuh).
 #pragma once
 
 #include <cuda.h>

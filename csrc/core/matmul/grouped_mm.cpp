@@ -1,8 +1,7 @@
 // The grouped matmul's host side: what it takes, which kernel, and the tensor maps. They span all
 // groups, whose extents stay on the device.
-#include <cudaTypedefs.h>
-
 #include "core/device/device.h"
+#include "core/device/tensor_map.h"
 #include "core/matmul/grouped_params.h"
 #include "fp8/core_grouped.h"
 #include "host/formats.h"
@@ -10,34 +9,6 @@
 
 namespace fp8::core {
 namespace {
-
-// libcuda is not linked: the runtime has loaded it.
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    FP8_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                    cudaEnableDefault, &result));
-    require(result == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-  }();
-  return encoder;
-}
-
-// Boxes of 128 codes in box_rows rows, each row swizzled as wgmma reads it.
-CUtensorMap code_map(const void* codes, int64_t rows, int64_t ld, int box_rows) {
-  CUtensorMap map{};
-  const cuuint64_t extents[2] = {static_cast<cuuint64_t>(ld), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(ld)};
-  const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult status = tensor_map_encoder()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(codes), extents, strides, box,
-      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused an operand of grouped_mm");
-  return map;
-}
 
 struct ScalePair {
   grouped::Scales a;
@@ -76,23 +47,24 @@ void grouped_mm(const GroupedMmArgs& args, Stream stream) {
   if (printing_plans()) print_first_time(grouped_plan_line(args, device.index, describe(plan)));
 #ifdef FP8_HOPPER_KERNELS
   const auto [a_scale, b_scale] = scales_of(args);
-  const grouped::Params params{.a = code_map(args.a, args.m, args.k, grouped::kBoxRowsA),
-                               .b = code_map(args.b, args.columns ? args.n : args.groups * args.n,
-                                             args.k, grouped::kBoxRowsB),
-                               .grid = {.offsets = args.offsets,
-                                        .groups = static_cast<int>(args.groups),
-                                        .limit = static_cast<int>(args.columns ? args.k : args.m),
-                                        .rows = static_cast<int>(args.m),
-                                        .cols = static_cast<int>(args.n),
-                                        .k = static_cast<int>(args.k)},
-                               .a_scale = a_scale,
-                               .b_scale = b_scale,
-                               .out = args.out,
-                               .ld_out = args.n,
-                               .group_out = args.columns ? args.m * args.n : 0,
-                               .out_bytes = static_cast<int>(dtype_bytes(args.out_dtype)),
-                               .out_half = args.out_dtype == Dtype::kFloat16,
-                               .add = args.accumulate};
+  const grouped::Params params{
+      .a = byte_matrix_map(args.a, args.m, args.k, args.k, grouped::kBoxRowsA),
+      .b = byte_matrix_map(args.b, args.columns ? args.n : args.groups * args.n, args.k, args.k,
+                           grouped::kBoxRowsB),
+      .grid = {.offsets = args.offsets,
+               .groups = static_cast<int>(args.groups),
+               .limit = static_cast<int>(args.columns ? args.k : args.m),
+               .rows = static_cast<int>(args.m),
+               .cols = static_cast<int>(args.n),
+               .k = static_cast<int>(args.k)},
+      .a_scale = a_scale,
+      .b_scale = b_scale,
+      .out = args.out,
+      .ld_out = args.n,
+      .group_out = args.columns ? args.m * args.n : 0,
+      .out_bytes = static_cast<int>(dtype_bytes(args.out_dtype)),
+      .out_half = args.out_dtype == Dtype::kFloat16,
+      .add = args.accumulate};
   if (args.columns) {
     grouped::launch_columns(plan, params, stream);
   } else if (plan.accumulation == Accumulation::kBlocks) {
