@@ -223,8 +223,8 @@ bool launch_of_types(Dtype x_dtype, Dtype dtype, Launch&& launch) {
   bool launched = false;
   dispatch_input(x_dtype, [&](auto input) {
     dispatch_format(dtype, [&](auto format) {
-      launched = launch.template operator()<typename decltype(input)::type,
-                                            typename decltype(format)::type>();
+      launched = launch.template
+                 operator()<typename decltype(input)::type, typename decltype(format)::type>();
     });
   });
   return launched;

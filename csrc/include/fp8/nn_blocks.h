@@ -71,7 +71,7 @@ TORCH_MODULE(MLP);
 
 struct RMSNormOptions {
   explicit RMSNormOptions(int64_t features);
-  TORCH_ARG(int64_t, features);  // of a row
+  TORCH_ARG(int64_t, features);                          // of a row
   TORCH_ARG(std::optional<double>, eps) = std::nullopt;  // none: 2^-23
   TORCH_ARG(bool, elementwise_affine) = true;
   TORCH_ARG(std::string, form) = "scale_then_round";  // see fp8::rms_norm

@@ -242,8 +242,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe_id, bool save_x_t, bool save_weight_amax,
     const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
-  const auto [recipe, x_t, keep_amax] = checked_forward(
-      x, weight, bias, recipe_id, save_x_t, save_weight_amax, input_scale, history);
+  const auto [recipe, x_t, keep_amax] =
+      checked_forward(x, weight, bias, recipe_id, save_x_t, save_weight_amax, input_scale, history);
   const c10::DeviceGuard guard(x.device());
   const Operand qx = operand::remembered_input(
       x, {.dtype = recipe.forward_dtype,
@@ -296,8 +296,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe_id, bool save_x_t, bool save_weight_amax,
     const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
-  const auto [recipe, x_t, keep_amax] = checked_forward(
-      x, weight, bias, recipe_id, save_x_t, save_weight_amax, input_scale, history);
+  const auto [recipe, x_t, keep_amax] =
+      checked_forward(x, weight, bias, recipe_id, save_x_t, save_weight_amax, input_scale, history);
   const auto fp32 = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_symint(with_last(x.sym_sizes(), weight.sym_size(0)), x.options());
   if (!x_t) {

@@ -1,6 +1,7 @@
 // merged_linear's gradient: one node of the graph with a result for each weight. The results are
-// plain tensors, those above a quarter of all columns in shared memory, made below autograd's views:
-// each may be modified in place. What is not reached by a backward has no gradient, not zeros.
+// plain tensors, those above a quarter of all columns in shared memory, made below autograd's
+// views: each may be modified in place. What is not reached by a backward has no gradient, not
+// zeros.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -23,9 +23,8 @@ void check_options(const Options& options) {
 
 template <typename Options>
 Linear layer(const Options& options, int64_t in_features, int64_t out_features) {
-  return Linear(LinearOptions(in_features, out_features)
-                    .bias(options.bias())
-                    .recipe(options.recipe()));
+  return Linear(
+      LinearOptions(in_features, out_features).bias(options.bias()).recipe(options.recipe()));
 }
 
 template <typename Options>

@@ -17,8 +17,8 @@ RMSNormImpl::RMSNormImpl(const RMSNormOptions& options_) : options(options_) {
 void RMSNormImpl::reset() {
   if (!options.elementwise_affine()) return;
   const bool one_plus = options.form() == "scale_by_one_plus";
-  weight = register_parameter("weight", one_plus ? torch::zeros(options.features())
-                                                 : torch::ones(options.features()));
+  weight = register_parameter(
+      "weight", one_plus ? torch::zeros(options.features()) : torch::ones(options.features()));
 }
 
 void RMSNormImpl::pretty_print(std::ostream& stream) const {

@@ -129,20 +129,20 @@ std::tuple<at::Tensor, at::Tensor> kernel::_rope(const OptionalTensor& q, const 
   const int64_t rotary = rotary_dim.expect_int();
   const at::Tensor cos_rows = with_rows(cos);
   const at::Tensor sin_rows = with_rows(sin);
-  core::RopeArgs args{.x_dtype = to_core(any.scalar_type()),
-                      .y_dtype = to_core(y_dtype),
-                      .cos_dtype = to_core(cos.scalar_type()),
-                      .layout = call.form.layout,
-                      .cols = any.size(-1),
-                      .rotary = rotary,
-                      .per_pair = cos.size(-1) != rotary,
-                      .transposed = call.form.transposed,
-                      .rounds_products = call.form.rounding == RopeRounding::kEach ||
-                                         (call.form.rounding == RopeRounding::kSum &&
-                                          call.form.transposed),
-                      .keeps_minus_zero = call.form.keeps_minus_zero,
-                      .cos = cos_rows.const_data_ptr(),
-                      .sin = sin_rows.const_data_ptr()};
+  core::RopeArgs args{
+      .x_dtype = to_core(any.scalar_type()),
+      .y_dtype = to_core(y_dtype),
+      .cos_dtype = to_core(cos.scalar_type()),
+      .layout = call.form.layout,
+      .cols = any.size(-1),
+      .rotary = rotary,
+      .per_pair = cos.size(-1) != rotary,
+      .transposed = call.form.transposed,
+      .rounds_products = call.form.rounding == RopeRounding::kEach ||
+                         (call.form.rounding == RopeRounding::kSum && call.form.transposed),
+      .keeps_minus_zero = call.form.keeps_minus_zero,
+      .cos = cos_rows.const_data_ptr(),
+      .sin = sin_rows.const_data_ptr()};
   at::Tensor rows[2];  // alive until the pass was launched
   const auto place = [&](const OptionalTensor& x, at::IntArrayRef order, int i) {
     if (!x) return none_like(any);

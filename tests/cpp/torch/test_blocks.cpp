@@ -28,8 +28,8 @@ TEST_CASE("GatedMLP has the values and gradients of its layers one after the oth
       const auto composed = std::dynamic_pointer_cast<fp8::nn::GatedMLPImpl>(block->clone());
       const torch::Tensor x = torch::randn({3, 5, 48}).requires_grad_();
       const torch::Tensor y = block(x);
-      const torch::Tensor expected = composed->down_proj(torch::silu(composed->gate_proj(x)) *
-                                                         composed->up_proj(x));
+      const torch::Tensor expected =
+          composed->down_proj(torch::silu(composed->gate_proj(x)) * composed->up_proj(x));
       REQUIRE(torch::equal(y, expected));
       y.sum().backward();
       expected.sum().backward();
@@ -67,7 +67,9 @@ TEST_CASE("a static scale of any layer of a GatedMLP counts") {
   const torch::Tensor x = torch::randn({7, 32});
   for (const int which : {0, 1, 2}) {
     fp8::nn::GatedMLP block(32, 96);
-    fp8::nn::Linear(which == 0 ? block->gate_proj : which == 1 ? block->up_proj : block->down_proj)
+    fp8::nn::Linear(which == 0   ? block->gate_proj
+                    : which == 1 ? block->up_proj
+                                 : block->down_proj)
         ->set_input_scale(scale(0.001F));
     const torch::Tensor expected =
         block->down_proj(torch::silu(block->gate_proj(x)) * block->up_proj(x));
