@@ -1,4 +1,4 @@
-"""A training step of Llama-3-8B's layers under FSDP2: fp32 parameters in shards, bf16 when gathered.
+"""A training step of Llama-3-8B's layers under FSDP2: fp32 parameters in shards, gathered in bf16.
 
 bench_model.py's step with a batch for each GPU, every decoder layer and the model sharded over two
 GPUs. bf16 in eager mode, compiled, fp8.convert, and torchao with each
