@@ -123,7 +123,7 @@ def test_code_that_was_replaced():
         return self.second(x)
 
     Mine.forward = other
-    assert [tuple(p) for p in _fused_residuals.places(Mine)] == [("second", True)]
+    assert ("second", True) in _fused_residuals.places(Mine)
     Mine.forward = eval("lambda self, x: self.second(x + x)")
     assert _fused_residuals.places(Mine) == ()
 
@@ -157,15 +157,17 @@ def test_decorated_by_something_else():
 
 
 def test_children_that_are_no_norms(monkeypatch):
-    """The code cannot tell: a call is as the class has it."""
+    """The code cannot tell; a call of them is as the class has it."""
 
     class Mine(layers.Llamas):
         def forward(self, x):
-            x = x + self.first(x)
             y = self.mixer(x)
+            x = x + y
+            y = self.mlp(x)
             x = x + y
             return self.second(x)
 
+    assert [place.name for place in _fused_residuals.places(Mine)] == ["mlp", "second", "mixer"]
     fused, plain = pair(Mine())
     assert Calls(monkeypatch).during(assert_same_step, fused, plain, data()) == ["add"]
-    assert "residual, second\n" in fp8.summary(fused) + "\n"
+    assert "residual, second\n" in fp8.summary(fused)
