@@ -72,20 +72,23 @@ class Writer:
                 continue
             for inner in blocks(statement):
                 self._sums(inner)
-            self._sum(statement, block[position + 1 :])
+            self._sum(block, position)
 
-    def _sum(self, statement: ast.stmt, after: list[ast.stmt]) -> None:
-        """Rewrites `S = A + B`, if S is normed in the statements after it."""
+    def _sum(self, block: list[ast.stmt], position: int) -> None:
+        """Rewrites `S = A + B` at the position, if S is normed in the statements after it."""
+        statement = block[position]
         if not isinstance(statement, ast.Assign) or (name := _target(statement)) is None:
             return
         total = statement.value
         if not isinstance(total, ast.BinOp) or not isinstance(total.op, ast.Add):
             return
-        names, ever = {name}, {name}
-        for following in after:
+        names = {name}
+        for place, following in enumerate(block[position + 1 :], position + 1):
             if (copied := _copied(following)) is None:
                 call = self._first_call(following)
-                if call is None or _given(call) not in names or self._in_place(ever):
+                if call is None or _given(call) not in names:
+                    return
+                if self._in_place(names, block, place):
                     return
                 statement.targets = [_both(name)]
                 statement.value = self._helper(ADD, call, [total.left, total.right], total)
@@ -94,7 +97,6 @@ class Writer:
                 return
             target, source = copied
             names = names | {target} if source in names else names - {target}
-            ever |= {target}
 
     def _streams(self, block: list[ast.stmt]) -> None:
         """Streams from elsewhere, in the function's own block, where all that reads them later can
@@ -106,7 +108,7 @@ class Writer:
             stored = written(statement)
             if copied is None and (call := self._first_call(statement)) is not None:
                 names = same.get(_given(call), {_given(call)})
-                made = self._stream(block[position:], call, names)
+                made = self._stream(block, position, call, names)
                 if made is not None:
                     before.append((position, made))
             for name in stored:
@@ -118,17 +120,19 @@ class Writer:
             block.insert(position, made)
 
     def _stream(
-        self, statements: list[ast.stmt], call: ast.Call, names: set[str]
+        self, block: list[ast.stmt], position: int, call: ast.Call, names: set[str]
     ) -> ast.stmt | None:
-        """Rewrites the call in the first statement, if one of the names for what it is given is
+        """Rewrites the call in the statement there, if one of the names for what it is given is
         read from there on, and in sums alone; returns what has to stand before it."""
-        uses = {name: _uses(statements, name, call.args[0]) for name in sorted(names)}
+        uses = {name: _uses(block[position:], name, call.args[0]) for name in sorted(names)}
         read = [name for name, sums in uses.items() if sums]
-        if len(read) != 1 or not all(uses[read[0]]) or self._in_place(names):
+        if len(read) != 1 or not all(uses[read[0]]):
+            return None
+        if self._in_place(names, block, position):
             return None
         given = ast.copy_location(ast.Name(_given(call), ast.Load()), call)
         made = ast.Assign([_both(read[0])], self._helper(PASS, call, [given], call))
-        _choose(statements[0], call)
+        _choose(block[position], call)
         self.places.append(Place(_name(call), False))
         return ast.copy_location(made, made.value)
 
@@ -143,13 +147,21 @@ class Writer:
         own = isinstance(call.func.value, ast.Name) and call.func.value.id == self._self
         return call if own and alone else None
 
-    def _in_place(self, names: set[str]) -> bool:
-        """Whether something that one of the variables stands for is changed in the function."""
-        for node in ast.walk(self._function):
-            for changed in _changed(node):
-                if isinstance(changed, ast.Name) and changed.id in names:
-                    self.why = f"{changed.id} is changed in place"
-                    return True
+    def _in_place(self, names: set[str], block: list[ast.stmt], first: int) -> bool:
+        """Whether what the variables stand for may be changed after the first statement: while they
+        stand for it, in the function's own block; by any statement, in one within."""
+        names = {*names}
+        own = block is self._function.body
+        for statement in block[first:] if own else self._function.body:
+            for node in ast.walk(statement):
+                for changed in _changed(node):
+                    if isinstance(changed, ast.Name) and changed.id in names:
+                        self.why = f"{changed.id} is changed in place"
+                        return True
+            if own and (copied := _copied(statement)) is not None and copied[1] in names:
+                names |= {copied[0]}
+            elif own and not blocks(statement):
+                names -= written(statement)
         return False
 
     def _helper(

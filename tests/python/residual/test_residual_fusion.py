@@ -263,3 +263,40 @@ def test_sums_of_a_stream_that_others_read(monkeypatch):
     (y,), total = fused._fp8_add_norm("second", a, b)
     assert torch.autograd.grad(total.sum(), [a, norm.weight], allow_unused=True)[1] is None
     assert _fused_norms.SPEC in vars(norm)
+
+
+def rotate(q, k, cos, sin):
+    """As Llama's apply_rotary_pos_emb."""
+
+    def half(x):
+        return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+    return q * cos + half(q) * sin, k * cos + half(k) * sin
+
+
+class Rotates(layers.Llamas):
+    """Whose own forward rotates too."""
+
+    def forward(self, x, cos, sin):
+        y = self.first(x).view(2, 1, 9, layers.K)
+        q, k = rotate(y, y + 1, cos, sin)
+        x = x + (q * k).view(2, 9, layers.K)
+        y = self.second(x)
+        return x + y
+
+
+@pytest.mark.parametrize("first", ["rope", "residual", "both"])
+def test_layer_that_rotates(first):
+    """Another fusion has its forward, whichever came first: no sum is fused, and all is right."""
+    module = Rotates().bfloat16()
+    plain = fuse(copy.deepcopy(module), {"norms"})
+    model = nn.ModuleList([module, layers.Llamas()])
+    if first != "both":
+        fuse(model, {"norms", first})
+    fuse(model, {"norms", "residual", "rope"})
+    line = fp8.summary(model).splitlines()[1]
+    assert "fused: rope, halves; - (not fused: its " in line
+    cos, sin = (torch.randn(2, 1, 9, layers.K).bfloat16() for _ in range(2))
+    assert_same_bits(module(data(), cos, sin), plain(data(), cos, sin), "y")
+    fp8.revert(model)
+    assert type(module) is Rotates
