@@ -42,6 +42,7 @@ LEFT = {
     "x = x + x; x = x; x = torch.sin(x); return self.second(x)": "another variable",
     "y = x + x; x = y; y = self.first; z = self.second(x); return z": "no copy of a variable",
     "y = x; x = x + x; z = self.second(y); return z": "another variable",
+    "z = 2 * x; x = x + x; x = z; return self.second(x)": "another variable",
     "x = x - x; x = self.second(x); return x": "no sum",
     "x += x; return self.second(x)": "in place",
     "x = x + x; y = self.second(x); x += 1; return y": "in place",
