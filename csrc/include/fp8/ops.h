@@ -170,7 +170,8 @@ at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
 // the weight gradients of neighbouring weights. Nothing is copied together in high precision. So
 // with one scale per tensor the weights share theirs, and so do the gradients of the results; with
 // a scale per row y_i has the bits of a fused_linear of its own. The y_i are columns of one tensor,
-// with its distance from row to row; each is a tensor of its own to autograd, and may be modified
+// with its distance from row to row; with gradients, one of at most a quarter of all columns has
+// memory of its own. Each is a tensor of its own to autograd, and may be modified
 // in place. A y_i that no gradient reaches is left out of the backward. At most 62 weights;
 // history: one for all of them. Differentiable once.
 std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tensor> weights,

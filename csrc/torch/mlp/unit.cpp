@@ -8,9 +8,6 @@
 #include "torch/common/tensors.h"
 
 namespace fp8::mlp_node {
-namespace {
-
-using core::Granularity;
 
 // --- composed of ATen's operators: the CPU, and what no kernel does ---
 
@@ -28,6 +25,10 @@ at::Tensor act(Activation activation, const at::Tensor& x) {
       return at::square(at::relu(x));
   }
 }
+
+namespace {
+
+using core::Granularity;
 
 at::Tensor act_backward(Activation activation, const at::Tensor& dy, const at::Tensor& x) {
   switch (activation) {

@@ -16,6 +16,9 @@ namespace fp8::mlp_node {
 // As core::MlpActivation counts them.
 enum class Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kReluSquared, kClampedSilu };
 
+// By ATen's operator, with its gradient; not of what has two inputs (kClampedSilu).
+at::Tensor act(Activation activation, const at::Tensor& x);
+
 // What a unit computes, and where its gate and up lie.
 struct Unit {
   Form form = Form::kSeparate;
