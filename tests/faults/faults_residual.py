@@ -24,7 +24,8 @@ RESIDUALS = [
     Fault(
         "a stream that is handed on counts writes of its own",
         "csrc/torch/norm/autograd.cpp",
-        "torch::autograd::impl::set_version_counter(same, torch::autograd::impl::version_counter(x));",
+        "torch::autograd::impl::set_version_counter(same, torch::autograd::impl::version_counter("
+        "x));",
         "",
         OBSTACLES,
     ),
@@ -104,7 +105,7 @@ RESIDUALS = [
         CODE,
         "if isinstance(statement, ast.Import | ast.ImportFrom):",
         "if isinstance(statement, ast.ImportFrom):",
-        "tests/python/residual/test_residual_families.py",
+        PLACES,
     ),
     Fault(
         "equal code is taken for that of another file",

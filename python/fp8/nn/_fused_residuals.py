@@ -9,7 +9,7 @@ by itself.
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ _FORMS = ("scale_then_round", "round_then_scale", "scale_by_one_plus", LAYER)
 
 _MARK = "_fp8_residual_from"
 
-_classes: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}
+_classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
 def original(kind: type) -> type[nn.Module] | None:
@@ -40,37 +40,42 @@ def original(kind: type) -> type[nn.Module] | None:
     return made_from(kind, _MARK)
 
 
+class _Look(NamedTuple):
+    """What the forward of a class comes to."""
+
+    forward: Callable[..., Any] | None = None  # rewritten
+    places: tuple[Place, ...] = ()
+    why: str | None = None  # there is none; None where there is nothing to rewrite
+
+
+def _look(kind: type[nn.Module]) -> _Look:
+    function = own_function(kind)
+    if base_of(kind) is not None:
+        return _Look(why="its forward was changed for another fusion")
+    if not isinstance(function, FunctionType) or kind.__module__.startswith("torch.nn."):
+        return _Look()
+    found = rewritten(function.__code__)
+    if found.code is None:
+        return _Look(why=found.why)
+    made = with_code(kind.forward, function, found.code)
+    if made is None:
+        return _Look(why="its forward is decorated by more than functions")
+    return _Look(made, found.places)
+
+
 def places(kind: type[nn.Module]) -> tuple[Place, ...]:
-    """Where the forward of `kind`, a class that is not fused, calls a child on a residual stream."""
-    return _look(kind)[1]
+    """Where the forward of `kind`, a class that is not fused, calls children on a stream."""
+    return _look(kind).places
 
 
 def obstacle(kind: type[nn.Module]) -> str | None:
     """Why the forward of `kind` cannot be rewritten; None if it can, or has nothing to rewrite."""
-    return _look(kind)[2]
-
-
-def _look(
-    kind: type[nn.Module],
-) -> tuple[Callable[..., Any] | None, tuple[Place, ...], str | None]:
-    """The rewritten forward of a class, its places, and why there is none."""
-    function = own_function(kind)
-    if base_of(kind) is not None:
-        return None, (), "its forward was changed for another fusion"
-    if not isinstance(function, FunctionType) or kind.__module__.startswith("torch.nn."):
-        return None, (), None
-    found = rewritten(function.__code__)
-    if found.code is None:
-        return None, (), found.why
-    made = with_code(kind.forward, function, found.code)
-    if made is None:
-        return None, (), "its forward is decorated by more than functions"
-    return made, found.places, None
+    return _look(kind).why
 
 
 def fused_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` whose forward is rewritten, for the forward that `base` has now."""
-    key = (base, base.forward)
+    key = (base, base.forward, getattr(own_function(base), "__code__", None))
     if key not in _classes:
         _classes[key] = _make(base)
     return _classes[key]
@@ -120,7 +125,7 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
     own: Callable[..., Any] = base.forward
     function = own_function(base)
     code = getattr(function, "__code__", None)
-    made = _look(base)[0] or own
+    made = _look(base).forward or own
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_compiling() or not intact():

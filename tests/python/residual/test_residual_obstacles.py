@@ -26,13 +26,8 @@ def _own_forward(norm):
 
 def _other_call(norm):
     kind = type(norm)
-    norm.__class__ = type("Other", (kind,), {"__call__": lambda self, x: kind.__call__(self, 2 * x)})
-
-
-def _own_call(norm):
-    """Of the class that the norm's is made of."""
-    kind = type(norm)
-    kind.__call__ = lambda self, x: nn.Module.__call__(self, 2 * x)
+    call = {"__call__": lambda self, x: kind.__call__(self, 2 * x)}
+    norm.__class__ = type("Other", (kind,), call)
 
 
 WAYS = {

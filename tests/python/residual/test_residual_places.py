@@ -15,6 +15,9 @@ from fp8.nn import _fused_residuals
 from fp8.nn._residual_code import ELSEWHERE, rewritten
 
 CODE = '''
+if True:
+    import torch
+
 class Layer(Parts):
     def forward(self, x):
 {body}
@@ -23,6 +26,7 @@ FOUND = {
     "x = x + self.mixer(x); y = x; z = y; x = self.second(z); return x + y": ["add"],
     "x = x + x; x = self.mlp(self.second(x)) + x; return x": ["add"],
     "x = x + x; return x, self.second(x)": ["add"],
+    "x = torch.sin(x) + x; return self.second(x)": ["add"],
     "h: torch.Tensor = x; x = x + x; y: torch.Tensor = self.second(x); return y": ["add"],
     "for _ in range(2):\n  x = x + x\n  y = self.second(x)\nreturn y": ["add", "add"],
     "if True:\n  x = x + x\n  y = self.second(x)\nreturn y": ["add"],
@@ -75,7 +79,7 @@ def layer_of(tmp_path, body, name="layer"):
     lines = "\n".join(" " * 8 + line for line in body.replace("; ", "\n").split("\n"))
     path = tmp_path / f"{name}.py"
     path.write_text(CODE.format(body=lines))
-    have = {"Parts": Parts, "nn": nn, "torch": torch, "__name__": name}
+    have = {"Parts": Parts, "nn": nn, "__name__": name}
     exec(compile(path.read_text(), str(path), "exec", dont_inherit=True), have)
     return have["Layer"]
 
