@@ -327,7 +327,7 @@ CPU = [
     ),
     Fault(
         "a hook of a layer is passed by",
-        "python/fp8/nn/_mlp.py",
+        "python/fp8/nn/_calls.py",
         "if any(state[hooks] for hooks in _HOOKS):",
         "if False:",
         f"{MLP}/test_mlp_modules.py",

@@ -219,6 +219,11 @@ TORCH_LIBRARY(fp8, m) {
       " -> (Tensor dx, Tensor d_weights, Tensor d_gate_up, Tensor d_down,"
       " Tensor d_gate_up_bias, Tensor d_down_bias)",
       tags);
+  // A norm, and its input for the other uses of it: their gradient joins in the norm's backward.
+  m.def(
+      "_norm_and_input(Tensor(a) x, Tensor? weight, Tensor? bias, float eps, int form)"
+      " -> (Tensor y, Tensor(a) same)",
+      tags);
   // What the norms are differentiated through.
   m.def(
       "_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, int form)"
@@ -255,6 +260,7 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, rms_norm);
   FP8_KERNEL(composite, layer_norm);
   FP8_KERNEL(composite, add_rms_norm);
+  FP8_KERNEL(composite, _norm_and_input);
   FP8_KERNEL(composite, rope);
 }
 
@@ -346,6 +352,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("rms_norm", TORCH_FN(fp8::autograd::rms_norm));
   m.impl("layer_norm", TORCH_FN(fp8::autograd::layer_norm));
   m.impl("add_rms_norm", TORCH_FN(fp8::autograd::add_rms_norm));
+  m.impl("_norm_and_input", TORCH_FN(fp8::autograd::_norm_and_input));
   m.impl("_norm_backward", TORCH_FN(fp8::autograd::_norm_backward));
   m.impl("rope", TORCH_FN(fp8::composite::rope));
   m.impl("_rope", TORCH_FN(fp8::autograd::_rope));

@@ -70,6 +70,9 @@ def convert(
             "mlp": MLPs, gated, merged or plain, whose linears run in FP8, as one node
             (`fp8.ops.mlp`), with the same bits but for the input's gradient through two weights,
             which is rounded once less.
+            "residual": layers that add to a residual stream and norm it, recognized by the code of
+            their forward, do both in one pass (`fp8.ops.add_rms_norm`), where the norm is fused;
+            with the same bits.
             "siblings": linears in FP8 that one module calls with one tensor, as q, k and v of
             attention, recognized by the code of its forward (`fp8.ops.merged_linear`): with one
             scale per tensor they share it, and the input's gradient is rounded once.

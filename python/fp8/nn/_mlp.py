@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..recipe import Recipe
 from . import _histories
-from ._calls import CALLED, has_own_forward
+from ._calls import CALLED, called_through
 from ._linear import Linear
 from ._watched import WatchedParameter
 
@@ -30,12 +30,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu_squared": lambda x: torch.square(F.relu(x)),
 }
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -47,13 +41,8 @@ def more_than_plain(layer: nn.Module) -> str | None:
     """What a call of `layer` does beside fused_linear on its parameters; None for nothing."""
     if type(layer) is not Linear:
         return "is no fp8.Linear"
-    if has_own_forward(layer):
-        return "has a forward of its own"
-    state = vars(layer)
-    if any(state[hooks] for hooks in _HOOKS):
-        return "has hooks"
-    if state.get("_compiled_call_impl") is not None:
-        return "is compiled"
+    if (more := called_through(layer)) is not None:
+        return more
     weight = layer._parameters.get("weight")  # none where it is parametrized
     if type(weight) is not nn.Parameter and type(weight) is not WatchedParameter:
         return "has a weight that is no plain parameter"
