@@ -185,8 +185,10 @@ std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tens
 // [2 I, K] without up, the gate's half first, or second with gate_second. activation: "silu",
 // "gelu", "gelu_tanh", "relu", "relu_squared", and with a gate "clamped_silu" (see moe_experts,
 // alpha and limit of it). save: "bf16" keeps the products of gate and up for the backward,
-// "recompute" makes them again. Histories: one for each layer, with "delayed"; x is quantized once,
-// with gate's. Values and gradients are those of the composition, bit for bit, but that dx through
+// "fp8" e4m3 codes of them with a scale for each row, which only the backward reads: y has the same
+// bits, the gradients are those of what the codes stand for; "recompute" makes the products again.
+// Histories: one for each layer, with "delayed"; x is quantized once, with gate's. Values, and
+// gradients unless "fp8" is saved, are those of the composition, bit for bit, but that dx through
 // two weights is summed inside the second product. Differentiable once.
 struct MlpOptions {
   std::string_view activation = "silu";

@@ -179,17 +179,19 @@ TORCH_LIBRARY(fp8, m) {
       " Tensor? up_bias, Tensor? down_bias, int activation, bool gate_second, float alpha,"
       " float limit, int recipe, int needs, *, Tensor(a!)? gate_history=None,"
       " Tensor(b!)? up_history=None, Tensor(c!)? down_history=None)"
-      " -> (Tensor y, Tensor gate_out, Tensor up_out, Tensor x_t, Tensor x_t_scale, Tensor x_amax,"
-      " Tensor gate_amax, Tensor up_amax, Tensor down_amax, Tensor h_amax)",
+      " -> (Tensor y, Tensor gate_out, Tensor up_out, Tensor gate_out_scale, Tensor up_out_scale,"
+      " Tensor x_t, Tensor x_t_scale, Tensor x_amax, Tensor gate_amax, Tensor up_amax,"
+      " Tensor down_amax, Tensor h_amax)",
       tags);
   m.def(
       "_mlp_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? gate_out, Tensor? up_out,"
-      " Tensor? gate, Tensor? up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? x_amax,"
-      " Tensor? gate_amax, Tensor? up_amax, Tensor? down_amax, Tensor? h_amax, SymInt in_features,"
-      " SymInt features, int form, int activation, bool gate_second, float alpha, float limit,"
-      " int recipe, int needs, *, Tensor(a!)? gate_history=None, Tensor(b!)? up_history=None,"
-      " Tensor(c!)? down_history=None) -> (Tensor dx, Tensor dgate, Tensor dup, Tensor ddown,"
-      " Tensor dgate_bias, Tensor dup_bias, Tensor ddown_bias)",
+      " Tensor? gate_out_scale, Tensor? up_out_scale, Tensor? gate, Tensor? up, Tensor? down,"
+      " Tensor? gate_bias, Tensor? up_bias, Tensor? x_amax, Tensor? gate_amax, Tensor? up_amax,"
+      " Tensor? down_amax, Tensor? h_amax, SymInt in_features, SymInt features, int form,"
+      " int activation, bool gate_second, float alpha, float limit, int recipe, int needs, *,"
+      " Tensor(a!)? gate_history=None, Tensor(b!)? up_history=None, Tensor(c!)? down_history=None)"
+      " -> (Tensor dx, Tensor dgate, Tensor dup, Tensor ddown, Tensor dgate_bias, Tensor dup_bias,"
+      " Tensor ddown_bias)",
       tags);
   // What grouped_linear and moe_experts are differentiated through.
   m.def(
