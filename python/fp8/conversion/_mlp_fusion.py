@@ -10,6 +10,7 @@ from ..nn._fused_mlps import NOTES, Notes, fused_class, obstacle, original, own_
 from ..nn._linear import Linear
 from ..nn._mlp import MLP, GatedMLP
 from ..nn._mlp_probe import MLPSpec, linears_of, probe
+from ._classes import change, give_back
 from ._fusions import Fusable
 from ._mlp_key import key_of
 
@@ -51,19 +52,13 @@ def apply(found: Fusable) -> None:
         return
     base = type(module)
     notes = vars(module)[NOTES] = Notes()
-    vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
-    module.__class__ = fused_class(base)
+    change(module, fused_class(base))
     notes.know(module, base, found.what)
 
 
 def undo(module: nn.Module) -> str | None:
     """Gives the module its class back; why not, if that cannot be."""
-    base = original(type(module))
-    if base is None:
-        return f"its class is {type(module).__name__}, made of a fused one"
-    vars(module).pop(NOTES, None)
-    module.__class__ = base
-    return None
+    return give_back(module, original(type(module)), NOTES)
 
 
 def keep(model: nn.Module, save: str) -> None:

@@ -8,6 +8,7 @@ from .._native.progress import progress
 from ..nn._calls import has_own_forward
 from ..nn._fused_norms import LAYER, SPEC, NormSpec, fused_class, original
 from ..nn._fused_norms import stale as _stale
+from ._classes import change, give_back, refused
 from ._fusions import Fusable
 from ._norm_key import Key, key_of
 from ._norm_probe import probe
@@ -32,15 +33,7 @@ def find(model: nn.Module) -> list[Fusable]:
 
 
 def _refused(module: nn.Module) -> str | None:
-    if is_fused(module):
-        return None
-    if has_own_forward(module):
-        return "its forward was replaced on the instance; convert before that"
-    try:
-        fused_class(type(module))
-    except Exception as error:  # of what the class does when a subclass is made
-        return f"its class takes no subclass: {error}"
-    return None
+    return None if is_fused(module) else refused(module, lambda: fused_class(type(module)))
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -62,21 +55,12 @@ def apply(found: Fusable) -> None:
     kind = type(module)
     if is_fused(module) and original(kind) is None:
         return  # something made of a fused one
-    if not has_own_forward(module):
-        vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
-    module.__class__ = fused_class(original(kind) or kind)
+    change(module, fused_class(original(kind) or kind))
 
 
 def undo(module: nn.Module) -> str | None:
     """Gives the module its class back; why not, if that cannot be."""
-    base = original(type(module))
-    if base is None:
-        return f"its class is {type(module).__name__}, made of a fused one"
-    vars(module).pop(SPEC, None)
-    if not has_own_forward(module):
-        vars(module).pop("forward", None)
-    module.__class__ = base
-    return None
+    return give_back(module, original(type(module)), SPEC)
 
 
 def describe(found: Fusable) -> tuple[str, str]:

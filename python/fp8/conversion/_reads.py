@@ -9,13 +9,13 @@ attribute chains are plain to see: no source is needed, nothing is run. What goe
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..nn._class_code import method_codes
 from ._bytecode import Token, branches, tokens_of
 
 Path = tuple[str, ...]
@@ -74,7 +74,7 @@ def reads_of(module: nn.Module) -> dict[str, Reads]:
         if name in found:
             continue
         found[name] = total = Reads()
-        for code in _codes(type(module), name):
+        for code in method_codes(type(module), name, _code):
             outcomes = tuple(branch.outcome(module) for branch in branches(code))
             reads = _reads_of_code(code, outcomes)
             total.weights |= reads.weights
@@ -83,21 +83,6 @@ def reads_of(module: nn.Module) -> dict[str, Reads]:
             total.used |= reads.used
             waiting += sorted(reads.methods)
     return found
-
-
-def _codes(kind: type[nn.Module], name: str) -> Iterator[types.CodeType]:
-    """The code of a method; its overridden forms too, where it calls super()."""
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            return
-        if name not in vars(base):
-            continue
-        code = _code(vars(base)[name])
-        if code is None:
-            return
-        yield code
-        if "super" not in code.co_names:
-            return
 
 
 def _code(attribute: Any) -> types.CodeType | None:

@@ -5,7 +5,6 @@ from torch import nn
 
 from ..nn import _fused_residuals
 from ..nn._calls import has_own_forward
-from ..nn._fused_classes import base_of
 from ..nn._fused_residuals import (
     fused_class,
     norm_obstacle,
@@ -17,6 +16,7 @@ from ..nn._fused_residuals import (
 )
 from ..nn._fused_rope import without_stand_ins
 from ..nn._residual_places import Place
+from ._classes import change, give_back, innermost, refused
 from ._fusions import Fusable
 from ._norm_fusion import find as find_norms
 
@@ -29,7 +29,7 @@ def find(model: nn.Module) -> list[Fusable]:
     for name, module in model.named_modules():
         if not is_fused(module) and norms.isdisjoint(module._modules.values()):
             continue
-        kind = _own_class(type(module))
+        kind = innermost(type(module), original)
         what = tuple(p for p in places(kind) if module._modules.get(p.name) in norms)
         if what or is_fused(module):
             found.append(Fusable(module, name, what, _refused(module, kind)))
@@ -38,28 +38,13 @@ def find(model: nn.Module) -> list[Fusable]:
     return found
 
 
-def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Below what is fused of it, or of the class that it is made of."""
-    for each in kind.__mro__:
-        if (base := original(each)) is not None:
-            return base
-    while (base := base_of(kind)) is not None:
-        kind = base
-    return kind
-
-
 def _refused(module: nn.Module, kind: type[nn.Module]) -> str | None:
     if is_fused(module):
         return None
-    if has_own_forward(module):
-        return "its forward was replaced on the instance; convert before that"
-    if _rotates(type(module)):
+    why = refused(module, lambda: fused_class(kind))
+    if why is None and _rotates(type(module)):
         return "not fused: its own forward calls a rotation that is"
-    try:
-        fused_class(kind)
-    except Exception as error:  # of what the class does when a subclass is made
-        return f"its class takes no subclass: {error}"
-    return None
+    return why
 
 
 def _rotates(kind: type[nn.Module]) -> bool:
@@ -96,20 +81,12 @@ def apply(found: Fusable) -> None:
             return  # something made of a fused one
     elif _rotates(kind) or unable(found) is not None:
         return
-    if not has_own_forward(module):
-        vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
-    module.__class__ = with_residuals(kind)
+    change(module, with_residuals(kind))
 
 
 def undo(module: nn.Module) -> str | None:
     """Gives the module its class back; why not, if that cannot be."""
-    base = without_residuals(type(module))
-    if base is None:
-        return f"its class is {type(module).__name__}, made of a fused one"
-    if not has_own_forward(module):
-        vars(module).pop("forward", None)
-    module.__class__ = base
-    return None
+    return give_back(module, without_residuals(type(module)))
 
 
 def describe(found: Fusable) -> tuple[str, str]:

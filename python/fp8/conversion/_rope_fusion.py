@@ -6,7 +6,6 @@ from torch import nn
 from .._native.progress import progress
 from ..nn import _fused_rope
 from ..nn._calls import has_own_forward
-from ..nn._fused_classes import base_of
 from ..nn._fused_rope import (
     fused_class,
     obstacle,
@@ -17,6 +16,7 @@ from ..nn._fused_rope import (
 )
 from ..nn._rope_spec import RopeSpec
 from ..nn._rotations import Rotation
+from ._classes import change, give_back, innermost, refused
 from ._fusions import Fusable
 
 
@@ -25,7 +25,7 @@ def find(model: nn.Module) -> list[Fusable]:
     known: dict[type[nn.Module], dict[str, Rotation]] = {}
     found = []
     for name, module in progress([*model.named_modules()], "fp8: rotations", "module"):
-        kind = _own_class(type(module))
+        kind = innermost(type(module), original)
         if kind not in known:
             known[kind] = rotations(kind)
         specs = {n: rotation.spec for n, rotation in known[kind].items()}
@@ -38,16 +38,6 @@ def find(model: nn.Module) -> list[Fusable]:
     return found
 
 
-def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Below what is fused of it, or of the class that it is made of."""
-    for each in kind.__mro__:
-        if (base := original(each)) is not None:
-            return base
-    while (base := base_of(kind)) is not None:
-        kind = base
-    return kind
-
-
 def _seems_to(rotation: Rotation) -> bool:
     """For a reason in the summary: by its arguments' names, whatever it computes."""
     function = rotation.function()
@@ -58,15 +48,9 @@ def _seems_to(rotation: Rotation) -> bool:
 def _refused(module: nn.Module, kind: type[nn.Module]) -> str | None:
     if is_fused(module):
         return None
-    if has_own_forward(module):
-        return "its forward was replaced on the instance; convert before that"
-    if (why := obstacle(kind)) is not None:
+    if not has_own_forward(module) and (why := obstacle(kind)) is not None:
         return f"not fused: {why}"
-    try:
-        fused_class(kind)
-    except Exception as error:  # of what the class does when a subclass is made
-        return f"its class takes no subclass: {error}"
-    return None
+    return refused(module, lambda: fused_class(kind))
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -87,20 +71,12 @@ def apply(found: Fusable) -> None:
     kind = type(module)
     if is_fused(module) and without_stand_ins(kind) is None:
         return  # something made of a fused one
-    if not has_own_forward(module):
-        vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
-    module.__class__ = with_stand_ins(kind)
+    change(module, with_stand_ins(kind))
 
 
 def undo(module: nn.Module) -> str | None:
     """Gives the module its class back; why not, if that cannot be."""
-    base = without_stand_ins(type(module))
-    if base is None:
-        return f"its class is {type(module).__name__}, made of a fused one"
-    if not has_own_forward(module):
-        vars(module).pop("forward", None)
-    module.__class__ = base
-    return None
+    return give_back(module, without_stand_ins(type(module)))
 
 
 def describe(found: Fusable) -> tuple[str, str]:

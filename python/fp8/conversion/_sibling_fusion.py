@@ -16,6 +16,7 @@ from ..nn._fused_siblings import (
 )
 from ..nn._linear import Linear
 from ..nn._merged import MergedLinear
+from ._classes import change, give_back, refused
 from ._fusions import Fusable
 
 _LINEARS = (Linear, nn.Linear)
@@ -36,15 +37,7 @@ def find(model: nn.Module) -> list[Fusable]:
 
 
 def _refused(module: nn.Module) -> str | None:
-    if is_fused(module):
-        return None
-    if has_own_forward(module):
-        return "its forward was replaced on the instance; convert before that"
-    try:
-        fused_class(type(module))
-    except Exception as error:  # of what the class does when a subclass is made
-        return f"its class takes no subclass: {error}"
-    return None
+    return None if is_fused(module) else refused(module, lambda: fused_class(type(module)))
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -60,18 +53,12 @@ def apply(found: Fusable) -> None:
     if is_fused(module) or own_class_of_mlp(kind) is not None or not groups_of(module, kind):
         return
     vars(module)[NOTES] = Notes()
-    vars(module).pop("forward", None)  # that of the class it was: see has_own_forward
-    module.__class__ = fused_class(kind)
+    change(module, fused_class(kind))
 
 
 def undo(module: nn.Module) -> str | None:
     """Gives the module its class back; why not, if that cannot be."""
-    base = original(type(module))
-    if base is None:
-        return f"its class is {type(module).__name__}, made of a fused one"
-    vars(module).pop(NOTES, None)
-    module.__class__ = base
-    return None
+    return give_back(module, original(type(module)), NOTES)
 
 
 def stale(module: nn.Module) -> str | None:

@@ -25,7 +25,23 @@ except ImportError as error:
 __all__ = ["FabricPrecision", "Precision"]
 
 
-class Precision(_Trainer):
+class _Converts:
+    """What the two add to Lightning's own."""
+
+    def __init__(
+        self, precision: Literal["bf16-true", "16-true"] = "bf16-true", **options: Any
+    ) -> None:
+        super().__init__(precision)  # type: ignore[call-arg]
+        self._options = check_options(type(self).__name__, options)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """The module, cast and converted in place."""
+        cast: nn.Module = super().convert_module(module)  # type: ignore[misc]
+        converted: nn.Module = convert(cast, **self._options)
+        return converted
+
+
+class Precision(_Converts, _Trainer):
     """For `lightning.Trainer(plugins=...)`: Lightning's half precision, and then `fp8.convert`.
 
     Args:
@@ -35,28 +51,6 @@ class Precision(_Trainer):
     Raises TypeError for an unknown option and ValueError for an unknown recipe.
     """
 
-    def __init__(
-        self, precision: Literal["bf16-true", "16-true"] = "bf16-true", **options: Any
-    ) -> None:
-        super().__init__(precision)
-        self._options = check_options(type(self).__name__, options)
 
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """The module, cast and converted in place."""
-        converted: nn.Module = convert(super().convert_module(module), **self._options)
-        return converted
-
-
-class FabricPrecision(_Fabric):
+class FabricPrecision(_Converts, _Fabric):
     """For `lightning.Fabric(plugins=...)`; see `Precision`."""
-
-    def __init__(
-        self, precision: Literal["bf16-true", "16-true"] = "bf16-true", **options: Any
-    ) -> None:
-        super().__init__(precision)
-        self._options = check_options(type(self).__name__, options)
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """The module, cast and converted in place."""
-        converted: nn.Module = convert(super().convert_module(module), **self._options)
-        return converted

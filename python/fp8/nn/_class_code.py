@@ -3,7 +3,7 @@ them. A fused forward stands in for that code as long as nothing of it was repla
 
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -49,6 +49,24 @@ def held(kind: type[nn.Module], names: frozenset[str]) -> tuple[Held, ...]:
             if (base, name) != (kind, "forward") and not _made_anew(base, name):
                 found.append(Held(base, name, getattr(base, name)))
     return tuple(found)
+
+
+def method_codes(
+    kind: type[nn.Module], name: str, code_of: Callable[[Any], types.CodeType | None]
+) -> Iterator[types.CodeType]:
+    """The code of a method; of its overridden forms too, where it calls super(). code_of: of what a
+    class has under the name; None: that cannot be read, and nothing below it is."""
+    for base in kind.__mro__:
+        if base in (nn.Module, object):
+            return
+        if name not in vars(base):
+            continue
+        code = code_of(vars(base)[name])
+        if code is None:
+            return
+        yield code
+        if "super" not in code.co_names:
+            return
 
 
 def _made_anew(kind: type, name: str) -> bool:

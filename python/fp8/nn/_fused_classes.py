@@ -17,6 +17,36 @@ def made_from(kind: type, mark: str) -> type[nn.Module] | None:
     return found
 
 
+class FusedClasses:
+    """Those of one kind: one for each class and the forward that it had. make: makes one, with this
+    mark."""
+
+    def __init__(self, mark: str, make: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
+        self._mark, self._make = mark, make
+        self._known: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}
+
+    def original(self, kind: type) -> type[nn.Module] | None:
+        """The class that a fused class was made from; None for any other."""
+        return made_from(kind, self._mark)
+
+    def own_class(self, kind: type) -> type[nn.Module] | None:
+        """The class that a fused class, or one made of that, comes from; None for any other."""
+        return next(filter(None, map(self.original, kind.__mro__)), None)
+
+    def fused_class(self, base: type[nn.Module]) -> type[nn.Module]:
+        """The subclass of `base` whose forward is fused."""
+        key = (base, base.forward)
+        if key not in self._known:
+            self._known[key] = self._make(base)
+        return self._known[key]
+
+    def begin(self, base: type[nn.Module], *args: Any) -> nn.Module:
+        """A fused module without attributes: what pickles and copies begin with."""
+        kind: Any = self.fused_class(base)
+        module: nn.Module = kind.__new__(kind, *args)
+        return module
+
+
 def base_of(kind: type) -> type[nn.Module] | None:
     """The class that `subclass` made `kind` of, with any mark; None for any other."""
     found: type[nn.Module] | None = vars(kind).get("_fp8_base")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..integrations.transformers._probe import State
-from ._fused_classes import made_from, subclass
+from ._fused_classes import FusedClasses, subclass
 from ._mlp import differ, fused, more_than_plain
 from ._mlp_probe import MLPSpec, linears_of, probe, state_of
 
@@ -23,7 +23,6 @@ NOTES = "fp8_mlp"
 """The attribute of a fused module that holds its Notes."""
 
 _MARK = "_fp8_mlp_from"
-_classes: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}
 
 
 class Notes:
@@ -87,32 +86,13 @@ def _nobody() -> None:
     return None
 
 
-def own_class(kind: type) -> type[nn.Module] | None:
-    """The class that a fused class, or one made of that, comes from; None for any other."""
-    for parent in kind.__mro__:
-        if (found := made_from(parent, _MARK)) is not None:
-            return found
-    return None
-
-
-def original(kind: type) -> type[nn.Module] | None:
-    """The class that a fused class was made from; None for any other."""
-    return made_from(kind, _MARK)
-
-
-def fused_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` whose forward is fused."""
-    key = (base, base.forward)
-    if key not in _classes:
-        _classes[key] = _make(base)
-    return _classes[key]
+_fused = FusedClasses(_MARK, lambda base: _make(base))
+own_class, original, fused_class = _fused.own_class, _fused.original, _fused.fused_class
 
 
 def fused_mlp(base: type[nn.Module], *args: Any) -> nn.Module:
     """A fused module without attributes: what pickles and copies begin with."""
-    kind: Any = fused_class(base)
-    module: nn.Module = kind.__new__(kind, *args)
-    return module
+    return _fused.begin(base, *args)
 
 
 fused_mlp.__module__, fused_mlp.__qualname__ = "fp8.nn", "_fused_mlp"

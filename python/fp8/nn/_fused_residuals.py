@@ -142,7 +142,7 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
 def _add_norm(self: Any, name: str, a: Any, b: Any) -> tuple[list[Tensor], Any]:
     """The norm of that name of a + b, in a list, and the sum; an empty list where the class's own
     code norms it."""
-    norm = getattr(self, name, None)
+    norm: Any = getattr(self, name, None)
     alike = type(a) is Tensor and type(b) is Tensor and a.dtype is b.dtype and a.shape == b.shape
     if norms_class(type(norm)) is None or not alike or a.device != b.device:
         return [], a + b
@@ -159,7 +159,7 @@ def _add_norm(self: Any, name: str, a: Any, b: Any) -> tuple[list[Tensor], Any]:
 def _norm(self: Any, name: str, x: Any) -> tuple[list[Tensor], Any]:
     """The norm of that name of x, in a list, and x for its other uses, whose gradient joins that of
     the norm in its pass; an empty list where the class's own code norms it."""
-    norm = getattr(self, name, None)
+    norm: Any = getattr(self, name, None)
     if norms_class(type(norm)) is None or type(x) is not Tensor:
         return [], x
     if not x.requires_grad or not torch.is_grad_enabled():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ._fused_classes import made_from, subclass
+from ._fused_classes import FusedClasses, subclass
 from ._linear import Linear
 from ._merged import MergedLinear, merged
 from ._mlp import differ, more_than_plain
@@ -29,7 +29,6 @@ _MARK = "_fp8_siblings_from"
 _MOST = 4
 """Layers of a group: of more the operator would copy the weights together."""
 
-_classes: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}
 _sequence_number: Any = torch._C._autograd._get_sequence_nr
 
 
@@ -88,32 +87,13 @@ APART = "apart"
 """In notes: outputs must be copied apart. Other notes are names of groups."""
 
 
-def own_class(kind: type) -> type[nn.Module] | None:
-    """The class that a fused class, or one made of that, comes from; None for any other."""
-    for parent in kind.__mro__:
-        if (found := made_from(parent, _MARK)) is not None:
-            return found
-    return None
-
-
-def original(kind: type) -> type[nn.Module] | None:
-    """The class that a fused class was made from; None for any other."""
-    return made_from(kind, _MARK)
-
-
-def fused_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` whose forward is fused."""
-    key = (base, base.forward)
-    if key not in _classes:
-        _classes[key] = _make(base)
-    return _classes[key]
+_fused = FusedClasses(_MARK, lambda base: _make(base))
+own_class, original, fused_class = _fused.own_class, _fused.original, _fused.fused_class
 
 
 def fused_parent(base: type[nn.Module], *args: Any) -> nn.Module:
     """A fused module without attributes: what pickles and copies begin with."""
-    kind: Any = fused_class(base)
-    module: nn.Module = kind.__new__(kind, *args)
-    return module
+    return _fused.begin(base, *args)
 
 
 fused_parent.__module__, fused_parent.__qualname__ = "fp8.nn", "_fused_parent"

@@ -11,11 +11,10 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._residual_places import Place, Writer
 from ._sibling_names import blocks
-
 
 ELSEWHERE = "its forward was not compiled from the source that is there"
 
@@ -94,12 +93,14 @@ def _function(statement: ast.stmt, code: CodeType) -> ast.FunctionDef | None:
     if not _first_line(statement) <= code.co_firstlineno <= (statement.end_lineno or 0):
         return None
     for node in ast.walk(statement):
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            if _first_line(node) == code.co_firstlineno:
-                return node
+        if not isinstance(node, ast.FunctionDef) or node.name != code.co_name:
+            continue
+        if _first_line(node) == code.co_firstlineno:
+            return node
     return None
 
 
 def _first_line(statement: ast.stmt) -> int:
     """Its decorators', where it has some."""
-    return min(node.lineno for node in (statement, *getattr(statement, "decorator_list", ())))
+    nodes: tuple[Any, ...] = (statement, *getattr(statement, "decorator_list", ()))
+    return min(int(node.lineno) for node in nodes)

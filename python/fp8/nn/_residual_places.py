@@ -250,9 +250,7 @@ def _uses(statements: list[ast.stmt], name: str, normed: ast.expr) -> list[bool]
     return found
 
 
-def _reads(
-    node: ast.AST, name: str, normed: ast.expr, once: bool, summed: bool
-) -> Iterator[bool]:
+def _reads(node: ast.AST, name: str, normed: ast.expr, once: bool, summed: bool) -> Iterator[bool]:
     if node is normed:
         return
     if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):

@@ -12,10 +12,11 @@ import inspect
 import textwrap
 import types
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+from ._class_code import method_codes
 
 Names = tuple[str, ...]
 
@@ -35,7 +36,7 @@ def sibling_names(kind: type[nn.Module]) -> tuple[Names, ...]:
     calls: list[Names] = []
     waiting, seen = ["forward"], {"forward"}
     while waiting:
-        for code in _codes(kind, waiting.pop()):
+        for code in method_codes(kind, waiting.pop(), _code):
             found, methods = _calls_of(code)
             calls += found
             new = {name for name in methods - seen if inspect.isfunction(_attribute(kind, name))}
@@ -55,20 +56,10 @@ def _attribute(kind: type, name: str) -> Any:
     return inspect.unwrap(found) if callable(found := getattr(kind, name, None)) else None
 
 
-def _codes(kind: type[nn.Module], name: str) -> Iterator[types.CodeType]:
-    """Of a method below its decorators; its overridden forms too, where it calls super()."""
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            return
-        if name not in vars(base):
-            continue
-        function = vars(base)[name]
-        function = inspect.unwrap(function) if callable(function) else None
-        if not inspect.isfunction(function):
-            return
-        yield function.__code__
-        if "super" not in function.__code__.co_names:
-            return
+def _code(method: Any) -> types.CodeType | None:
+    """Below its decorators."""
+    function = inspect.unwrap(method) if callable(method) else None
+    return function.__code__ if inspect.isfunction(function) else None
 
 
 @functools.lru_cache(1024)

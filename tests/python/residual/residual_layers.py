@@ -111,7 +111,7 @@ def twice(forward):
 class Decorated(Parts):
     @twice
     def forward(self, x):
-        assert __class__ is Decorated  # noqa: F821
+        assert __class__ is Decorated
         x = x + self.mixer(self.first(x))
         return x + self.mlp(self.second(x))
 

@@ -180,4 +180,3 @@ def test_lora(monkeypatch):
         found.append(step(peft.get_peft_model(model, config)))
     assert any("lora" in name for name in found[0])
     assert_same(*found)
-

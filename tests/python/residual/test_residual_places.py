@@ -6,7 +6,6 @@ import linecache
 
 import pytest
 import residual_layers as layers
-import torch
 from residual_layers import Calls, Parts, assert_same_step, data, fuse, is_fused, pair
 from torch import nn
 
@@ -14,14 +13,14 @@ import fp8
 from fp8.nn import _fused_residuals
 from fp8.nn._residual_code import ELSEWHERE, rewritten
 
-CODE = '''
+CODE = """
 if True:
     import torch
 
 class Layer(Parts):
     def forward(self, x):
 {body}
-'''
+"""
 FOUND = {
     "x = x + self.mixer(x); y = x; z = y; x = self.second(z); return x + y": ["add"],
     "x = x + x; x = self.mlp(self.second(x)) + x; return x": ["add"],
