@@ -35,7 +35,22 @@ PASSES = {
 }
 
 
-def step_of(rows: int, recipe: str):
+# The same where gate and up are saved as codes.
+PASSES_OF_CODES = {
+    "tensorwise": (
+        ("mlp codes of gate and up", ("row_kernel",), 6),
+        ("mlp backward of codes, amax", ("unit_screened_amax_kernel", "BackwardParams"), 4),
+        ("mlp backward of codes, cast", ("unit_cast_kernel",), 9),
+    ),
+    "rowwise": (
+        ("mlp rows, backward of codes, maxima", ("unit_axis_amax_kernel",), 4),
+        ("mlp rows, backward of codes, cast", ("unit_axis_cast_kernel",), 9),
+    ),
+    "delayed": (("mlp backward of codes, delayed", ("unit_cast_delayed_kernel",), 9),),
+}
+
+
+def step_of(rows: int, recipe: str, save: str):
     """A training step of one MLP on `rows` tokens."""
 
     def normal(*size: int) -> torch.Tensor:
@@ -53,7 +68,7 @@ def step_of(rows: int, recipe: str):
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
-        fp8.ops.mlp(*leaves, recipe=recipe, **histories).backward(dy)
+        fp8.ops.mlp(*leaves, recipe=recipe, save=save, **histories).backward(dy)
 
     return step
 
@@ -63,8 +78,10 @@ def measure(repeats: int, sizes: tuple[int, ...] = passes.INPUT_MB) -> list[dict
     found: list[dict] = []
     for input_mb in sizes:
         rows = round(input_mb * 1e6 / (4 * FEATURES) / 128) * 128  # as batches have
-        for recipe, table in PASSES.items():
-            step = step_of(rows, recipe)
+        tables = [("bf16", *of_recipe) for of_recipe in PASSES.items()]
+        tables += [("fp8", *of_recipe) for of_recipe in PASSES_OF_CODES.items()]
+        for save, recipe, table in tables:
+            step = step_of(rows, recipe, save)
             for _ in range(2):
                 step()
             kernels = kernel_times.profile(step, repeats)

@@ -107,6 +107,7 @@ CASES = (
         (
             *_EAGER,
             *("fp8 tensorwise, nothing fused", "fp8 delayed, nothing fused"),
+            *("fp8 tensorwise save=fp8", "fp8 delayed save=fp8"),
             *("fp8 blockwise", "TE delayed"),
             *(_TORCHAO, "fp8 tensorwise compiled", "bf16 compiled"),
             *(*_LIGER, "fp8 tensorwise + Liger"),

@@ -55,6 +55,12 @@ def unfused(recipe: str) -> Peer:
     return Peer(f"{peer.name}, nothing fused", peer.make, settle=peer.settle)
 
 
+def saving(recipe: str, save: str) -> Peer:
+    """What MLPs keep of gate and up for the backward is this."""
+    peer = peers.ours(recipe, everything=False, save=save)
+    return Peer(f"{peer.name} save={save}", peer.make, settle=peer.settle)
+
+
 def torchao(recipe: str) -> Peer:
     eager = peers.torchao(recipe, "eager")
     make = in_layers(eager)
@@ -104,6 +110,8 @@ def _all() -> dict[str, Factory]:
     made: dict[str, Factory] = {"bf16": peers.baseline}
     made |= {f"fp8 {r}": lambda r=r: ours(r) for r in RECIPES}
     made |= {f"fp8 {r}, nothing fused": lambda r=r: unfused(r) for r in RECIPES}
+    for save in ("fp8", "recompute"):
+        made |= {f"fp8 {r} save={save}": lambda r=r, s=save: saving(r, s) for r in RECIPES}
     made |= {f"TE {s}": lambda s=s: transformer_engine(s) for s in ("delayed", "current")}
     made |= {f"torchao {r} compiled": lambda r=r: torchao(r) for r in ("tensorwise", "rowwise")}
     made |= {f"fp8 {r} compiled": lambda r=r: ours(r, compiled=True) for r in RECIPES}

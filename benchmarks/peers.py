@@ -61,14 +61,16 @@ def baseline() -> Peer:
     return Peer("bf16", lambda model: model)
 
 
-def ours(recipe: str, everything: bool = True, fuse: bool | frozenset[str] = True) -> Peer:
-    """everything: also linears that fp8.convert by default finds too small to gain. fuse: as
+def ours(
+    recipe: str, everything: bool = True, fuse: bool | frozenset[str] = True, save: str = "bf16"
+) -> Peer:
+    """everything: also linears that fp8.convert by default finds too small to gain. fuse, save: as
     fp8.convert's."""
     fp8 = import_fp8()
     chosen = (lambda module, name: True) if everything else None
 
     def make(model: nn.Module) -> nn.Module:
-        return fp8.convert(model, recipe=recipe, filter=chosen, fuse=fuse)
+        return fp8.convert(model, recipe=recipe, filter=chosen, fuse=fuse, save=save)
 
     return Peer(f"fp8 {recipe}", make, settle=DELAYED_CALLS if recipe == "delayed" else 0)
 

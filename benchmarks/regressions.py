@@ -24,6 +24,10 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "host": (("variant", "bias"), ("step_ratio",)),
     "sizes": (("m", "k", "n", "variant"), ("step_speedup",)),
     "grouped": (("name", "rows", "routing", "product", "variant"), ("speedup",)),
+    "fsdp": (
+        ("model", "layers", "sequences", "context", "gpus", "variant"),
+        ("speedup", "peak_ratio"),
+    ),
     "moe": (("model", "tokens", "variant"), ("step_speedup", "forward_speedup", "peak_ratio")),
 }
 SMALLER_IS_BETTER = {"step_ratio", "peak_ratio"}

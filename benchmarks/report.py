@@ -19,6 +19,7 @@ import bench_accumulate
 import bench_block
 import bench_breakdown
 import bench_decode
+import bench_fsdp
 import bench_grouped
 import bench_host
 import bench_linear
@@ -46,6 +47,7 @@ TABLES = {
     "sizes": bench_sizes.table,
     "moe": bench_moe.table,
     "grouped": bench_grouped.table,
+    "fsdp": bench_fsdp.table,
 }
 
 

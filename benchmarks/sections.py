@@ -15,6 +15,7 @@ from tables import pivot, speed_and_memory
 
 TITLES = {
     "model": "Whole training steps",
+    "fsdp": "Two GPUs",
     "block": "Decoder layers",
     "moe": "Experts",
     "grouped": "Grouped products",
@@ -233,6 +234,7 @@ def host(rows: list[Row]) -> str:
 # In the order of the page.
 SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "model": sections_model.section,
+    "fsdp": sections_model.two_gpus,
     "block": block,
     "moe": moe,
     "grouped": grouped,

@@ -59,6 +59,17 @@ def section(rows: list[Row]) -> str:
     return f"{text}\n\n{kinds(profiled)}" if profiled else text
 
 
+def two_gpus(rows: list[Row]) -> str:
+    text = (
+        "The step of "
+        f"{case_name(rows[0])} on each of {rows[0]['gpus']} GPUs under FSDP2, every decoder layer "
+        "a group: fp32 parameters in shards, gathered in bf16. Speed and peak memory as multiples "
+        "of bf16 in eager mode; bf16 measured again differs by "
+        f"{100 * drift(rows):.1f}%.\n\n"
+    )
+    return text + speeds(rows)
+
+
 def kinds(rows: list[Row]) -> str:
     lines = [
         [

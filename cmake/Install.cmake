@@ -14,6 +14,7 @@ install(TARGETS fp8_torch LIBRARY DESTINATION lib/torch${FP8_TORCH_MINOR} COMPON
 install(FILES ${FP8_TORCH_LIBRARY_DIR}/build.json DESTINATION lib/torch${FP8_TORCH_MINOR} COMPONENT runtime)
 # Not the headers core_*.h: how the passes of layers are cut is no promise.
 install(FILES csrc/include/fp8/core.h csrc/include/fp8/ops.h csrc/include/fp8/nn.h
+  csrc/include/fp8/nn_blocks.h
   ${CMAKE_CURRENT_BINARY_DIR}/include/fp8/version.h DESTINATION include/fp8 COMPONENT devel)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8Config.cmake ${CMAKE_CURRENT_BINARY_DIR}/cmake/FP8ConfigVersion.cmake
   cmake/LibTorch.cmake DESTINATION share/cmake/FP8 COMPONENT devel)

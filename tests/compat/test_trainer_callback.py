@@ -64,6 +64,7 @@ def test_callback_converts_once(tmp_path):
     [
         ({"recipe": "e4m3"}, ValueError, "e4m3"),
         ({"experts_recipe": "tensorwise"}, ValueError, "tensorwise"),
+        ({"save": "int8"}, ValueError, "ConvertCallback: expected save out of"),
         ({"filters": every}, TypeError, "ConvertCallback: unknown option 'filters'; fp8.convert"),
     ],
 )

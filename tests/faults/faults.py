@@ -14,10 +14,11 @@ from faults_mlp import MLPS
 from faults_norm import NORM
 from faults_numerics import NUMERICS
 from faults_python import PYTHON
+from faults_residual import RESIDUALS
 from faults_rope import ROPE
 from faults_torch import TORCH
 
 FAULTS: list[Fault] = [
     *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
-    *(*NORM, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *LINEAR_FROZEN, *NUMERICS, *CUDA),
+    *(*NORM, *RESIDUALS, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *LINEAR_FROZEN, *NUMERICS, *CUDA),
 ]

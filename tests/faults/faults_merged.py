@@ -27,6 +27,13 @@ SIBLINGS = [
         AUTOGRAD,
     ),
     Fault(
+        "a small result keeps the memory of the others",
+        NODE,
+        "return part.sym_size(-1) * 4 <= y.sym_size(-1);",
+        "return false;",
+        AUTOGRAD,
+    ),
+    Fault(
         "a frozen weight takes the gradient of the next",
         OPERATOR,
         "    start += rows;\n",

@@ -12,6 +12,10 @@ USES = f"{MLP}/test_mlp_fusion_uses.py"
 PROBE = "python/fp8/nn/_mlp_probe.py"
 FUSED = "python/fp8/nn/_fused_mlps.py"
 LAYERS = "python/fp8/nn/_mlp.py"
+SAVE = f"{MLP}/test_mlp_save_fp8.py"
+FUSION_SAVE = f"{MLP}/test_mlp_fusion_save.py"
+TILES = "csrc/core/mlp/backward_tile.cuh"
+UNIT = "csrc/core/mlp/unit.cuh"
 
 MLPS = [
     Fault(
@@ -167,5 +171,71 @@ MLPS = [
         " or not all(isinstance(linear, Linear) for linear in linears.values()):",
         ":",
         FUSION,
+    ),
+    Fault(
+        "an MLP keeps its products in 16 bits, whatever is asked for",
+        "csrc/torch/mlp/saves.h",
+        "fp8((needs & mlp_needs::kFp8) != 0 && products),",
+        "fp8(false),",
+        SAVE,
+    ),
+    Fault(
+        "what an MLP saves as FP8 has one scale for all rows",
+        "csrc/torch/mlp/unit.cpp",
+        "{.granularity = Granularity::kRowwise}).along_cols;",
+        "{}).along_cols;",
+        SAVE,
+    ),
+    Fault(
+        "MLPs that were fused keep gate and up as they did before",
+        "python/fp8/conversion/_convert.py",
+        "        _mlp_fusion.keep(model, save)\n",
+        "",
+        FUSION_SAVE,
+    ),
+    Fault(
+        "an unpickled MLP keeps gate and up in 16 bits",
+        FUSED,
+        "return Notes, (self.spec, self.save)",
+        "return Notes, (self.spec,)",
+        FUSION_SAVE,
+    ),
+    Fault(
+        "a shallow copy of an MLP keeps gate and up in 16 bits",
+        FUSED,
+        "= Notes(notes.spec, notes.save)",
+        "= Notes(notes.spec)",
+        FUSION_SAVE,
+    ),
+    Fault(
+        "numerics: down's weight gradient reads the h of the forward",
+        "python/fp8/tools/_mlp_values.py",
+        'if not a.get("needs", 0) & _FP8:',
+        "if True:",
+        "tests/python/tools/test_numerics_values.py",
+    ),
+    Fault(
+        "CUDA: codes of up have the scales of gate",
+        TILES,
+        "args_.unit.up_scale + row",
+        "args_.unit.gate_scale + row",
+        SAVE,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the first pass takes the scale of another row",
+        UNIT,
+        "__ldg(scale + row)",
+        "__ldg(scale)",
+        SAVE,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: codes lose every other pair",
+        UNIT,
+        "word >> (16 * (pair % 2))",
+        "word >> (16 * (pair % 1))",
+        SAVE,
+        gpu=True,
     ),
 ]

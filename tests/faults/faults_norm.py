@@ -152,8 +152,8 @@ NORM = [
     Fault(
         "a method that the forward calls is replaced unnoticed",
         FUSED,
-        "if obstacle(self, x) or (rest and not unchanged(self, spec)):",
-        "if obstacle(self, x):",
+        "return not obstacle(self, x) and (not rest or unchanged(self, spec))",
+        "return not obstacle(self, x)",
         FUSION_CHANGES,
     ),
     Fault(

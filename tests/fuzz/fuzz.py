@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("tests/fuzz", "tests/python", "benchmarks")]
+_FOLDERS = ("tests/fuzz", "tests/python", "tests/python/mlp", "benchmarks")
+sys.path[:0] = [str(ROOT / folder) for folder in _FOLDERS]
 
 import status  # noqa: E402
 import torch  # noqa: E402
@@ -38,12 +39,14 @@ from fuzz_grouped import GROUPED  # noqa: E402
 from fuzz_linear import LINEAR  # noqa: E402
 from fuzz_matmul import MATMUL  # noqa: E402
 from fuzz_merged import MERGED  # noqa: E402
+from fuzz_mlp import MLP  # noqa: E402
 from fuzz_moe import MOE  # noqa: E402
 from fuzz_norm import NORM  # noqa: E402
 from fuzz_quantize import DEQUANTIZE, QUANTIZE  # noqa: E402
 from fuzz_rope import ROPE  # noqa: E402
 
-_ALL = (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, FROZEN, MERGED, DELAYED, GROUPED, MOE, NORM, ROPE)
+_DENSE = (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, FROZEN, MERGED, MLP, DELAYED)
+_ALL = (*_DENSE, GROUPED, MOE, NORM, ROPE)
 FAMILIES = {f.name: f for f in _ALL}
 SECONDS = {"cpu": 180, "cuda": 300}
 LAST_CASE = ROOT / "build" / "fuzz" / "last_case.txt"  # for a case that ends the process

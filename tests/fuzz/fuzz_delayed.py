@@ -1,8 +1,9 @@
 """Delayed scaling over many calls whose magnitudes jump, by bounds alone.
 
 What is promised: each operand is cast with a scale of an amax A of a window, or with the call's own
-amax a, where A is not between a and 16 a. So nothing saturates and nothing vanishes: an element's
-error is at most that of a cast with 16 times the tensor's own scale. Elements that are not finite
+amax a, where A is not between a and 64 a (1024 a in e5m2, whose range reaches lower). So nothing
+saturates and nothing vanishes: an element's error is at most that of a cast with so many times the
+tensor's own scale. Elements that are not finite
 become NaN, and make no scale. The first 16 calls take their own amax. So does dy with a bias
 gradient, as in `tensorwise`: there such elements make the whole tensor NaN.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import fp8
 
-FACTOR = 16.0
+FACTOR = {E4M3: 64.0, E5M2: 1024.0}
 STEADY = 16  # calls, before which scales are dynamic
 
 
@@ -45,7 +46,7 @@ def _operand(
     if tensorwise and not t.isfinite().all():
         t = torch.full_like(t, math.nan)
     own = tensorwise or records < STEADY
-    return error_bounds.delayed(t, 1.0 if own else FACTOR, dtype, two)
+    return error_bounds.delayed(t, 1.0 if own else FACTOR[dtype], dtype, two)
 
 
 def _turned(a: Operand) -> Operand:

@@ -50,8 +50,8 @@ def _mlp(device: str) -> list[Sample]:
             for group in _mlp_tensors(device, *problem)
         )
         options = dict(zip(("gate_bias", "up_bias", "down_bias"), biases, strict=True))
-        options |= {"recipe": recipe, "save": ("bf16", "recompute")[turn % 2]}
-        options["activation"] = ("silu", "gelu", "relu_squared")[turn % 3]
+        options |= {"recipe": recipe, "save": ("bf16", "recompute", "fp8")[turn % 3]}
+        options["activation"] = ("silu", "gelu", "relu_squared")[turn // 3 % 3]
         if recipe == "delayed":
             options |= _histories(device, problem[3] == 1)
         found.append(Sample(f"{recipe} {problem}", tuple(tensors), options))
@@ -60,7 +60,7 @@ def _mlp(device: str) -> list[Sample]:
     return found
 
 
-_ALL_OF_MLP, _RECOMPUTE = 127, 128  # bits of `needs` (csrc/torch/mlp/mlp.h)
+_ALL_OF_MLP, _RECOMPUTE, _FP8 = 127, 128, 256  # bits of `needs` (csrc/torch/mlp/mlp.h)
 
 
 def _mlp_needs(form: int, bias: bool, needs: int) -> int:
@@ -71,7 +71,7 @@ def _mlp_needs(form: int, bias: bool, needs: int) -> int:
 
 def _mlp_forward(device: str) -> list[Sample]:
     found = []
-    wanted = (_ALL_OF_MLP, 8, 0, _ALL_OF_MLP | _RECOMPUTE)
+    wanted = (_ALL_OF_MLP, 8, 0, _ALL_OF_MLP | _RECOMPUTE, _ALL_OF_MLP | _FP8, 8 | _FP8)
     for turn, recipe in enumerate((*range(len(RECIPES)), POWER_OF_TWO)):
         # Each problem with another need, in turns: all of them are too many for opcheck.
         for place, problem in enumerate(_MLPS):
@@ -90,18 +90,20 @@ def _mlp_backward(device: str) -> list[Sample]:
         x, gate, up, down, gate_bias, up_bias, _, *options, recipe, needs = sample.args
         if needs == 0:
             continue
-        y, gate_out, up_out, x_t, x_scale, *amaxes = OPS._mlp_forward(
-            *sample.args, **deepcopy(sample.kwargs)
-        )
+        y, gate_out, up_out, *scales = OPS._mlp_forward(*sample.args, **deepcopy(sample.kwargs))
+        gate_scale, up_scale, x_t, x_scale, *amaxes = scales
         fp8_wgrad = fp8.RECIPES[RECIPES[recipe & 255]].wgrad == "fp8"
         again = bool(needs & _RECOMPUTE)
         saved = (x, None) if again or not fp8_wgrad else (x_t, x_scale)
         products = (None, None) if again else (gate_out, None if up is None else up_out)
+        codes = (None, None)
+        if needs & _FP8:
+            codes = (gate_scale, None if up is None else up_scale)
         one_scale = fp8.RECIPES[RECIPES[recipe & 255]].granularity == "tensorwise"
         amaxes = [a if one_scale and a.dim() == 0 else None for a in amaxes]
         form = 1 if up is not None else 2 if gate.shape[0] == 2 * down.shape[1] else 0
         weights = (gate, up, down, gate_bias, up_bias)
-        args = (torch.randn_like(y), *saved, *products, *weights, *amaxes)
+        args = (torch.randn_like(y), *saved, *products, *codes, *weights, *amaxes)
         sizes = (x.shape[-1], down.shape[1], form)
         found.append(
             Sample(sample.name, (*args, *sizes, *options, recipe, needs), deepcopy(sample.kwargs))

@@ -57,6 +57,19 @@ def _add_rms_norm(device: str) -> list[Sample]:
     return found
 
 
+def _norm_and_input(device: str) -> list[Sample]:
+    found = []
+    for shape in _NORM_SHAPES:
+        x, weight, bias = _norm_tensors(shape, device, torch.bfloat16, 1)
+        found += [Sample(f"{shape} {f}", (x, weight, None, 1e-6, f)) for f in range(3)]
+        found.append(Sample(f"{shape} layer", (x, weight, bias, 1e-6, 3)))
+    x, weight, _ = _norm_tensors((4, 3, 40), device, torch.float16, 1)
+    found.append(Sample("fp32 weight", (x, weight.detach().float(), None, 1e-6, 1)))
+    found.append(Sample("no grad", (x.detach(), weight.detach(), None, 1e-6, 0)))
+    found.append(Sample("strided", (x.transpose(0, 1), None, None, 1e-6, 0)))
+    return found
+
+
 def _norm_forward(device: str) -> list[Sample]:
     found = []
     for shape in _NORM_SHAPES:
@@ -144,6 +157,7 @@ TABLE: Table = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "add_rms_norm": _add_rms_norm,
+    "_norm_and_input": _norm_and_input,
     "_norm_forward": _norm_forward,
     "_norm_backward": _norm_backward,
     "rope": _rope,

@@ -65,8 +65,8 @@ def mlps() -> int:
                 {name: make_history("cuda") for name in names} if recipe == "delayed" else {}
             )
             for weights in ((gate, up), (merged, None), (plain, None)):
-                for _ in range(2):
-                    y = fp8.ops.mlp(x, *weights, down, recipe=recipe, **histories)
+                for save in ("bf16", "fp8") * 2:
+                    y = fp8.ops.mlp(x, *weights, down, recipe=recipe, save=save, **histories)
                     y.backward(torch.randn_like(y))
                     calls += 1
     torch.cuda.synchronize()

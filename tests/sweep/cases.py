@@ -7,6 +7,7 @@ Every check names what may differ, and by how much; what is not mentioned has th
              roundings of bf16, beside float32, it magnifies those of FP8: AMPLIFIED. Such models
              widen the other bounds too, to what bf16 itself is off.
 `rope`       that fusion alone: bits.
+`residual`   that fusion, beside its norms alone: bits.
 `mlp`        that fusion alone: the loss has the same bits; dx through two weights is rounded once
              less, which moves scales, so that codes of e5m2 are rounded anew (test_fused_mlps.py).
 `norms`      norms and rotations alone, of a model in float32 where nothing is in FP8: the order of
@@ -162,6 +163,9 @@ def _each_fusion(
     if "rope" in outcome.kinds:
         ours = run(convert(plain, "tensorwise", {"rope"}), given)
         outcome.check("rope", lambda _: same_bits(ours, theirs), distance(ours, theirs))
+    if "residual" in outcome.kinds:
+        ours, norms = (run(_only(plain, k), given) for k in ({"norms", "residual"}, {"norms"}))
+        outcome.check("residual", lambda _: same_bits(ours, norms), distance(ours, norms))
     if "mlp" in outcome.kinds:
         ours = run(convert(plain, "tensorwise", {"mlp"}), given)
         found = distance(ours, theirs)

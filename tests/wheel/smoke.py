@@ -31,6 +31,7 @@ def check_files() -> None:
         "lib/libfp8_core.so",
         "include/fp8/ops.h",
         "include/fp8/nn.h",
+        "include/fp8/nn_blocks.h",
         "include/fp8/core.h",
         "share/cmake/FP8/FP8Config.cmake",
         "share/fp8/sources/CMakeLists.txt",

@@ -4,7 +4,7 @@
 // A block takes every so-manyth tile, a few. A thread copies its part of the next tile to
 // shared memory (48 KB of a block, bf16) while it computes this one, each row as soon as that of
 // this tile has left its place; only the thread itself reads it, so nobody waits for anybody. A
-// further 24 KB are for three tiles to turn in.
+// further 24 KB are for three tiles to turn in. Gate and up as codes take 40 KB.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -64,15 +64,25 @@ struct UnitTile {
         col0(col + threadIdx.x % kColGroups * 8) {}
 };
 
-// A thread's part of tiles: in shared memory, four rows of gate, dh and up.
-template <typename T, bool kGated>
+// A thread's part of tiles: in shared memory, four rows of gate, dh and up. Codes of gate and up
+// lie in one quad, before dh, and the scales of the rows behind all quads.
+template <typename Reads>
 class TileInputs {
+  using T = typename Reads::Element;
+  static constexpr bool kGated = Reads::kGated;
+  static constexpr bool kCodes = Reads::kCodes;
+  static_assert(kGated || !kCodes);
+  static constexpr int kQuadsPerRow = kCodes ? 1 + kQuads<T> : (kGated ? 3 : 2) * kQuads<T>;
+  static constexpr int kQuadsOfBlock = kRowsPerThread * kQuadsPerRow * kThreads;
+
  public:
-  static constexpr int kQuadsPerRow = (kGated ? 3 : 2) * kQuads<T>;
-  static constexpr int kBytes = kRowsPerThread * kQuadsPerRow * kThreads * 16;  // of a block
+  static constexpr int kBytes =  // of a block
+      kQuadsOfBlock * 16 + (kCodes ? kRowsPerThread * kThreads * 8 : 0);
 
   __device__ __forceinline__ TileInputs(const MlpBackwardArgs& args, uint4* shared)
-      : args_(args), own_(shared + threadIdx.x) {}
+      : args_(args),
+        own_(shared + threadIdx.x),
+        own_scales_(reinterpret_cast<float2*>(shared + kQuadsOfBlock) + threadIdx.x) {}
 
   // Begins to copy row r of the thread's part of a tile; what lies at the edge where there is none.
   __device__ __forceinline__ void copy(const UnitTile& at, int r) const {
@@ -87,9 +97,20 @@ class TileInputs {
         to += kThreads;
       }
     };
-    copy8(args_.unit.gate, args_.unit.ld);
+    if constexpr (kCodes) {
+      const int64_t place = row * args_.unit.ld + col;
+      auto* halves = reinterpret_cast<uint2*>(to);
+      float2* scales = own_scales_ + r * kThreads;
+      __pipeline_memcpy_async(halves, static_cast<const uint8_t*>(args_.unit.gate) + place, 8);
+      __pipeline_memcpy_async(halves + 1, static_cast<const uint8_t*>(args_.unit.up) + place, 8);
+      __pipeline_memcpy_async(&scales->x, args_.unit.gate_scale + row, 4);
+      __pipeline_memcpy_async(&scales->y, args_.unit.up_scale + row, 4);
+      to += kThreads;
+    } else {
+      copy8(args_.unit.gate, args_.unit.ld);
+    }
     if (args_.dh != nullptr) copy8(args_.dh, args_.dh_ld);
-    if constexpr (kGated) {
+    if constexpr (kGated && !kCodes) {
       if (args_.dh == nullptr) to += kQuads<T> * kThreads;
       copy8(args_.unit.up, args_.unit.ld);
     }
@@ -102,15 +123,22 @@ class TileInputs {
   // After all copies; dh is zeros where there is none.
   __device__ __forceinline__ UnitInputs<T> take(int r) const {
     UnitInputs<T> in;
-    in.gate = take8(r, 0);
-    in.dh = args_.dh == nullptr ? zero8<T>() : take8(r, 1);
-    if constexpr (kGated) in.up = take8(r, 2);
+    if constexpr (kCodes) {
+      const uint4 codes = own_[r * kQuadsPerRow * kThreads];
+      const float2 scales = own_scales_[r * kThreads];
+      in.gate = decode8<T>(make_uint2(codes.x, codes.y), scales.x);
+      in.up = decode8<T>(make_uint2(codes.z, codes.w), scales.y);
+    } else {
+      in.gate = take8(r, 0);
+      if constexpr (kGated) in.up = take8(r, 2 * kQuads<T>);
+    }
+    in.dh = args_.dh == nullptr ? zero8<T>() : take8(r, kCodes ? 1 : kQuads<T>);
     return in;
   }
 
  private:
-  __device__ __forceinline__ Vec8<T> take8(int r, int input) const {
-    const uint4* from = own_ + (r * kQuadsPerRow + input * kQuads<T>)*kThreads;
+  __device__ __forceinline__ Vec8<T> take8(int r, int first) const {
+    const uint4* from = own_ + (r * kQuadsPerRow + first) * kThreads;
     Vec8<T> v;
 #pragma unroll
     for (int quad = 0; quad < kQuads<T>; ++quad) {
@@ -125,18 +153,19 @@ class TileInputs {
 
   const MlpBackwardArgs& args_;
   uint4* own_;
+  float2* own_scales_;
 };
 
 // f(tile, take) for each of the block's tiles, every gridDim.x-th: take(r) is row r of the thread's
 // part, once each, in order. `first` has been copied, or is on its way. place(tile): where it lies.
-template <typename T, bool kGated, typename Place, typename F>
-__device__ __forceinline__ void for_tiles(const TileInputs<T, kGated>& inputs, unsigned tiles,
+template <typename Reads, typename Place, typename F>
+__device__ __forceinline__ void for_tiles(const TileInputs<Reads>& inputs, unsigned tiles,
                                           const Place& place, const F& f) {
   for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const unsigned next = tile + gridDim.x;
     __pipeline_wait_prior(0);
     f(tile, [&](int r) {
-      const UnitInputs<T> in = inputs.take(r);
+      const auto in = inputs.take(r);
       if (next < tiles) inputs.copy(place(next), r);
       if (r == kRowsPerThread - 1) __pipeline_commit();
       return in;

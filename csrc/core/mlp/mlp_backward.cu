@@ -17,9 +17,11 @@ namespace {
 template <typename T>
 constexpr int kAmaxBlocks = sizeof(T) == 4 ? 1 : 3;
 
-template <typename T, bool kGated>
-__global__ void __launch_bounds__(kThreads, kAmaxBlocks<T>)
+template <typename Reads>
+__global__ void __launch_bounds__(kThreads, kAmaxBlocks<typename Reads::Element>)
     unit_amax_kernel(const BackwardParams p) {
+  using T = typename Reads::Element;
+  constexpr bool kGated = Reads::kGated;
   __shared__ uint32_t scratch[2][kWarps];
   let_next_start();
   const MlpBackwardArgs& a = p.args;
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kAmaxBlocks<T>)
       UnitInputs<T> in[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // the last row again where there is none
-        in[i] = fetch_unit<T, kGated>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1), col);
+        in[i] = fetch_unit<Reads>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1), col);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -60,9 +62,11 @@ __global__ void __launch_bounds__(kThreads, kAmaxBlocks<T>)
 }
 
 // The same of what may raise them alone (screen.cuh).
-template <typename T, bool kGated>
-__global__ void __launch_bounds__(kThreads, kAmaxBlocks<T>)
+template <typename Reads>
+__global__ void __launch_bounds__(kThreads, kAmaxBlocks<typename Reads::Element>)
     unit_screened_amax_kernel(const BackwardParams p) {
+  using T = typename Reads::Element;
+  constexpr bool kGated = Reads::kGated;
   __shared__ uint32_t of_block[2];
   let_next_start();
   if (threadIdx.x < 2) of_block[threadIdx.x] = 0;
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kAmaxBlocks<T>)
     UnitInputs<T> in[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {  // the last row again where there is none
-      in[i] = fetch_unit<T, kGated>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1), col);
+      in[i] = fetch_unit<Reads>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1), col);
     }
     of_gate.exchange();
     if constexpr (kGated) of_up.exchange();
@@ -113,9 +117,11 @@ __device__ __forceinline__ uint32_t reduce_parts(const uint32_t* amax, int64_t p
   return block_max<kWarps>(max_of<8>(amax + thread, kThreads, count), scratch);
 }
 
-template <typename T, typename Format, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
+template <typename Reads, typename Format, typename Act>
+__global__ void __launch_bounds__(kThreads, kUnitCastBlocks<typename Reads::Element, Act>)
     unit_cast_kernel(const BackwardParams p) {
+  using T = typename Reads::Element;
+  constexpr bool kGated = Reads::kGated;
   extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
   __shared__ uint32_t scratch[2][kWarps];
@@ -125,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
   const auto place = [&](unsigned tile) {
     return UnitTile(p.row_tiles - 1 - tile / p.col_tiles, tile % p.col_tiles);
   };
-  const TileInputs<T, kGated> inputs(a, slots);
+  const TileInputs<Reads> inputs(a, slots);
   inputs.copy(place(blockIdx.x));
   wait_for_previous();
 
@@ -154,18 +160,20 @@ __global__ void __launch_bounds__(kThreads, kUnitCastBlocks<T, Act>)
   });
 }
 
-template <typename T, bool kGated>
+template <typename Reads>
 void launch_amax(const BackwardParams& params, cudaStream_t stream) {
   const UnitAmaxPlan& plan = params.plan;
   const dim3 grid(static_cast<unsigned>(plan.col_tiles), static_cast<unsigned>(plan.row_chunks));
   const auto go = [&](auto kernel) { launch(kernel, grid, kThreads, stream, params); };
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (has_screen(params.args.unit)) return go(unit_screened_amax_kernel<T, kGated>);
+  if constexpr (std::is_same_v<typename Reads::Element, __nv_bfloat16>) {
+    if (has_screen(params.args.unit)) return go(unit_screened_amax_kernel<Reads>);
   }
-  go(unit_amax_kernel<T, kGated>);
+  if constexpr (!Reads::kCodes) go(unit_amax_kernel<Reads>);  // what has codes has a screen
 }
 
 }  // namespace
+
+bool mlp_backward_takes_codes(const MlpUnitArgs& unit) { return reads_codes(unit); }
 
 size_t mlp_backward_workspace_bytes(const MlpBackwardArgs& args) {
   const UnitAmaxPlan plan = plan_unit_amax(args.unit, current_device(args.unit.device).sm_count);
@@ -204,16 +212,15 @@ void mlp_backward(const MlpBackwardArgs& args, Stream stream) {
   params.gate_amax = static_cast<uint32_t*>(args.workspace);
   if (args.dh != nullptr) params.up_amax = params.gate_amax + params.plan.parts;
   const bool gradients = args.dh != nullptr;
-  with_unit_kind(unit, [&](auto input, auto gated, auto activation) {
-    using T = typename decltype(input)::type;
+  with_unit_reads(unit, [&](auto reads, auto activation) {
+    using Reads = decltype(reads);
     using Act = typename decltype(activation)::type;
-    constexpr bool kGated = decltype(gated)::value;
-    if (gradients) launch_amax<T, kGated>(params, stream);
+    if (gradients) launch_amax<Reads>(params, stream);
     dispatch_format(args.dtype, [&](auto format) {
       using Format = typename decltype(format)::type;
-      launch_tiles<unit_cast_kernel<T, Format, kGated, Act>, TileInputs<T, kGated>>(
-          tiles.cols * tiles.rows, kUnitCastBlocks<T, Act>, device, stream, params,
-          gradients && has_hopper_launches(device));
+      launch_tiles<unit_cast_kernel<Reads, Format, Act>, TileInputs<Reads>>(
+          tiles.cols * tiles.rows, kUnitCastBlocks<typename Reads::Element, Act>, device, stream,
+          params, gradients && has_hopper_launches(device));
     });
   });
 }

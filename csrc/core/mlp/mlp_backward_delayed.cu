@@ -22,6 +22,9 @@ __device__ __forceinline__ const uint32_t* history_of(const MlpBackwardArgs& a, 
   return part == 0 || a.joint ? a.gate_history : a.up_history;
 }
 
+template <typename Reads, typename Act>
+constexpr int kFewerBlocksOf = kFewerBlocks<typename Reads::Element, Reads::kGated, Act>;
+
 // What a thread saw of its rows of one gradient: the amax of finite values.
 template <typename T>
 struct Seen {
@@ -49,9 +52,11 @@ struct Seen {
   }
 };
 
-template <typename T, typename Format, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kFewerBlocks<T, kGated, Act>)
+template <typename Reads, typename Format, typename Act>
+__global__ void __launch_bounds__(kThreads, kFewerBlocksOf<Reads, Act>)
     unit_cast_delayed_kernel(const BackwardParams p) {
+  using T = typename Reads::Element;
+  constexpr bool kGated = Reads::kGated;
   constexpr int kParts = kGated ? 2 : 1;
   extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
@@ -62,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kFewerBlocks<T, kGated, Act>)
   const auto place = [&](unsigned tile) {
     return UnitTile(tile / p.col_tiles, tile % p.col_tiles);
   };
-  const TileInputs<T, kGated> inputs(a, slots);
+  const TileInputs<Reads> inputs(a, slots);
   inputs.copy(place(blockIdx.x));
   wait_for_previous();
 
@@ -151,9 +156,11 @@ __device__ __forceinline__ Settled settle(const BackwardParams& p, int part, int
   return {scale.quant_multiplier, settled.used};
 }
 
-template <typename T, typename Format, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kFewerBlocks<T, kGated, Act>)
+template <typename Reads, typename Format, typename Act>
+__global__ void __launch_bounds__(kThreads, kFewerBlocksOf<Reads, Act>)
     unit_settle_kernel(const BackwardParams p) {
+  using T = typename Reads::Element;
+  constexpr bool kGated = Reads::kGated;
   extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
   __shared__ uint32_t scratch[2][2 * kWarps];
@@ -184,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kFewerBlocks<T, kGated, Act>)
   const auto place = [&](unsigned tile) {
     return UnitTile(tile / p.col_tiles, tile % p.col_tiles);
   };
-  const TileInputs<T, kGated> inputs(a, slots);
+  const TileInputs<Reads> inputs(a, slots);
   inputs.copy(place(blockIdx.x));
   for_tiles(inputs, static_cast<unsigned>(tiles), place, [&](unsigned tile, const auto& take) {
     cast_unit_tile<T, Format, kGated, Act>(a, place(tile), take, multipliers, turning,
@@ -208,17 +215,16 @@ void launch_backward_delayed(BackwardParams params, const DeviceInfo& device, cu
   params.tile_report = static_cast<uint2*>(a.workspace);
   params.tile_guess = reinterpret_cast<uint32_t*>(params.tile_report + 2 * tiles);
   params.history_before = params.tile_guess + 2 * tiles;
-  with_unit_kind(a.unit, [&](auto input, auto gated, auto activation) {
-    using T = typename decltype(input)::type;
+  with_unit_reads(a.unit, [&](auto reads, auto activation) {
+    using Reads = decltype(reads);
     using Act = typename decltype(activation)::type;
-    constexpr bool kGated = decltype(gated)::value;
     dispatch_format(a.dtype, [&](auto format) {
       using Format = typename decltype(format)::type;
-      using Inputs = TileInputs<T, kGated>;
-      constexpr int kBlocks = kFewerBlocks<T, kGated, Act>;
-      launch_tiles<unit_cast_delayed_kernel<T, Format, kGated, Act>, Inputs>(
+      using Inputs = TileInputs<Reads>;
+      constexpr int kBlocks = kFewerBlocksOf<Reads, Act>;
+      launch_tiles<unit_cast_delayed_kernel<Reads, Format, Act>, Inputs>(
           tiles, kBlocks, device, stream, params, /*pdl=*/false);
-      launch_tiles<unit_settle_kernel<T, Format, kGated, Act>, Inputs>(
+      launch_tiles<unit_settle_kernel<Reads, Format, Act>, Inputs>(
           tiles, kBlocks, device, stream, params, has_hopper_launches(device), tiles);
     });
   });

@@ -30,9 +30,11 @@ struct AxisParams {
 template <typename T>
 constexpr int kAxisBlocks = sizeof(T) == 4 ? 1 : 2;
 
-template <typename T, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kAxisBlocks<T>)
+template <typename Reads, typename Act>
+__global__ void __launch_bounds__(kThreads, kAxisBlocks<typename Reads::Element>)
     unit_axis_amax_kernel(const AxisParams p) {
+  using T = typename Reads::Element;
+  constexpr bool kGated = Reads::kGated;
   constexpr int kWords = Vec8<T>::kWords;
   __shared__ uint32_t of_warp[kWarps][32][kWords + 1];  // a word more: no bank conflicts
   let_next_start();
@@ -51,8 +53,8 @@ __global__ void __launch_bounds__(kThreads, kAxisBlocks<T>)
     UnitInputs<T> in[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {  // something that exists where there is nothing
-      in[i] = fetch_unit<T, kGated>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1),
-                                    min(col, a.unit.features - 8));
+      in[i] = fetch_unit<Reads>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1),
+                                min(col, a.unit.features - 8));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -144,13 +146,15 @@ __global__ void __launch_bounds__(kThreads) unit_axis_join_kernel(const AxisPara
   }
 }
 
-template <typename T, bool kGated, typename Act>
+template <typename Reads, typename Act, typename T = typename Reads::Element>
 constexpr int kAxisCastBlocks =
-    std::is_same_v<Act, Silu> ? kUnitCastBlocks<T, Act> : kFewerBlocks<T, kGated, Act>;
+    std::is_same_v<Act, Silu> ? kUnitCastBlocks<T, Act> : kFewerBlocks<T, Reads::kGated, Act>;
 
-template <typename T, bool kGated, typename Act>
-__global__ void __launch_bounds__(kThreads, kAxisCastBlocks<T, kGated, Act>)
+template <typename Reads, typename Act>
+__global__ void __launch_bounds__(kThreads, kAxisCastBlocks<Reads, Act>)
     unit_axis_cast_kernel(const AxisParams p) {
+  using T = typename Reads::Element;
+  constexpr bool kGated = Reads::kGated;
   extern __shared__ uint4 slots[];
   __shared__ alignas(16) uint32_t turning[3][kTransposedWords];
   __shared__ alignas(16) float col_multiplier[kColumnParts][kTileCols];
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kAxisCastBlocks<T, kGated, Act>)
   const auto place = [&](unsigned tile) {
     return UnitTile(p.row_tiles - 1 - tile / p.col_tiles, tile % p.col_tiles);
   };
-  const TileInputs<T, kGated> inputs(a, slots);
+  const TileInputs<Reads> inputs(a, slots);
   inputs.copy(place(blockIdx.x));
   wait_for_previous();
 
@@ -242,15 +246,13 @@ void launch_backward_rowwise(const BackwardParams& params, const DeviceInfo& dev
                   static_cast<unsigned>(p.plan.row_chunks));
   const auto joins =
       static_cast<unsigned>(ceil_div(p.padded_rows + a.unit.features, int64_t{kThreads}));
-  with_unit_kind(a.unit, [&](auto input, auto gated, auto activation) {
-    using T = typename decltype(input)::type;
+  with_unit_reads(a.unit, [&](auto reads, auto activation) {
+    using Reads = decltype(reads);
     using Act = typename decltype(activation)::type;
-    constexpr bool kGated = decltype(gated)::value;
-    launch(unit_axis_amax_kernel<T, kGated, Act>, grid, kThreads, stream, p);
-    launch(unit_axis_join_kernel<kGated>, joins, kThreads, stream, p, {.pdl = pdl});
-    launch_tiles<unit_axis_cast_kernel<T, kGated, Act>, TileInputs<T, kGated>>(
-        int64_t{p.col_tiles} * p.row_tiles, kAxisCastBlocks<T, kGated, Act>, device, stream, p,
-        pdl);
+    launch(unit_axis_amax_kernel<Reads, Act>, grid, kThreads, stream, p);
+    launch(unit_axis_join_kernel<Reads::kGated>, joins, kThreads, stream, p, {.pdl = pdl});
+    launch_tiles<unit_axis_cast_kernel<Reads, Act>, TileInputs<Reads>>(
+        int64_t{p.col_tiles} * p.row_tiles, kAxisCastBlocks<Reads, Act>, device, stream, p, pdl);
   });
 }
 

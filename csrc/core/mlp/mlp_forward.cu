@@ -140,6 +140,7 @@ size_t mlp_forward_workspace_bytes(const MlpForwardArgs& args) {
 
 void mlp_forward(const MlpForwardArgs& args, Stream stream) {
   check_unit(args.unit);
+  require(args.unit.gate_scale == nullptr, "mlp_forward reads no codes");
   quantize_with(UnitPasses(args.unit), of_unit(args), stream);
 }
 

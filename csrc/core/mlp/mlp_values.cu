@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads, kValuesBlocks<T, kBackward>)
     UnitInputs<T> in[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      in[i] = fetch_unit<T, kGated>(a.unit, a.dh, a.dh_ld, min(row + i * kWarps, end - 1), col);
+      in[i] = fetch_unit<UnitReads<T, kGated, false>>(a.unit, a.dh, a.dh_ld,
+                                                      min(row + i * kWarps, end - 1), col);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, kValuesBlocks<T, kBackward>)
 
 void mlp_values(const MlpValuesArgs& args, Stream stream) {
   check_unit(args.unit);
+  require(args.unit.gate_scale == nullptr, "mlp_values reads no codes");
   require(on_16_bytes(args.dh) && on_16_bytes(args.d_gate) && on_16_bytes(args.d_up) &&
               on_16_bytes(args.h) && args.dh_ld % 8 == 0 && args.d_ld % 8 == 0 &&
               args.h_ld % 8 == 0,

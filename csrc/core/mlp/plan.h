@@ -17,6 +17,8 @@ inline void check_unit(const MlpUnitArgs& unit) {
           "an MLP's unit expects 16-byte aligned rows");
   require(unit.up != nullptr || unit.activation != MlpActivation::kClampedSilu,
           "clamped_silu expects a gate and an up");
+  require((unit.gate_scale != nullptr) == (unit.up_scale != nullptr),
+          "codes of an MLP's unit expect scales of gate and of up");
 }
 
 // The amax pass of the backward: a block's 8 warps take turns over the rows of a chunk, two rows at

@@ -112,6 +112,47 @@ void with_unit_kind(const MlpUnitArgs& unit, const F& f) {
   });
 }
 
+// What a backward reads gate and up as: elements of T, or e4m3 codes of them.
+template <typename Element_, bool kIsGated, bool kAreCodes>
+struct UnitReads {
+  using Element = Element_;
+  static constexpr bool kGated = kIsGated;
+  static constexpr bool kCodes = kAreCodes;
+};
+
+// Codes are read in one kind alone: the memory that they save is wanted by large models, nearly all
+// of which have it, and each kind is a tenth of what the kernels of a backward take to compile.
+inline bool reads_codes(const MlpUnitArgs& unit) {
+  return unit.up != nullptr && unit.dtype == Dtype::kBFloat16 &&
+         unit.activation == MlpActivation::kSilu;
+}
+
+// f(UnitReads, Type<Act>) of a unit.
+template <typename F>
+void with_unit_reads(const MlpUnitArgs& unit, const F& f) {
+  if (unit.gate_scale != nullptr) {
+    require(reads_codes(unit), "an MLP's unit expects codes of a gated silu in bf16");
+    return f(UnitReads<__nv_bfloat16, true, true>{}, Type<Silu>{});
+  }
+  with_unit_kind(unit, [&](auto input, auto gated, auto activation) {
+    f(UnitReads<typename decltype(input)::type, decltype(gated)::value, false>{}, activation);
+  });
+}
+
+// code * scale of eight e4m3 codes, rounded to T: as core::dequantize has them.
+template <typename T>
+__device__ __forceinline__ Vec8<T> decode8(uint2 codes, float scale) {
+  Vec8<T> v;
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    const uint32_t word = pair < 2 ? codes.x : codes.y;
+    const auto two = static_cast<__nv_fp8x2_storage_t>(word >> (16 * (pair % 2)) & 0xFFFFU);
+    const float2 x = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3)));
+    set_pair(v, pair, x.x * scale, x.y * scale);
+  }
+  return v;
+}
+
 template <typename T>
 struct UnitInputs {
   Vec8<T> gate;
@@ -120,13 +161,21 @@ struct UnitInputs {
 };
 
 // Eight features of a row, which exist; dh: [rows, features], or nullptr for zeros.
-template <typename T, bool kGated>
+template <typename Reads, typename T = typename Reads::Element>
 __device__ __forceinline__ UnitInputs<T> fetch_unit(const MlpUnitArgs& unit, const void* dh,
                                                     int64_t dh_ld, int64_t row, int64_t col) {
   const int64_t at = row * unit.ld + col;
+  const auto fetch = [&](const void* from, [[maybe_unused]] const float* scale) {
+    if constexpr (Reads::kCodes) {
+      const auto* codes = reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(from) + at);
+      return decode8<T>(__ldg(codes), __ldg(scale + row));
+    } else {
+      return load8(static_cast<const T*>(from) + at, 8, true);
+    }
+  };
   UnitInputs<T> in;
-  in.gate = load8(static_cast<const T*>(unit.gate) + at, 8, true);
-  if constexpr (kGated) in.up = load8(static_cast<const T*>(unit.up) + at, 8, true);
+  in.gate = fetch(unit.gate, unit.gate_scale);
+  if constexpr (Reads::kGated) in.up = fetch(unit.up, unit.up_scale);
   in.dh =
       dh == nullptr ? zero8<T>() : load8(static_cast<const T*>(dh) + row * dh_ld + col, 8, true);
   return in;

@@ -58,33 +58,20 @@ __global__ void __launch_bounds__(kThreads, kCooperativeBlocks)
   });
 }
 
-template <typename T, typename Format, bool kData, bool kDataT>
-bool launch_typed(const CooperativeParams& params, int device, cudaStream_t stream) {
-  static std::array<std::atomic<int>, kMaxDevices> known{};
-  const auto kernel = cooperative_kernel<T, Format, kData, kDataT>;
-  if (!can_be_cooperative(reinterpret_cast<const void*>(kernel), device, known)) return false;
-  return launch_cooperative(kernel, params.plan.blocks, kThreads, kSharedBytes, stream, params);
-}
-
 }  // namespace
 
 bool launch_cooperative_cast(const CooperativeParams& params, Dtype x_dtype, Dtype dtype,
                              int device, cudaStream_t stream) {
-  bool launched = false;
-  dispatch_input(x_dtype, [&](auto input) {
-    dispatch_format(dtype, [&](auto format) {
-      using T = typename decltype(input)::type;
-      using Format = typename decltype(format)::type;
-      if (params.cast.data_t.data == nullptr) {
-        launched = launch_typed<T, Format, true, false>(params, device, stream);
-      } else if (params.cast.data.data != nullptr) {
-        launched = launch_typed<T, Format, true, true>(params, device, stream);
-      } else {
-        launched = launch_typed<T, Format, false, true>(params, device, stream);
-      }
-    });
+  return launch_of_types(x_dtype, dtype, [&]<typename T, typename Format>() {
+    const CastParams& cast = params.cast;
+    if (cast.data_t.data == nullptr) {
+      return launch_if_it_fits<cooperative_kernel<T, Format, true, false>>(params, device, stream);
+    }
+    if (cast.data.data != nullptr) {
+      return launch_if_it_fits<cooperative_kernel<T, Format, true, true>>(params, device, stream);
+    }
+    return launch_if_it_fits<cooperative_kernel<T, Format, false, true>>(params, device, stream);
   });
-  return launched;
 }
 
 }  // namespace fp8::core

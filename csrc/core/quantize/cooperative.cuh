@@ -217,4 +217,25 @@ inline bool can_be_cooperative(const void* kernel, int device,
   return answer > 0;
 }
 
+// launch<T, Format>() for the types of x and of the codes: whether that launched something.
+template <typename Launch>
+bool launch_of_types(Dtype x_dtype, Dtype dtype, Launch&& launch) {
+  bool launched = false;
+  dispatch_input(x_dtype, [&](auto input) {
+    dispatch_format(dtype, [&](auto format) {
+      launched = launch.template
+                 operator()<typename decltype(input)::type, typename decltype(format)::type>();
+    });
+  });
+  return launched;
+}
+
+// false, and nothing is launched, where the plan's blocks would not all run at once.
+template <auto kKernel>
+bool launch_if_it_fits(const CooperativeParams& params, int device, cudaStream_t stream) {
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  if (!can_be_cooperative(reinterpret_cast<const void*>(kKernel), device, known)) return false;
+  return launch_cooperative(kKernel, params.plan.blocks, kThreads, kSharedBytes, stream, params);
+}
+
 }  // namespace fp8::core

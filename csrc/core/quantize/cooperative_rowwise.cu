@@ -156,29 +156,17 @@ __global__ void __launch_bounds__(kThreads, kCooperativeBlocks)
   });
 }
 
-template <typename T, typename Format, bool kData>
-bool launch_typed(const CooperativeParams& params, int device, cudaStream_t stream) {
-  static std::array<std::atomic<int>, kMaxDevices> known{};
-  const auto kernel = cooperative_rowwise_kernel<T, Format, kData>;
-  if (!can_be_cooperative(reinterpret_cast<const void*>(kernel), device, known)) return false;
-  return launch_cooperative(kernel, params.plan.blocks, kThreads, kSharedBytes, stream, params);
-}
-
 }  // namespace
 
 bool launch_cooperative_rowwise(const CooperativeParams& params, Dtype x_dtype, Dtype dtype,
                                 int device, cudaStream_t stream) {
-  bool launched = false;
-  dispatch_input(x_dtype, [&](auto input) {
-    dispatch_format(dtype, [&](auto format) {
-      using T = typename decltype(input)::type;
-      using Format = typename decltype(format)::type;
-      launched = params.cast.data.data != nullptr
-                     ? launch_typed<T, Format, true>(params, device, stream)
-                     : launch_typed<T, Format, false>(params, device, stream);
-    });
+  return launch_of_types(x_dtype, dtype, [&]<typename T, typename Format>() {
+    return params.cast.data.data != nullptr
+               ? launch_if_it_fits<cooperative_rowwise_kernel<T, Format, true>>(params, device,
+                                                                                stream)
+               : launch_if_it_fits<cooperative_rowwise_kernel<T, Format, false>>(params, device,
+                                                                                 stream);
   });
-  return launched;
 }
 
 }  // namespace fp8::core

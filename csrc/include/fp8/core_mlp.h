@@ -18,9 +18,12 @@ enum class MlpActivation : uint8_t {
 };
 
 // h = act(gate) * up, or act(gate): each step rounded to dtype, as PyTorch's own operators round.
+// Where there are scales, gate and up are e4m3 codes: of code * scale, rounded to dtype.
 struct MlpUnitArgs {
-  const void* gate = nullptr;  // [rows, features] in dtype, 16-byte aligned rows
-  const void* up = nullptr;    // the same, or nullptr: plain
+  const void* gate = nullptr;         // [rows, features] in dtype, 16-byte aligned rows
+  const void* up = nullptr;           // the same, or nullptr: plain
+  const float* gate_scale = nullptr;  // [rows], of the codes; see mlp_backward_takes_codes
+  const float* up_scale = nullptr;
   Dtype dtype = Dtype::kBFloat16;
   int64_t rows = 0;
   int64_t features = 0;  // multiple of 16
@@ -83,6 +86,9 @@ struct MlpBackwardArgs {
   void* workspace = nullptr;  // mlp_backward_workspace_bytes(args)
 };
 size_t mlp_backward_workspace_bytes(const MlpBackwardArgs& args);
+// Whether gate and up may be codes: of the unit that most models have. Others are dequantized
+// first.
+bool mlp_backward_takes_codes(const MlpUnitArgs& unit);
 void mlp_backward(const MlpBackwardArgs& args, Stream stream);
 
 // The same without quantization: gradients of gate and up from dh, where it is given, and h. Each

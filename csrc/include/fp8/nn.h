@@ -58,6 +58,9 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
   // One fp8::fused_linear: see there for values, gradients and errors.
   torch::Tensor forward(const torch::Tensor& input);
 
+  // The history that the next call takes and moves on, with the recipe "delayed"; none with others.
+  std::optional<torch::Tensor> current_history();
+
   LinearOptions options;
   torch::Tensor weight;       // [out_features, in_features]
   torch::Tensor bias;         // [out_features]; undefined without a bias
@@ -69,7 +72,6 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
  private:
   void keep_float32(const torch::Tensor& scale);
   void move_history(torch::Device device, bool non_blocking);
-  std::optional<torch::Tensor> current_history();
 };
 
 // fp8::nn::Linear: a shared pointer to the module, as all of LibTorch's.

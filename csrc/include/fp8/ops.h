@@ -170,7 +170,8 @@ at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
 // the weight gradients of neighbouring weights. Nothing is copied together in high precision. So
 // with one scale per tensor the weights share theirs, and so do the gradients of the results; with
 // a scale per row y_i has the bits of a fused_linear of its own. The y_i are columns of one tensor,
-// with its distance from row to row; each is a tensor of its own to autograd, and may be modified
+// with its distance from row to row; with gradients, one of at most a quarter of all columns has
+// memory of its own. Each is a tensor of its own to autograd, and may be modified
 // in place. A y_i that no gradient reaches is left out of the backward. At most 62 weights;
 // history: one for all of them. Differentiable once.
 std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tensor> weights,
@@ -184,8 +185,10 @@ std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tens
 // [2 I, K] without up, the gate's half first, or second with gate_second. activation: "silu",
 // "gelu", "gelu_tanh", "relu", "relu_squared", and with a gate "clamped_silu" (see moe_experts,
 // alpha and limit of it). save: "bf16" keeps the products of gate and up for the backward,
-// "recompute" makes them again. Histories: one for each layer, with "delayed"; x is quantized once,
-// with gate's. Values and gradients are those of the composition, bit for bit, but that dx through
+// "fp8" e4m3 codes of them with a scale for each row, which only the backward reads: y has the same
+// bits, the gradients are those of what the codes stand for; "recompute" makes the products again.
+// Histories: one for each layer, with "delayed"; x is quantized once, with gate's. Values, and
+// gradients unless "fp8" is saved, are those of the composition, bit for bit, but that dx through
 // two weights is summed inside the second product. Differentiable once.
 struct MlpOptions {
   std::string_view activation = "silu";

@@ -180,6 +180,25 @@ at::Tensor weight_gradient(const BackwardArgs& args,
   return into.defined() ? at::Tensor() : dweight;
 }
 
+struct Forward {
+  Recipe recipe;
+  bool x_t;
+  bool weight_amax;
+};
+
+// What a forward saves beside y, for arguments that fit.
+Forward checked_forward(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x_t,
+                        bool save_weight_amax, const std::optional<at::Tensor>& input_scale,
+                        const std::optional<at::Tensor>& history) {
+  check_linear(x, weight, bias);
+  const Recipe recipe = recipe_at(recipe_id);
+  if (input_scale) check_input_scale(*input_scale, recipe, x);
+  if (history) check_history(*history, recipe, x);
+  return {recipe, save_x_t && recipe.fp8_wgrad,
+          save_weight_amax && recipe.granularity == Granularity::kTensorwise};
+}
+
 }  // namespace
 
 // The bias gradient comes on the way: a rowwise quantization takes two passes for it, of no more
@@ -223,13 +242,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe_id, bool save_x_t, bool save_weight_amax,
     const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
-  check_linear(x, weight, bias);
-  const Recipe& recipe = recipe_at(recipe_id);
-  if (input_scale) check_input_scale(*input_scale, recipe, x);
-  if (history) check_history(*history, recipe, x);
-  const bool keep_amax = save_weight_amax && recipe.granularity == Granularity::kTensorwise;
+  const auto [recipe, x_t, keep_amax] =
+      checked_forward(x, weight, bias, recipe_id, save_x_t, save_weight_amax, input_scale, history);
   const c10::DeviceGuard guard(x.device());
-  const bool x_t = save_x_t && recipe.fp8_wgrad;
   const Operand qx = operand::remembered_input(
       x, {.dtype = recipe.forward_dtype,
           .granularity = recipe.granularity,
@@ -281,14 +296,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     int64_t recipe_id, bool save_x_t, bool save_weight_amax,
     const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
-  check_linear(x, weight, bias);
-  const Recipe& recipe = recipe_at(recipe_id);
-  if (input_scale) check_input_scale(*input_scale, recipe, x);
-  if (history) check_history(*history, recipe, x);
-  const bool keep_amax = save_weight_amax && recipe.granularity == Granularity::kTensorwise;
+  const auto [recipe, x_t, keep_amax] =
+      checked_forward(x, weight, bias, recipe_id, save_x_t, save_weight_amax, input_scale, history);
   const auto fp32 = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_symint(with_last(x.sym_sizes(), weight.sym_size(0)), x.options());
-  if (!save_x_t || !recipe.fp8_wgrad) {
+  if (!x_t) {
     return {y, none_like(x), none_like(x), keep_amax ? at::empty({}, fp32) : none_like(x)};
   }
   c10::SymInt rows = 1;

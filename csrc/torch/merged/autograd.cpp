@@ -1,6 +1,7 @@
 // merged_linear's gradient: one node of the graph with a result for each weight. The results are
-// plain tensors that share memory, made below autograd's views: each may be modified in place. What
-// is not reached by a backward has no gradient, not zeros.
+// plain tensors, those above a quarter of all columns in shared memory, made below autograd's
+// views: each may be modified in place. What is not reached by a backward has no gradient, not
+// zeros.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -21,6 +22,13 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
+
+// Whether a part of y gets memory of its own. One that a graph keeps, as attention keeps v, would
+// keep all of y, as q and k, which are rotated into others and gone. A copy of up to a quarter of y
+// costs little; of larger ones it would cost more than the product in one piece gains.
+bool is_small(const at::Tensor& part, const at::Tensor& y) {
+  return part.sym_size(-1) * 4 <= y.sym_size(-1);
+}
 
 void count_write(const OptionalTensor& written) {
   if (written && !written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
@@ -75,7 +83,11 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
     ctx->saved_data["in_features"] = x.sym_size(-1);
     // No saved tensor: it is meant to change between the passes.
     if (options->history) ctx->saved_data["history"] = *options->history;
-    return merged::parts_of(y, weights);
+    variable_list parts = merged::parts_of(y, weights);
+    for (at::Tensor& part : parts) {
+      if (is_small(part, y)) part = part.clone(at::MemoryFormat::Contiguous);
+    }
+    return parts;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {

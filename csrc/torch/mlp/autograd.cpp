@@ -1,5 +1,6 @@
-// mlp's gradient: one node of the graph. It keeps x in FP8 and the products of gate and up, or x
-// alone to make them again; of the parameters only what the backward needs.
+// mlp's gradient: one node of the graph. It keeps x in FP8 and the products of gate and up, in
+// their dtype or as FP8 codes, or x alone to make them again; of the parameters only what the
+// backward needs.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -32,7 +33,7 @@ struct NodeOptions {
   double alpha;
   double limit;
   int64_t recipe;
-  bool recompute;
+  int64_t save;  // a bit of mlp_needs, or 0
   const OptionalTensor& gate_history;
   const OptionalTensor& up_history;
   const OptionalTensor& down_history;
@@ -58,14 +59,14 @@ class Mlp : public torch::autograd::Function<Mlp> {
                             const OptionalTensor& down_bias, const NodeOptions* options) {
     using namespace mlp_needs;
     const Range range("fp8::mlp");
-    const int64_t needs = needs_of(x, gate, up, down, gate_bias, up_bias, down_bias) |
-                          (options->recompute ? kRecompute : 0);
+    const int64_t needs =
+        needs_of(x, gate, up, down, gate_bias, up_bias, down_bias) | options->save;
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_mlp_forward)>("fp8::_mlp_forward");
     std::optional<memory::EagerScope> shares_input;
     if (!x.is_leaf()) shares_input.emplace();
-    const auto [y, gate_out, up_out, x_t, x_t_scale, x_amax, gate_amax, up_amax, down_amax,
-                h_amax] =
+    const auto [y, gate_out, up_out, gate_out_scale, up_out_scale, x_t, x_t_scale, x_amax,
+                gate_amax, up_amax, down_amax, h_amax] =
         op.call(x, gate, up, down, gate_bias, up_bias, down_bias, options->activation,
                 options->gate_second, options->alpha, options->limit, options->recipe, needs,
                 options->gate_history, options->up_history, options->down_history);
@@ -73,7 +74,9 @@ class Mlp : public torch::autograd::Function<Mlp> {
     const Recipe recipe = recipe_at(options->recipe);
     const bool tensorwise = recipe.granularity == core::Granularity::kTensorwise;
     const bool products = (needs & (kToH | kDown)) != 0;  // of gate and up are needed
-    const bool recompute = options->recompute && products;
+    const bool recompute = (needs & kRecompute) != 0 && products;
+    const bool keeps_products = products && !recompute;
+    const bool keeps_scales = keeps_products && (needs & kFp8) != 0;
     const bool wgrad = (needs & (kGate | kUp)) != 0;
     const bool weights = recompute || (needs & kX) != 0;
     const bool keeps_x = recompute || (wgrad && !recipe.fp8_wgrad);
@@ -81,7 +84,8 @@ class Mlp : public torch::autograd::Function<Mlp> {
     const auto kept = [&](bool keep, const OptionalTensor& t) { return keep && t ? *t : none; };
     ctx->save_for_backward(
         {keeps_x ? x : kept(wgrad, x_t), kept(wgrad && !keeps_x, x_t_scale),
-         kept(products && !recompute, gate_out), kept(products && !recompute && up, up_out),
+         kept(keeps_products, gate_out), kept(keeps_products && up, up_out),
+         kept(keeps_scales, gate_out_scale), kept(keeps_scales && up, up_out_scale),
          kept(weights, gate), kept(weights, up), kept((needs & kToH) != 0, down),
          kept(recompute, gate_bias), kept(recompute, up_bias),
          kept(recompute && tensorwise, x_amax), kept(weights && tensorwise, gate_amax),
@@ -126,12 +130,12 @@ class Mlp : public torch::autograd::Function<Mlp> {
     const auto [dx, d_gate, d_up, d_down, d_gate_bias, d_up_bias, d_down_bias] =
         op.call(dy, optional(s[0]), optional(s[1]), optional(s[2]), optional(s[3]), optional(s[4]),
                 optional(s[5]), optional(s[6]), optional(s[7]), optional(s[8]), optional(s[9]),
-                optional(s[10]), optional(s[11]), optional(s[12]), optional(s[13]),
-                ctx->saved_data["in_features"].toSymInt(), ctx->saved_data["features"].toSymInt(),
-                ctx->saved_data["form"].toInt(), ctx->saved_data["activation"].toInt(),
-                ctx->saved_data["gate_second"].toBool(), ctx->saved_data["alpha"].toDouble(),
-                ctx->saved_data["limit"].toDouble(), ctx->saved_data["recipe"].toInt(), needs,
-                histories[0], histories[1], histories[2]);
+                optional(s[10]), optional(s[11]), optional(s[12]), optional(s[13]), optional(s[14]),
+                optional(s[15]), ctx->saved_data["in_features"].toSymInt(),
+                ctx->saved_data["features"].toSymInt(), ctx->saved_data["form"].toInt(),
+                ctx->saved_data["activation"].toInt(), ctx->saved_data["gate_second"].toBool(),
+                ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(),
+                ctx->saved_data["recipe"].toInt(), needs, histories[0], histories[1], histories[2]);
     const std::array<std::pair<int64_t, const at::Tensor*>, 7> found{{{kX, &dx},
                                                                       {kGate, &d_gate},
                                                                       {kUp, &d_up},
@@ -152,7 +156,7 @@ class Mlp : public torch::autograd::Function<Mlp> {
     using namespace mlp_needs;
     const int64_t foreseen = ctx->saved_data["needs"].toInt();
     const int64_t present = ctx->saved_data["present"].toInt() | kX | kGate | kDown;
-    int64_t needs = foreseen & kRecompute;
+    int64_t needs = foreseen & (kRecompute | kFp8);
     size_t input = 0;
     for (const int64_t bit : {kX, kGate, kUp, kDown, kGateBias, kUpBias, kDownBias}) {
       if ((present & bit) == 0) continue;
@@ -178,7 +182,7 @@ at::Tensor mlp(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor
                             alpha,
                             limit,
                             recipe_id(recipe),
-                            mlp_node::recomputes(save),
+                            mlp_node::save_bit(save),
                             gate_history,
                             up_history,
                             down_history};
@@ -214,7 +218,7 @@ void count_writes(const Histories&... histories) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-           at::Tensor, at::Tensor, at::Tensor>
+           at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const std::optional<at::Tensor>& up,
              const at::Tensor& down, const std::optional<at::Tensor>& gate_bias,
              const std::optional<at::Tensor>& up_bias, const std::optional<at::Tensor>& down_bias,
@@ -233,7 +237,9 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const std::optional<at
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 _mlp_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
               const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& gate_out,
-              const std::optional<at::Tensor>& up_out, const std::optional<at::Tensor>& gate,
+              const std::optional<at::Tensor>& up_out,
+              const std::optional<at::Tensor>& gate_out_scale,
+              const std::optional<at::Tensor>& up_out_scale, const std::optional<at::Tensor>& gate,
               const std::optional<at::Tensor>& up, const std::optional<at::Tensor>& down,
               const std::optional<at::Tensor>& gate_bias, const std::optional<at::Tensor>& up_bias,
               const std::optional<at::Tensor>& x_amax, const std::optional<at::Tensor>& gate_amax,
@@ -246,10 +252,10 @@ _mlp_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
               const std::optional<at::Tensor>& down_history) {
   static const auto op = find<decltype(kernel::_mlp_backward)>("fp8::_mlp_backward");
   const at::AutoDispatchBelowADInplaceOrView below;
-  auto made = op.call(dy, x, x_t_scale, gate_out, up_out, gate, up, down, gate_bias, up_bias,
-                      x_amax, gate_amax, up_amax, down_amax, h_amax, std::move(in_features),
-                      std::move(features), form, activation, gate_second, alpha, limit, recipe,
-                      needs, gate_history, up_history, down_history);
+  auto made = op.call(dy, x, x_t_scale, gate_out, up_out, gate_out_scale, up_out_scale, gate, up,
+                      down, gate_bias, up_bias, x_amax, gate_amax, up_amax, down_amax, h_amax,
+                      std::move(in_features), std::move(features), form, activation, gate_second,
+                      alpha, limit, recipe, needs, gate_history, up_history, down_history);
   count_writes(gate_history, up_history, down_history);
   return made;
 }

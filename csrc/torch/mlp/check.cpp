@@ -57,10 +57,11 @@ int64_t mlp_node::activation_index(std::string_view name) {
   FP8_CHECK_VALUE(false, "fp8::mlp: expected an activation out of ", known, ", got '", name, "'");
 }
 
-bool mlp_node::recomputes(std::string_view save) {
-  FP8_CHECK_VALUE(save == "bf16" || save == "recompute",
-                  "fp8::mlp: expected save 'bf16' or 'recompute', got '", save, "'");
-  return save == "recompute";
+int64_t mlp_node::save_bit(std::string_view save) {
+  FP8_CHECK_VALUE(save == "bf16" || save == "fp8" || save == "recompute",
+                  "fp8::mlp: expected save 'bf16', 'fp8' or 'recompute', got '", save, "'");
+  if (save == "fp8") return mlp_needs::kFp8;
+  return save == "recompute" ? mlp_needs::kRecompute : 0;
 }
 
 mlp_node::Form mlp_node::form_of(const at::Tensor& gate, const OptionalTensor& up,

@@ -10,7 +10,8 @@
 // backward: dy quantized both ways; dh; one pass from gate, up and dh to FP8 gradients of gate and
 //           up in both layouts, and h transposed with the forward's scale; the other products.
 //
-// Saved: x transposed in FP8, and the products of gate and up; nothing of h. To recompute: x alone.
+// Saved: x transposed in FP8, and the products of gate and up, or FP8 codes of them, which only the
+// backward reads; nothing of h. To recompute: x alone.
 #include "torch/mlp/mlp.h"
 
 #include <ATen/ATen.h>
@@ -61,6 +62,22 @@ Scaling scaling_again(const OptionalTensor& amax, const Recipe& recipe, bool del
   return Scaling::known_amax(*amax, delayed);
 }
 
+struct Stored {
+  const at::Tensor& codes;
+  const OptionalTensor& scales;
+};
+
+Products stored_products(const Unit& unit, const Stored& gate_out, const Stored& up_out,
+                         int64_t features, int64_t rows, at::ScalarType dtype) {
+  FP8_CHECK_VALUE(gate_out.codes.defined() && gate_out.scales,
+                  "fp8::_mlp_backward: expected codes and scales of gate_out, got None");
+  const auto side = [&](const Stored& stored) {
+    return Side{stored.codes, stored.scales.value_or(at::Tensor()), core::Granularity::kRowwise,
+                rows};
+  };
+  return mlp_node::products_of(unit, side(gate_out), side(up_out), features, dtype);
+}
+
 struct Layer {
   const OptionalTensor& weight;
   const OptionalTensor& bias;
@@ -101,7 +118,7 @@ struct Recomputed {
 namespace kernel {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-           at::Tensor, at::Tensor, at::Tensor>
+           at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& up,
              const at::Tensor& down, const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
              const OptionalTensor& down_bias, int64_t activation, bool gate_second, double alpha,
@@ -137,10 +154,12 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
   };
   at::Tensor gate_amax;
   at::Tensor up_amax;
-  const at::Tensor gate_out = layer(gate, gate_bias, gate_history, gate_amax);
-  const at::Tensor up_out = up ? layer(*up, up_bias, up_history, up_amax) : at::Tensor();
+  at::Tensor gate_out = layer(gate, gate_bias, gate_history, gate_amax);
+  at::Tensor up_out = up ? layer(*up, up_bias, up_history, up_amax) : at::Tensor();
   qx.along_cols = {};
 
+  const Side stored_gate = saves.fp8 ? mlp_node::store(gate_out) : Side{};
+  const Side stored_up = saves.fp8 ? mlp_node::store(up_out) : Side{};
   const bool keep_h_amax = tensorwise && (needs & mlp_needs::kDown) != 0;
   const bool keep_down_amax = tensorwise && saves.to_h;
   const Operand qh =
@@ -150,16 +169,21 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
                             .power_of_two = recipe.power_of_two,
                             .scaling = linear::scaling_of(down_history, Role::kInput),
                             .keep_amax = keep_h_amax});
+  if (saves.fp8) {  // of no use any more
+    gate_out.reset();
+    up_out.reset();
+  }
   const Operand qw =
       linear::quantize_weight(down, recipe, down_history, keep_down_amax, qh.launched);
   const at::Tensor y = product(qh.along_cols, rows, down, qw.along_cols, down_bias, recipe);
-  const at::Tensor none = none_like(x);
   const auto kept = [&](bool keep, const at::Tensor& t) {
     return keep && t.defined() ? t : none_like(x);
   };
   return {x.dim() == 2 ? y : y.view(with_last(x.sizes(), down.size(0))),
-          kept(saves.products, gate_out),
-          kept(saves.products, up_out),
+          kept(saves.products, saves.fp8 ? stored_gate.codes : gate_out),
+          kept(saves.products, saves.fp8 ? stored_up.codes : up_out),
+          kept(saves.fp8, stored_gate.scales),
+          kept(saves.fp8, stored_up.scales),
           kept(x_t, qx.along_rows.codes),
           kept(x_t, qx.along_rows.scales),
           kept(saves.recompute, qx.amax),
@@ -172,7 +196,8 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 _mlp_backward(const at::Tensor& given_dy, const OptionalTensor& given_x,
               const OptionalTensor& given_x_scale, const OptionalTensor& saved_gate_out,
-              const OptionalTensor& saved_up_out, const OptionalTensor& gate,
+              const OptionalTensor& saved_up_out, const OptionalTensor& gate_out_scale,
+              const OptionalTensor& up_out_scale, const OptionalTensor& gate,
               const OptionalTensor& up, const OptionalTensor& down, const OptionalTensor& gate_bias,
               const OptionalTensor& up_bias, const OptionalTensor& x_amax,
               const OptionalTensor& gate_amax, const OptionalTensor& up_amax,
@@ -208,6 +233,20 @@ _mlp_backward(const at::Tensor& given_dy, const OptionalTensor& given_x,
       x = again.x.along_rows.codes;
       x_scale = again.x.along_rows.scales;
     }
+  }
+
+  Products products;
+  if (saves.fp8) {
+    products = stored_products(unit, {gate_out, gate_out_scale}, {up_out, up_out_scale}, features,
+                               dy.size(0), dy.scalar_type());
+    // Of the products' shapes, which is all that the products with their gradients look at.
+    const auto shape = [&](int64_t cols) {
+      return at::empty_strided({dy.size(0), cols}, {0, 0}, dy.options());
+    };
+    gate_out = shape(unit.form == Form::kMerged ? 2 * features : features);
+    up_out = shape(features);
+  } else if (saves.to_h || need(mlp_needs::kDown)) {
+    products = mlp_node::products_of(unit, gate_out, up_out);
   }
 
   // --- down: dh, before its weight gradient, which takes h as the next pass leaves it ---
@@ -271,11 +310,11 @@ _mlp_backward(const at::Tensor& given_dy, const OptionalTensor& given_x,
         .power_of_two = recipe.power_of_two,
         .scaling = wanted.h ? scaling_again(h_amax, recipe, down_history.has_value())
                             : Scaling::dynamic()};
-    made = mlp_node::backward_unit(
-        unit, mlp_node::products_of(unit, gate_out, up_out), through_down.dx, wanted,
-        {.gate = linear::request_of_dy(of_gate),
-         .up = separate ? linear::request_of_dy(of_up) : QuantizeRequest{},
-         .h = request_of_h});
+    made =
+        mlp_node::backward_unit(unit, products, through_down.dx, wanted,
+                                {.gate = linear::request_of_dy(of_gate),
+                                 .up = separate ? linear::request_of_dy(of_up) : QuantizeRequest{},
+                                 .h = request_of_h});
   }
 
   through_down.dx.reset();
@@ -342,7 +381,7 @@ at::Tensor mlp(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor
                const OptionalTensor& down_bias, std::string_view save, bool gate_second,
                double alpha, double limit, const OptionalTensor& gate_history,
                const OptionalTensor& up_history, const OptionalTensor& down_history) {
-  mlp_node::recomputes(save);
+  mlp_node::save_bit(save);
   const auto forward = x.is_meta() ? meta::_mlp_forward : kernel::_mlp_forward;
   return std::get<0>(forward(x, gate, up, down, gate_bias, up_bias, down_bias,
                              mlp_node::activation_index(activation), gate_second, alpha, limit,

@@ -14,6 +14,7 @@ inline bool is_tensorwise(const Recipe& recipe) {
 struct Saves {
   bool to_h;      // the gradient of h, and what lies before it
   bool products;  // gate_out and up_out
+  bool fp8;       // these as codes
   bool x;         // for the weight gradients of gate and up
   bool weights;   // of gate and up: amaxes, tensorwise
   bool recompute;
@@ -21,6 +22,7 @@ struct Saves {
   explicit Saves(int64_t needs)
       : to_h((needs & mlp_needs::kToH) != 0),
         products(to_h || (needs & mlp_needs::kDown) != 0),
+        fp8((needs & mlp_needs::kFp8) != 0 && products),
         x((needs & (mlp_needs::kGate | mlp_needs::kUp)) != 0),
         weights((needs & mlp_needs::kX) != 0),
         recompute((needs & mlp_needs::kRecompute) != 0 && products) {

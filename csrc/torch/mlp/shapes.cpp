@@ -16,7 +16,7 @@ using mlp_node::Saves;
 namespace meta {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-           at::Tensor, at::Tensor, at::Tensor>
+           at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& up,
              const at::Tensor& down, const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
              const OptionalTensor& down_bias, int64_t activation, bool /*gate_second*/,
@@ -36,15 +36,23 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
   const auto amax = [&](bool keep) {
     return keep && tensorwise ? at::empty({}, fp32) : none_like(x);
   };
+  const c10::SymInt m = pad16(rows);
   const auto out = [&](bool keep, const at::Tensor& weight) {
-    return keep ? at::empty_symint({rows, weight.sym_size(0)}, x.options()) : none_like(x);
+    if (!keep) return none_like(x);
+    const c10::SymInt cols = weight.sym_size(0);
+    return saves.fp8 ? at::empty_symint({m, pad16(cols)}, x.options().dtype(at::kFloat8_e4m3fn))
+                     : at::empty_symint({rows, cols}, x.options());
+  };
+  const auto out_scale = [&](bool keep) {
+    return keep && saves.fp8 ? at::empty_symint({m}, fp32) : none_like(x);
   };
   const bool x_t = saves.x && recipe.fp8_wgrad;
   const c10::SymInt k = pad16(x.sym_size(-1));
-  const c10::SymInt m = pad16(rows);
   return {at::empty_symint(sizes, x.options()),
           out(saves.products, gate),
           up ? out(saves.products, *up) : none_like(x),
+          out_scale(true),
+          out_scale(up.has_value()),
           x_t ? at::empty_symint({k, m}, x.options().dtype(recipe.forward_dtype)) : none_like(x),
           x_t ? at::empty_symint(scale_sizes(recipe.granularity, k, m), fp32) : none_like(x),
           amax(saves.recompute),
@@ -57,7 +65,8 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 _mlp_backward(const at::Tensor& dy, const OptionalTensor& /*x*/,
               const OptionalTensor& /*x_t_scale*/, const OptionalTensor& /*gate_out*/,
-              const OptionalTensor& /*up_out*/, const OptionalTensor& /*gate*/,
+              const OptionalTensor& /*up_out*/, const OptionalTensor& /*gate_out_scale*/,
+              const OptionalTensor& /*up_out_scale*/, const OptionalTensor& /*gate*/,
               const OptionalTensor& /*up*/, const OptionalTensor& /*down*/,
               const OptionalTensor& /*gate_bias*/, const OptionalTensor& /*up_bias*/,
               const OptionalTensor& /*x_amax*/, const OptionalTensor& /*gate_amax*/,

@@ -8,9 +8,6 @@
 #include "torch/common/tensors.h"
 
 namespace fp8::mlp_node {
-namespace {
-
-using core::Granularity;
 
 // --- composed of ATen's operators: the CPU, and what no kernel does ---
 
@@ -28,6 +25,10 @@ at::Tensor act(Activation activation, const at::Tensor& x) {
       return at::square(at::relu(x));
   }
 }
+
+namespace {
+
+using core::Granularity;
 
 at::Tensor act_backward(Activation activation, const at::Tensor& dy, const at::Tensor& x) {
   switch (activation) {
@@ -97,6 +98,19 @@ at::Tensor joined(const Unit& unit, const at::Tensor& gate, const at::Tensor& up
   return unit.gate_second ? at::cat({up, gate}, 1) : at::cat({gate, up}, 1);
 }
 
+// The products themselves, where they are codes.
+Products values_of(const Unit& unit, const Products& p) {
+  if (!p.gate_scale.defined()) return p;
+  const auto decoded = [&](const at::Tensor& codes, const at::Tensor& scale) {
+    if (!codes.defined()) return at::Tensor();
+    const at::Tensor of_rows = scale.narrow(0, 0, codes.size(0)).unsqueeze(1);
+    return dequantize_matrix(codes, of_rows.expand_as(codes), p.dtype);
+  };
+  const bool merged = unit.form == Form::kMerged;
+  return products_of(unit, decoded(merged ? p.joint : p.gate, p.gate_scale),
+                     merged ? at::Tensor() : decoded(p.up, p.up_scale));
+}
+
 Operand quantized(const at::Tensor& x, const QuantizeRequest& request) {
   return request.along_cols || request.along_rows ? operand::make(x, request) : Operand{};
 }
@@ -114,9 +128,14 @@ bool suits_kernels(const Products& p) {
 }
 
 core::MlpUnitArgs unit_args(const Unit& unit, const Products& p) {
+  const auto scales = [](const at::Tensor& t) {
+    return t.defined() ? t.const_data_ptr<float>() : nullptr;
+  };
   return {.gate = p.gate.const_data_ptr(),
           .up = p.up.defined() ? p.up.const_data_ptr() : nullptr,
-          .dtype = to_core(p.gate.scalar_type()),
+          .gate_scale = scales(p.gate_scale),
+          .up_scale = scales(p.up_scale),
+          .dtype = to_core(p.dtype),
           .rows = p.gate.size(0),
           .features = p.gate.size(1),
           .ld = leading_dim(p.gate),
@@ -306,13 +325,35 @@ bool is_aligned(const at::Tensor& dh) {
 
 }  // namespace
 
+Side store(const at::Tensor& product) {
+  if (!product.defined()) return {};
+  return operand::make(product, {.granularity = Granularity::kRowwise}).along_cols;
+}
+
+Products products_of(const Unit& unit, const Side& gate_out, const Side& up_out, int64_t features,
+                     at::ScalarType dtype) {
+  const auto codes = [&](const Side& side, int64_t cols) {
+    return side.codes.narrow(0, 0, side.rows).narrow(1, 0, cols);
+  };
+  const bool merged = unit.form == Form::kMerged;
+  const bool separate = unit.form == Form::kSeparate;
+  Products out = products_of(unit, codes(gate_out, merged ? 2 * features : features),
+                             separate ? codes(up_out, features) : at::Tensor());
+  out.gate_scale = gate_out.scales;
+  if (out.up.defined()) out.up_scale = separate ? up_out.scales : gate_out.scales;
+  out.dtype = dtype;
+  return out;
+}
+
 Products products_of(const Unit& unit, const at::Tensor& gate_out, const at::Tensor& up_out) {
-  if (unit.form == Form::kPlain) return {gate_out, {}};
-  if (unit.form == Form::kSeparate) return {gate_out, up_out};
+  Products out{.gate = gate_out, .dtype = gate_out.scalar_type()};
+  if (unit.form == Form::kSeparate) out.up = up_out;
+  if (unit.form != Form::kMerged) return out;
   const int64_t features = gate_out.size(1) / 2;
-  const at::Tensor first = gate_out.narrow(1, 0, features);
-  const at::Tensor second = gate_out.narrow(1, features, features);
-  return unit.gate_second ? Products{second, first} : Products{first, second};
+  out.joint = gate_out;
+  out.gate = gate_out.narrow(1, unit.gate_second ? features : 0, features);
+  out.up = gate_out.narrow(1, unit.gate_second ? 0 : features, features);
+  return out;
 }
 
 Operand quantize_h(const Unit& unit, const Products& p, const QuantizeRequest& request) {
@@ -321,23 +362,23 @@ Operand quantize_h(const Unit& unit, const Products& p, const QuantizeRequest& r
   return operand::make(compose_backward(unit, p, {}, {.h = true}).h, request);
 }
 
-UnitGradients backward_unit(const Unit& unit, const Products& p, const at::Tensor& dh,
+UnitGradients backward_unit(const Unit& unit, const Products& given, const at::Tensor& dh,
                             const Wanted& wanted, const GradientRequests& requests) {
   const bool merged = unit.form == Form::kMerged;
+  const bool two = wanted.gate && wanted.up && !merged;
+  const bool has_kernels = suits_kernels(given) && is_aligned(dh);
+  const bool quantizes =
+      has_kernels && !wanted.values && (!wanted.gate || is_fused(requests.gate)) &&
+      (!wanted.up || merged || is_fused(requests.up)) &&
+      (!two || requests.gate.scaling.source == requests.up.scaling.source) &&
+      !is_blockwise(requests.h.granularity) && requests.h.dtype == at::kFloat8_e4m3fn;
+  const bool reads_codes = quantizes && core::mlp_backward_takes_codes(unit_args(unit, given));
+  const Products p = reads_codes ? given : values_of(unit, given);
+  if (quantizes) return fused_backward(unit, p, dh, wanted, requests);
   UnitGradients out;
-  bool made = false;
-  if (suits_kernels(p) && is_aligned(dh)) {
-    const bool two = wanted.gate && wanted.up && !merged;
-    const bool fits = (!wanted.gate || is_fused(requests.gate)) &&
-                      (!wanted.up || merged || is_fused(requests.up)) &&
-                      (!two || requests.gate.scaling.source == requests.up.scaling.source) &&
-                      !is_blockwise(requests.h.granularity) &&
-                      requests.h.dtype == at::kFloat8_e4m3fn;
-    if (fits && !wanted.values) return fused_backward(unit, p, dh, wanted, requests);
+  if (has_kernels) {
     out = fused_values(unit, p, dh, wanted);
-    made = true;
-  }
-  if (!made) {
+  } else {
     Composed composed = compose_backward(unit, p, dh, wanted);
     out.h = composed.h;
     out.gate = merged && wanted.gate ? joined(unit, composed.gate, composed.up) : composed.gate;

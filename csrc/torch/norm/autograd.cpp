@@ -1,8 +1,10 @@
 // Gradients of the norms. Saved is what was normed, rstd (and mean) of each row, and the weight.
-// Where a residual was added, the gradient of the sum joins dx in the same pass.
+// Where a residual was added, the gradient of the sum joins dx in the same pass; so does that of x
+// from elsewhere, where x is handed on.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "host/ranges.h"
@@ -22,12 +24,20 @@ const auto& backward_op() {
   return op;
 }
 
-// y, and the sum where there is a residual.
+// Another tensor of x's memory, and of its count of writes.
+at::Tensor handed_on(const at::Tensor& x) {
+  at::Tensor same = at::alias(x);
+  torch::autograd::impl::set_version_counter(same, torch::autograd::impl::version_counter(x));
+  return same;
+}
+
+// y; and the sum where there is a residual, or x where it is handed on.
 class Norm : public torch::autograd::Function<Norm> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x,
                                const OptionalTensor& residual, const OptionalTensor& weight,
-                               const OptionalTensor& bias, double eps, int64_t form) {
+                               const OptionalTensor& bias, double eps, int64_t form,
+                               bool hands_on) {
     const Range range("fp8::norm");
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_norm_forward)>("fp8::_norm_forward");
@@ -44,12 +54,13 @@ class Norm : public torch::autograd::Function<Norm> {
       ctx->saved_data["bias_dtype"] = static_cast<int64_t>(bias->scalar_type());
     }
     if (residual) return {y, sum};
+    if (hands_on) return {y, handed_on(x)};
     return {y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Range range("fp8::norm backward");
-    variable_list result(6);
+    variable_list result(7);
     const int64_t call = ctx->saved_data["call"].toInt();
     const int64_t needs = asked_for(ctx, call);
     const bool needs_dx = (needs & (kX | kResidual)) != 0;
@@ -148,7 +159,7 @@ at::Tensor rms_norm(const at::Tensor& x, const OptionalTensor& weight, std::opti
     return composite::rms_norm(x, weight, eps, form_name);
   }
   return Norm::apply(x, std::nullopt, weight, std::nullopt, norm_eps(eps),
-                     static_cast<int64_t>(form))[0];
+                     static_cast<int64_t>(form), false)[0];
 }
 
 at::Tensor layer_norm(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -159,7 +170,8 @@ at::Tensor layer_norm(const at::Tensor& x, const OptionalTensor& weight, const O
     const at::AutoDispatchBelowADInplaceOrView below;
     return composite::layer_norm(x, weight, bias, eps);
   }
-  return Norm::apply(x, std::nullopt, weight, bias, eps, static_cast<int64_t>(NormForm::kLayer))[0];
+  return Norm::apply(x, std::nullopt, weight, bias, eps, static_cast<int64_t>(NormForm::kLayer),
+                     false)[0];
 }
 
 std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
@@ -178,7 +190,25 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::T
     return composite::add_rms_norm(x, residual, weight, eps, form_name);
   }
   const variable_list made = Norm::apply(x, OptionalTensor(residual), weight, std::nullopt,
-                                         norm_eps(eps), static_cast<int64_t>(form));
+                                         norm_eps(eps), static_cast<int64_t>(form), false);
+  return {made[0], made[1]};
+}
+
+std::tuple<at::Tensor, at::Tensor> _norm_and_input(const at::Tensor& x,
+                                                   const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, double eps,
+                                                   int64_t form) {
+  check_norm("_norm_and_input", x, std::nullopt, weight, bias);
+  if (scales_wider(static_cast<NormForm>(form), x, weight)) {
+    auto [y, same] = _norm_and_input(x, std::nullopt, std::nullopt, eps, form);
+    return {*weight * y, same};
+  }
+  refuse_tangents("_norm_and_input", x, std::nullopt, weight, bias);
+  if (!needs_graph(x, std::nullopt, weight, bias)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return composite::_norm_and_input(x, weight, bias, eps, form);
+  }
+  const variable_list made = Norm::apply(x, std::nullopt, weight, bias, eps, form, true);
   return {made[0], made[1]};
 }
 

@@ -137,6 +137,18 @@ std::tuple<at::Tensor, at::Tensor> composite::add_rms_norm(const at::Tensor& x,
   return {y, sum};
 }
 
+std::tuple<at::Tensor, at::Tensor> composite::_norm_and_input(const at::Tensor& x,
+                                                              const OptionalTensor& weight,
+                                                              const OptionalTensor& bias,
+                                                              double eps, int64_t form) {
+  check_norm("_norm_and_input", x, std::nullopt, weight, bias);
+  if (scales_wider(static_cast<NormForm>(form), x, weight)) {
+    auto [y, same] = _norm_and_input(x, std::nullopt, std::nullopt, eps, form);
+    return {*weight * y, same};
+  }
+  return {std::get<0>(forward_op().call(x, std::nullopt, weight, bias, eps, form)), x};
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kernel::_norm_forward(
     const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, double eps, int64_t form) {

@@ -41,6 +41,12 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x,           /
                                                 const at::Tensor& residual,    // x's shape, dtype
                                                 const OptionalTensor& weight,  // [K]
                                                 std::optional<double> eps, std::string_view form);
+// y and x, by which other uses of x reach it: their gradient joins dx in the backward's pass.
+// form: a core::NormForm.
+std::tuple<at::Tensor, at::Tensor> _norm_and_input(const at::Tensor& x,           // [..., K]
+                                                   const OptionalTensor& weight,  // [K]
+                                                   const OptionalTensor& bias,    // [K]
+                                                   double eps, int64_t form);
 
 }  // namespace composite
 
@@ -77,6 +83,7 @@ namespace autograd {
 decltype(composite::rms_norm) rms_norm;
 decltype(composite::layer_norm) layer_norm;
 decltype(composite::add_rms_norm) add_rms_norm;
+decltype(composite::_norm_and_input) _norm_and_input;
 decltype(kernel::_norm_backward) _norm_backward;
 }  // namespace autograd
 

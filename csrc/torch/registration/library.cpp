@@ -179,17 +179,19 @@ TORCH_LIBRARY(fp8, m) {
       " Tensor? up_bias, Tensor? down_bias, int activation, bool gate_second, float alpha,"
       " float limit, int recipe, int needs, *, Tensor(a!)? gate_history=None,"
       " Tensor(b!)? up_history=None, Tensor(c!)? down_history=None)"
-      " -> (Tensor y, Tensor gate_out, Tensor up_out, Tensor x_t, Tensor x_t_scale, Tensor x_amax,"
-      " Tensor gate_amax, Tensor up_amax, Tensor down_amax, Tensor h_amax)",
+      " -> (Tensor y, Tensor gate_out, Tensor up_out, Tensor gate_out_scale, Tensor up_out_scale,"
+      " Tensor x_t, Tensor x_t_scale, Tensor x_amax, Tensor gate_amax, Tensor up_amax,"
+      " Tensor down_amax, Tensor h_amax)",
       tags);
   m.def(
       "_mlp_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? gate_out, Tensor? up_out,"
-      " Tensor? gate, Tensor? up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? x_amax,"
-      " Tensor? gate_amax, Tensor? up_amax, Tensor? down_amax, Tensor? h_amax, SymInt in_features,"
-      " SymInt features, int form, int activation, bool gate_second, float alpha, float limit,"
-      " int recipe, int needs, *, Tensor(a!)? gate_history=None, Tensor(b!)? up_history=None,"
-      " Tensor(c!)? down_history=None) -> (Tensor dx, Tensor dgate, Tensor dup, Tensor ddown,"
-      " Tensor dgate_bias, Tensor dup_bias, Tensor ddown_bias)",
+      " Tensor? gate_out_scale, Tensor? up_out_scale, Tensor? gate, Tensor? up, Tensor? down,"
+      " Tensor? gate_bias, Tensor? up_bias, Tensor? x_amax, Tensor? gate_amax, Tensor? up_amax,"
+      " Tensor? down_amax, Tensor? h_amax, SymInt in_features, SymInt features, int form,"
+      " int activation, bool gate_second, float alpha, float limit, int recipe, int needs, *,"
+      " Tensor(a!)? gate_history=None, Tensor(b!)? up_history=None, Tensor(c!)? down_history=None)"
+      " -> (Tensor dx, Tensor dgate, Tensor dup, Tensor ddown, Tensor dgate_bias, Tensor dup_bias,"
+      " Tensor ddown_bias)",
       tags);
   // What grouped_linear and moe_experts are differentiated through.
   m.def(
@@ -218,6 +220,11 @@ TORCH_LIBRARY(fp8, m) {
       " int recipe, int needs, *, Tensor? gate_up_amax=None, Tensor? down_amax=None)"
       " -> (Tensor dx, Tensor d_weights, Tensor d_gate_up, Tensor d_down,"
       " Tensor d_gate_up_bias, Tensor d_down_bias)",
+      tags);
+  // A norm, and its input for the other uses of it: their gradient joins in the norm's backward.
+  m.def(
+      "_norm_and_input(Tensor(a) x, Tensor? weight, Tensor? bias, float eps, int form)"
+      " -> (Tensor y, Tensor(a) same)",
       tags);
   // What the norms are differentiated through.
   m.def(
@@ -255,6 +262,7 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, rms_norm);
   FP8_KERNEL(composite, layer_norm);
   FP8_KERNEL(composite, add_rms_norm);
+  FP8_KERNEL(composite, _norm_and_input);
   FP8_KERNEL(composite, rope);
 }
 
@@ -346,6 +354,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("rms_norm", TORCH_FN(fp8::autograd::rms_norm));
   m.impl("layer_norm", TORCH_FN(fp8::autograd::layer_norm));
   m.impl("add_rms_norm", TORCH_FN(fp8::autograd::add_rms_norm));
+  m.impl("_norm_and_input", TORCH_FN(fp8::autograd::_norm_and_input));
   m.impl("_norm_backward", TORCH_FN(fp8::autograd::_norm_backward));
   m.impl("rope", TORCH_FN(fp8::composite::rope));
   m.impl("_rope", TORCH_FN(fp8::autograd::_rope));

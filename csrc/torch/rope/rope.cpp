@@ -69,6 +69,19 @@ void walk(const at::Tensor& x, int64_t (&strides)[3], int64_t (*sizes)[3] = null
   }
 }
 
+struct CheckedCall {
+  RopeForm form;
+  const at::Tensor& any;  // q, or k where there is none
+};
+
+CheckedCall checked_call(const OptionalTensor& q, const OptionalTensor& k, const at::Tensor& cos,
+                         const at::Tensor& sin, const c10::SymInt& rotary_dim,
+                         int64_t packed_form) {
+  const RopeForm form = rope_form("_rope", packed_form);
+  check_rope("_rope", q, k, cos, sin, rotary_dim);
+  return {form, q ? *q : *k};
+}
+
 RopeTensor rope_tensor(const at::Tensor& x, const at::Tensor& y, const at::Tensor& cos,
                        const at::Tensor& sin) {
   RopeTensor tensor{.x = x.const_data_ptr(), .y = y.mutable_data_ptr()};
@@ -109,27 +122,27 @@ std::tuple<at::Tensor, at::Tensor> kernel::_rope(const OptionalTensor& q, const 
                                                  c10::SymInt rotary_dim, int64_t packed_form,
                                                  std::optional<at::ScalarType> dtype,
                                                  at::IntArrayRef q_order, at::IntArrayRef k_order) {
-  const RopeForm form = rope_form("_rope", packed_form);
-  check_rope("_rope", q, k, cos, sin, rotary_dim);
-  const at::Tensor& any = q ? *q : *k;
+  const CheckedCall call = checked_call(q, k, cos, sin, rotary_dim, packed_form);
+  const at::Tensor& any = call.any;
   const c10::DeviceGuard guard(any.device());
-  const at::ScalarType y_dtype = result_dtype(any, cos, form, dtype);
+  const at::ScalarType y_dtype = result_dtype(any, cos, call.form, dtype);
   const int64_t rotary = rotary_dim.expect_int();
   const at::Tensor cos_rows = with_rows(cos);
   const at::Tensor sin_rows = with_rows(sin);
-  core::RopeArgs args{.x_dtype = to_core(any.scalar_type()),
-                      .y_dtype = to_core(y_dtype),
-                      .cos_dtype = to_core(cos.scalar_type()),
-                      .layout = form.layout,
-                      .cols = any.size(-1),
-                      .rotary = rotary,
-                      .per_pair = cos.size(-1) != rotary,
-                      .transposed = form.transposed,
-                      .rounds_products = form.rounding == RopeRounding::kEach ||
-                                         (form.rounding == RopeRounding::kSum && form.transposed),
-                      .keeps_minus_zero = form.keeps_minus_zero,
-                      .cos = cos_rows.const_data_ptr(),
-                      .sin = sin_rows.const_data_ptr()};
+  core::RopeArgs args{
+      .x_dtype = to_core(any.scalar_type()),
+      .y_dtype = to_core(y_dtype),
+      .cos_dtype = to_core(cos.scalar_type()),
+      .layout = call.form.layout,
+      .cols = any.size(-1),
+      .rotary = rotary,
+      .per_pair = cos.size(-1) != rotary,
+      .transposed = call.form.transposed,
+      .rounds_products = call.form.rounding == RopeRounding::kEach ||
+                         (call.form.rounding == RopeRounding::kSum && call.form.transposed),
+      .keeps_minus_zero = call.form.keeps_minus_zero,
+      .cos = cos_rows.const_data_ptr(),
+      .sin = sin_rows.const_data_ptr()};
   at::Tensor rows[2];  // alive until the pass was launched
   const auto place = [&](const OptionalTensor& x, at::IntArrayRef order, int i) {
     if (!x) return none_like(any);
@@ -151,10 +164,9 @@ std::tuple<at::Tensor, at::Tensor> meta::_rope(const OptionalTensor& q, const Op
                                                c10::SymInt rotary_dim, int64_t packed_form,
                                                std::optional<at::ScalarType> dtype,
                                                at::IntArrayRef q_order, at::IntArrayRef k_order) {
-  const RopeForm form = rope_form("_rope", packed_form);
-  check_rope("_rope", q, k, cos, sin, rotary_dim);
-  const at::Tensor& any = q ? *q : *k;
-  const at::ScalarType y_dtype = result_dtype(any, cos, form, dtype);
+  const CheckedCall call = checked_call(q, k, cos, sin, rotary_dim, packed_form);
+  const at::Tensor& any = call.any;
+  const at::ScalarType y_dtype = result_dtype(any, cos, call.form, dtype);
   const auto like = [&](const OptionalTensor& x, at::IntArrayRef order) {
     if (!x) return none_like(any);
     return at::empty_strided_symint(x->sym_sizes(),

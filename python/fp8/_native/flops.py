@@ -126,7 +126,7 @@ def _mlp(x: Shape, gate: Shape, up: Shape | None, down: Shape, *_: Any, **__: An
 
 # Bits of `needs` in _mlp_backward (csrc/torch/mlp/mlp.h), by layer: what its products are for.
 def _mlp_backward(dy: Shape, *args: Any, **kwargs: Any) -> int:
-    in_features, features, form, needs = *args[14:17], args[-1]
+    in_features, features, form, needs = *args[16:19], args[-1]
     x, gate, up, down, gate_bias, up_bias, _, recompute = (bool(needs >> i & 1) for i in range(8))
     rows: int = math.prod(dy[:-1])
     inner: int = in_features * features

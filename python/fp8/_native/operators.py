@@ -43,6 +43,7 @@ NAMES = (
     "rms_norm",
     "layer_norm",
     "add_rms_norm",
+    "_norm_and_input",
     "_norm_forward",
     "_norm_backward",
     "rope",

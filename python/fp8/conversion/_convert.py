@@ -19,8 +19,9 @@ from ..integrations.transformers import _experts, _registration
 from ..nn import _histories
 from ..nn._calls import forget_call, has_own_forward
 from ..nn._linear import Linear, check_static
+from ..nn._mlp import check_save
 from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe, check_grouped_recipe, check_recipe
-from . import _fusions
+from . import _fusions, _mlp_fusion
 from ._expert_rules import FoundExperts, find_experts
 from ._rules import Found, find_conv1d, find_linears, label, left_alone
 
@@ -34,6 +35,7 @@ def convert(
     *,
     experts_recipe: str | Recipe | None = None,
     fuse: bool | Iterable[str] = True,
+    save: str = "bf16",
 ) -> ModelT:
     """Make every suitable nn.Linear of `model` compute in FP8. In place; returns `model`.
 
@@ -70,19 +72,25 @@ def convert(
             "mlp": MLPs, gated, merged or plain, whose linears run in FP8, as one node
             (`fp8.ops.mlp`), with the same bits but for the input's gradient through two weights,
             which is rounded once less.
+            "residual": layers that add to a residual stream and norm it, recognized by the code of
+            their forward, do both in one pass (`fp8.ops.add_rms_norm`), where the norm is fused;
+            with the same bits.
             "siblings": linears in FP8 that one module calls with one tensor, as q, k and v of
             attention, recognized by the code of its forward (`fp8.ops.merged_linear`): with one
             scale per tensor they share it, and the input's gradient is rounded once.
             Such a module keeps its object, parameters and names and takes a subclass of its class,
             whose forward runs the class's own wherever a call is not of the kind that was
             recognized. Another call of convert with names, or False, undoes what is not among them.
+        save: what fused MLPs keep of gate and up for the backward, as in `fp8.ops.mlp`: "bf16",
+            the products in their dtype; "fp8", codes in half of 16 bits, whose rounding is in the
+            gradients; or "recompute", nothing, for two more products.
 
     Warns (UserWarning) if nothing was converted. `print(fp8.summary(model))` shows the reason for
     every module.
 
-    Raises TypeError for a model that is no nn.Module and ValueError for an unknown recipe, or one
-    that is not tensorwise where a module has a static input scale. If it raises, this or what the
-    filter raises, the model is as it was.
+    Raises TypeError for a model that is no nn.Module and ValueError for an unknown recipe or
+    `save`, or a recipe that is not tensorwise where a module has a static input scale. If it
+    raises, this or what the filter raises, the model is as it was.
 
     Example:
         >>> model = fp8.convert(model, "rowwise", filter=lambda module, name: "router" not in name)
@@ -98,6 +106,7 @@ def convert(
             f"got {type(filter).__name__}"
         )
     fusions = _fusions.chosen(fuse)
+    check_save("fp8.convert", save)
     linears, mixtures = find_linears(model), find_experts(model)
     # All choices come before the first change: a filter that raises leaves the model as it was.
     if filter is None:
@@ -139,6 +148,7 @@ def convert(
             _fusions.undo("convert", fusion, fused)
         for fusion, fusable in fusing:
             fusion.apply(fusable)
+        _mlp_fusion.keep(model, save)
     if not chosen and not able and not any(f.is_fused(found.module) for f, found in fusing):
         warnings.warn(_nothing_converted(model, linears, mixtures), stacklevel=2)
     return model

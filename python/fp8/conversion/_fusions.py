@@ -39,6 +39,7 @@ def fusions() -> tuple[Fusion, ...]:
     """All of them, in the order in which they are applied."""
     from . import _mlp_fusion as mlp
     from . import _norm_fusion as norms
+    from . import _residual_fusion as residual
     from . import _rope_fusion as rope
     from . import _sibling_fusion as siblings
 
@@ -70,6 +71,16 @@ def fusions() -> tuple[Fusion, ...]:
             apply=rope.apply,
             undo=rope.undo,
             describe=rope.describe,
+        ),
+        Fusion(
+            name="residual",
+            find=residual.find,
+            is_fused=residual.is_fused,
+            stale=residual.stale,
+            apply=residual.apply,
+            undo=residual.undo,
+            describe=residual.describe,
+            unable=residual.unable,
         ),
         Fusion(
             name="siblings",

@@ -66,6 +66,13 @@ def undo(module: nn.Module) -> str | None:
     return None
 
 
+def keep(model: nn.Module, save: str) -> None:
+    """Fused MLPs of the model keep this of gate and up for the backward."""
+    for module in model.modules():
+        if is_fused(module) and (notes := vars(module).get(NOTES)) is not None:
+            notes.save = save
+
+
 def stale(module: nn.Module) -> str | None:
     """Why a fused module runs layer by layer, whatever it is called with; None if it does not."""
     return obstacle(module)
@@ -88,4 +95,6 @@ def describe(found: Fusable) -> tuple[str, str]:
     down = layers[spec.form.down]
     size = f"{layers[spec.form.gate].in_features} -> {down.in_features} -> {down.out_features}"
     gated = "merged, " if spec.form.merged else "gated, " if spec.form.up else ""
-    return size, f"mlp, {gated}{spec.form.activation}"
+    notes: Notes | None = vars(found.module).get(NOTES)
+    saved = "" if notes is None or notes.save == "bf16" else f", save={notes.save}"
+    return size, f"mlp, {gated}{spec.form.activation}{saved}"

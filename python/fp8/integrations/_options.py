@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from ..conversion import convert
+from ..nn._mlp import check_save
 from ..recipe import check_grouped_recipe, check_recipe
 
 
@@ -20,4 +21,6 @@ def check_options(who: str, options: dict[str, Any]) -> dict[str, Any]:
         check_recipe(options["recipe"])
     if options.get("experts_recipe") is not None:
         check_grouped_recipe(options["experts_recipe"])
+    if "save" in options:
+        check_save(who, options["save"])
     return options

@@ -30,7 +30,7 @@ class Precision(_Trainer):
 
     Args:
         precision: "bf16-true" or "16-true", the dtype of the weights.
-        options: of `fp8.convert`: recipe, filter, experts_recipe, fuse.
+        options: of `fp8.convert`: recipe, filter, experts_recipe, fuse, save.
 
     Raises TypeError for an unknown option and ValueError for an unknown recipe.
     """

@@ -9,6 +9,7 @@ from ._fused_mlps import Notes as _MLPNotes  # noqa: F401
 from ._fused_mlps import fused_mlp as _fused_mlp  # noqa: F401
 from ._fused_norms import NormSpec as _NormSpec  # noqa: F401
 from ._fused_norms import fused_norm as _fused_norm  # noqa: F401
+from ._fused_residuals import residual_layer as _residual_layer  # noqa: F401
 from ._fused_rope import rotating_module as _rotating_module  # noqa: F401
 from ._fused_siblings import Notes as _SiblingNotes  # noqa: F401
 from ._fused_siblings import fused_parent as _fused_parent  # noqa: F401

@@ -15,6 +15,13 @@ from torch import nn
 CALLED = "fp8_called"
 """The attribute: True, or "traced" by a compiler; absent before the first call."""
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
 
 def _mark_traced(module: nn.Module) -> None:
     """For a forward that a compiler runs through; a method of the module's class, under this
@@ -39,6 +46,18 @@ def has_own_forward(module: nn.Module) -> bool:
         return False
     of_class = getattr(own, "__func__", None) is type(module).forward
     return not (of_class and getattr(own, "__self__", None) is module)
+
+
+def called_through(module: nn.Module) -> str | None:
+    """What a call of `module` does beside its class's forward; None for nothing."""
+    if has_own_forward(module):
+        return "has a forward of its own"
+    state = vars(module)
+    if any(state[hooks] for hooks in _HOOKS):
+        return "has hooks"
+    if state.get("_compiled_call_impl") is not None:
+        return "is compiled"
+    return None
 
 
 def never_called(model: nn.Module, calls: dict[nn.Module, Any]) -> Collection[nn.Module]:

@@ -29,6 +29,28 @@ def remade(kind: type, base: type[nn.Module]) -> type[nn.Module]:
     return type(made)
 
 
+def put_below(
+    kind: type[nn.Module], mark: str, make: Callable[[type[nn.Module]], type[nn.Module]]
+) -> type[nn.Module]:
+    """`kind` with a class that `make` makes below all that is fused of it, whose forwards call that
+    of the class that they are made of; anew where there is one with this mark."""
+    base = base_of(kind)
+    if base is None:
+        return make(kind)
+    if made_from(kind, mark) is not None:
+        return make(base)
+    return remade(kind, put_below(base, mark, make))
+
+
+def taken_out(kind: type[nn.Module], mark: str) -> type[nn.Module] | None:
+    """The same backwards; None if no class with this mark is below what is fused."""
+    base = base_of(kind)
+    if base is None or made_from(kind, mark) is not None:
+        return base
+    below = taken_out(base, mark)
+    return None if below is None else remade(kind, below)
+
+
 def stacked(base: type[nn.Module], begins: tuple[Callable[..., nn.Module], ...], *args: Any) -> Any:
     """A module of several fused classes, each of the one before, without attributes: what pickles
     and copies of such begin with."""

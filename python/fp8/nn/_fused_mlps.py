@@ -32,14 +32,18 @@ class Notes:
     spec: MLPSpec | None
     """What was found last, of the module or of the one that it is a copy of."""
 
-    def __init__(self, spec: MLPSpec | None = None) -> None:
+    save: str
+    """As `fp8.ops.mlp` takes it."""
+
+    def __init__(self, spec: MLPSpec | None = None, save: str = "bf16") -> None:
         self.spec = spec
+        self.save = save
         # For one mode of training and the other; one tuple: threads replace all of it.
         self._found: tuple[tuple[weakref.ref[nn.Module], State, MLPSpec | None], ...] = ()
         self._owner: Callable[[], nn.Module | None] = _nobody
 
-    def __reduce__(self) -> tuple[type["Notes"], tuple[MLPSpec | None]]:
-        return Notes, (self.spec,)
+    def __reduce__(self) -> tuple[type["Notes"], tuple[MLPSpec | None, str]]:
+        return Notes, (self.spec, self.save)
 
     def belong_to(self, module: nn.Module) -> None:
         """These are the notes of `module`."""
@@ -175,6 +179,7 @@ def _run(module: Any, x: Any) -> Tensor | None:
         None if up is None else children[up],
         children[down],
         activation,
+        notes.save,
         gate_second=gate_second,
         alpha=alpha,
         limit=limit,
@@ -210,7 +215,7 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
         base.__setstate__(self, state)  # type: ignore[no-untyped-call]
         notes: Notes | None = vars(self).get(NOTES)
         if notes is not None:  # a shallow copy has the other one's
-            vars(self)[NOTES] = own_notes = Notes(notes.spec)
+            vars(self)[NOTES] = own_notes = Notes(notes.spec, notes.save)
             own_notes.belong_to(self)
 
     return subclass(base, _MARK, forward, fused_mlp, __setstate__=setstate)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack as _transforms
 from torch.autograd import forward_ad
 
+from ._calls import called_through
 from ._class_code import held, names_read
 from ._fused_classes import made_from, subclass
 
 _rms_norm = torch.ops.fp8.rms_norm.default
 _layer_norm = torch.ops.fp8.layer_norm.default
+_has_any_global_hook: Any = nn.modules.module._has_any_global_hook
 
 LAYER = "layer"
 SPEC = "fp8_norm"
@@ -119,6 +121,19 @@ def obstacle(module: Any, x: Any) -> str | None:
     return None
 
 
+def fused_spec(norm: Any, x: Any) -> NormSpec | None:
+    """What a call of norm(x) computes, for a contiguous x, if it does that by the fused operator
+    and nothing else; None where it does not."""
+    if original(type(norm)) is None or called_through(norm) is not None or _has_any_global_hook():
+        return None
+    if x.layout is not torch.strided or not x.is_contiguous():
+        return None
+    if type(norm).__call__ is not nn.Module.__call__ or transformed():
+        return None
+    spec: NormSpec | None = norm._fp8_spec(x)
+    return spec
+
+
 def _changed(module: nn.Module, spec: NormSpec) -> str | None:
     """What the module has beside its own parameters that is not as it was found."""
     attributes = vars(module)
@@ -144,7 +159,7 @@ def _in_order(x: Tensor) -> bool:
     )
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func or forward-mode AD look on, whose rules the operators do not have."""
     return _transforms() is not None or forward_ad._current_level >= 0
 
@@ -162,16 +177,23 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
             name in vars(self) and name not in known for name in overridable
         )
 
+    def fuses(self: Any, spec: NormSpec, x: Any) -> bool:
+        return not obstacle(self, x) and (not rest or unchanged(self, spec))
+
+    def fused_spec(self: Any, x: Any) -> NormSpec | None:
+        spec: NormSpec | None = vars(self).get(SPEC)
+        return spec if spec and base.forward is own and fuses(self, spec, x) else None
+
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         spec: NormSpec | None = vars(self).get(SPEC)
         if len(args) != 1 or kwargs or base.forward is not own or spec is None:
             return base.forward(self, *args, **kwargs)
         x = args[0]
-        if obstacle(self, x) or (rest and not unchanged(self, spec)):
+        if not fuses(self, spec, x):
             return base.forward(self, x)
         compiling = torch.compiler.is_compiling()
-        if not compiling and _transformed():
+        if not compiling and transformed():
             return base.forward(self, x)
         if not spec.keeps_order or x.is_contiguous() or _in_order(x):
             return run(self, spec, x)
@@ -196,7 +218,8 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
     def intact() -> bool:
         return base.forward is own and all(h.same() for h in rest)
 
-    return subclass(base, _MARK, forward, fused_norm, _fp8_intact=staticmethod(intact))
+    own_methods = {"_fp8_intact": staticmethod(intact), "_fp8_spec": fused_spec}
+    return subclass(base, _MARK, forward, fused_norm, **own_methods)
 
 
 def stale(module: nn.Module) -> str | None:

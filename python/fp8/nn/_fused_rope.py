@@ -12,18 +12,17 @@ function made later is respected.
 import dis
 import functools
 from collections.abc import Callable
-from types import CellType, CodeType, FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
-from ._fused_classes import base_of, made_from, remade, subclass
+from ._fused_classes import base_of, made_from, put_below, subclass, taken_out
+from ._own_forward import own_function, with_code
 from ._rope_probe import may_rotate
 from ._rotations import PREFIX, Rotation, codes_of, rotation_of, stand_in
 
 _MARK = "_fp8_rope_from"
-_MOST_WRAPPERS = 5
-_MISSING = object()
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 
@@ -31,14 +30,6 @@ _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 def original(kind: type) -> type[nn.Module] | None:
     """The class that a fused class was made from; None for any other."""
     return made_from(kind, _MARK)
-
-
-def own_function(kind: type[nn.Module]) -> Any:
-    """The class's forward below its decorators."""
-    function: Any = getattr(kind, "forward", None)
-    for _ in range(_MOST_WRAPPERS):
-        function = getattr(function, "__wrapped__", function)
-    return function
 
 
 def rotations(kind: type[nn.Module]) -> dict[str, Rotation]:
@@ -90,21 +81,14 @@ def rotating_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def with_stand_ins(kind: type[nn.Module]) -> type[nn.Module]:
-    """What a module of this class takes: below what else is fused of it, which calls the forward of
-    the class that it is made of, a class whose forward calls stand-ins."""
-    base = base_of(kind)
-    if base is None:
-        return rotating_class(kind)
-    return rotating_class(base) if original(kind) else remade(kind, with_stand_ins(base))
+    """What a module of this class takes: below what else is fused of it, a class whose forward
+    calls stand-ins."""
+    return put_below(kind, _MARK, rotating_class)
 
 
 def without_stand_ins(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The same backwards; None if there is no such class below what is fused."""
-    base = base_of(kind)
-    if base is None or original(kind):
-        return base
-    below = without_stand_ins(base)
-    return None if below is None else remade(kind, below)
+    return taken_out(kind, _MARK)
 
 
 def rotating_module(base: type[nn.Module], *args: Any) -> nn.Module:
@@ -120,7 +104,7 @@ rotating_module.__module__, rotating_module.__qualname__ = "fp8.nn", "_rotating_
 def obstacle(base: type[nn.Module]) -> str | None:
     """Why no such class can be made; None if it can."""
     own = own_function(base)
-    if _with(base.forward, own, own) is None:
+    if with_code(base.forward, own, own.__code__) is None:
         return "its forward is decorated by more than functions"
     return None
 
@@ -146,7 +130,7 @@ def _make(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     own: Callable[..., Any] = base.forward
     function = own_function(base)
     code = _renamed(function.__code__, {name: PREFIX + name for name in names})
-    rotating = _with(own, function, _copy(function, code, function.__closure__)) or own
+    rotating = with_code(own, function, code) or own
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if base.forward is own:
@@ -166,45 +150,3 @@ def _renamed(code: CodeType, names: dict[str, str]) -> CodeType:
             for value in code.co_consts
         ),
     )
-
-
-def _copy(
-    function: FunctionType, code: CodeType, closure: tuple[CellType, ...] | None
-) -> FunctionType:
-    made = FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, closure
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    made.__dict__.update(function.__dict__)
-    made.__module__, made.__qualname__ = function.__module__, function.__qualname__
-    return made
-
-
-def _with(
-    outer: Any, inner: FunctionType, instead: FunctionType, depth: int = 0
-) -> FunctionType | None:
-    """`outer` with another function instead of `inner`, which it is or closes over, as decorators
-    do; None if that is not how it comes to it."""
-    if outer is inner:
-        return instead
-    if type(outer) is not FunctionType or depth > _MOST_WRAPPERS:
-        return None
-    cells, changed = [], False
-    for cell in outer.__closure__ or ():
-        value = cell.cell_contents if _full(cell) else None
-        other = _with(value, inner, instead, depth + 1)
-        changed = changed or other is not None
-        cells.append(cell if other is None else CellType(other))
-    if not changed:
-        return None
-    made = _copy(outer, outer.__code__, tuple(cells))
-    if hasattr(outer, "__wrapped__"):
-        made.__wrapped__ = _with(outer.__wrapped__, inner, instead, depth + 1)  # type: ignore[attr-defined]
-    return made
-
-
-def _full(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not _MISSING
-    except ValueError:
-        return False

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..recipe import Recipe
 from . import _histories
-from ._calls import CALLED, has_own_forward
+from ._calls import CALLED, called_through
 from ._linear import Linear
 from ._watched import WatchedParameter
 
@@ -30,12 +30,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu_squared": lambda x: torch.square(F.relu(x)),
 }
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+SAVES = ("bf16", "fp8", "recompute")
+"""What may be kept of gate and up for the backward: `save` of `fp8.ops.mlp`."""
+
+
+def check_save(who: str, save: object) -> None:
+    """Raises ValueError, in the name of `who`, for what is none of SAVES."""
+    if save not in SAVES:
+        raise ValueError(f"{who}: expected save out of {[*SAVES]}, got {save!r}")
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -47,13 +49,8 @@ def more_than_plain(layer: nn.Module) -> str | None:
     """What a call of `layer` does beside fused_linear on its parameters; None for nothing."""
     if type(layer) is not Linear:
         return "is no fp8.Linear"
-    if has_own_forward(layer):
-        return "has a forward of its own"
-    state = vars(layer)
-    if any(state[hooks] for hooks in _HOOKS):
-        return "has hooks"
-    if state.get("_compiled_call_impl") is not None:
-        return "is compiled"
+    if (more := called_through(layer)) is not None:
+        return more
     weight = layer._parameters.get("weight")  # none where it is parametrized
     if type(weight) is not nn.Parameter and type(weight) is not WatchedParameter:
         return "has a weight that is no plain parameter"
@@ -140,10 +137,7 @@ class _Block(nn.Module):
                 f"fp8.{type(self).__name__}: expected an activation out of "
                 f"{sorted(_ACTIVATIONS)}, got {activation!r}"
             )
-        if save not in ("bf16", "recompute"):
-            raise ValueError(
-                f"fp8.{type(self).__name__}: expected save 'bf16' or 'recompute', got {save!r}"
-            )
+        check_save(f"fp8.{type(self).__name__}", save)
         self.activation = activation
         self.save = save
 
@@ -161,8 +155,9 @@ class GatedMLP(_Block):
         activation: "silu", "gelu", "gelu_tanh", "relu" or "relu_squared".
         bias: of all three layers.
         device, dtype, recipe: as `fp8.Linear` has them.
-        save: what the backward finds of gate and up: "bf16", or "recompute" (one more product
-            each, and 4 bytes a feature and token less).
+        save: what the backward finds of gate and up: "bf16", "fp8" (codes: 2 bytes a feature and
+            token less, and their rounding in the gradients), or "recompute" (one more product each,
+            and 4 bytes less).
 
     Example:
         >>> block = fp8.GatedMLP(64, 192)

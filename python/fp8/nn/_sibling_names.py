@@ -110,14 +110,14 @@ class _Reader:
                     self.calls.append(tuple(dict.fromkeys(names)))
 
         for statement in statements:
-            inner = _blocks(statement)
+            inner = blocks(statement)
             if inner:
                 for head in ast.iter_child_nodes(statement):
                     if not isinstance(head, _BODIES):
                         self.expression(head, together)
             else:
                 self.expression(statement, together)
-            end(_written(statement))
+            end(written(statement))
             for part in inner:
                 self.block(part)
             if any(isinstance(node, _LEAVES) for node in ast.walk(statement)):
@@ -139,7 +139,7 @@ class _Reader:
             self.calls.append((name,))
 
 
-def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
+def blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
     """The blocks of a statement that has some."""
     found = []
     for name in ("body", "orelse", "finalbody"):
@@ -150,7 +150,7 @@ def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
     return found
 
 
-def _written(statement: ast.stmt) -> set[str]:
+def written(statement: ast.stmt) -> set[str]:
     """Variables that stand for something else after it, or may."""
     nodes = list(ast.walk(statement))
     names = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}

@@ -40,10 +40,11 @@ def merged_linear(
         history: of `make_history`, for the recipe `delayed`: one for all of them.
 
     Returns: y_i [..., N_i] in x's dtype. They are columns of one tensor: the distance from row to
-    row is that of all columns. Each is a tensor of its own to autograd, with its own version, and
-    may be modified in place. One that no gradient reaches is left out of the backward, and so is a
-    frozen weight: its gradient is None, not zeros. Gradients of the weights share memory, too. A
-    second derivative raises.
+    row is that of all columns; with gradients, one of at most a quarter of all columns has memory
+    of its own, so that keeping it keeps no other. Each is a tensor of its own to autograd, with its
+    own version, and may be modified in place. One that no gradient reaches is left out of the
+    backward, and so is a frozen weight: its gradient is None, not zeros. Gradients of the weights
+    share memory, too. A second derivative raises.
 
     Example:
         >>> q, k = fp8.ops.merged_linear(torch.randn(2, 64), [torch.randn(n, 64) for n in (32, 16)])

@@ -47,8 +47,10 @@ def mlp(
         recipe: as `fused_linear` takes it.
         gate_bias, up_bias, down_bias: [I] ([2 · I] where merged), [I], [H].
         save: what is kept of gate(x) and up(x) for the backward: "bf16", the products in x's dtype
-            (beside x in FP8), or "recompute", nothing: x is kept, and the two products are made
-            again from it, with the same bits.
+            (beside x in FP8); "fp8", e4m3 codes of them with a scale for each row, in half of 16
+            bits: y is the same, and the gradients are those of gate and up as the codes have them,
+            each within 1/16 of itself or 2^-18 of its row's largest; or "recompute", nothing: x is
+            kept, and the two products are made again from it, with the same bits.
         gate_second: the merged weight's second half is the gate.
         alpha, limit: of clamped_silu: with g = min(gate, limit) and u = clamp(up, -limit, limit),
             h = g · sigmoid(alpha · g) · (u + 1).

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops import dequantize, quantize_rowwise
 from ..recipe import OPTIONS, RECIPES, check_recipe
 
 X, GATE, UP, DOWN = 1, 2, 4, 8
 """Bits of `needs` (csrc/torch/mlp/mlp.h)."""
 GATE_OR_UP = GATE | UP
 TO_H = X | GATE | UP | 16 | 32
-_DOWN_BIAS = 64
+_DOWN_BIAS, _FP8 = 64, 256
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared", "clamped_silu")
 """As the private operators count them (csrc/torch/mlp/unit.h)."""
 _PLAIN, _SEPARATE = 0, 1  # forms (mlp.h)
@@ -33,9 +34,9 @@ def linears(a: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def products(a: Mapping[str, Any], results: Any) -> tuple[Tensor, Tensor | None]:
-    """Those of a forward, [M, I] or merged [M, 2 I]: its results, or, where it kept none, made
-    again, with the same scales."""
-    if isinstance(results, Tensor) or not results[1].numel():
+    """Those of a forward, [M, I] or merged [M, 2 I]: its results, or, where it kept none or codes
+    of them, made again, with the same scales."""
+    if isinstance(results, Tensor) or not results[1].numel() or a["needs"] & _FP8:
         tensors = [a[name] for name in ("x", "gate", "up", "down")]
         biases = [a[f"{name}_bias"] for name in ("gate", "up", "down")]
         activation, recipe = a["activation"], a["recipe"]
@@ -53,6 +54,25 @@ def products(a: Mapping[str, Any], results: Any) -> tuple[Tensor, Tensor | None]
             down_history=histories[2],
         )
     return results[1], results[2] if results[2].numel() else None
+
+
+def kept(
+    a: Mapping[str, Any], gate_out: Tensor, up_out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The products as the backward of a forward with these arguments will find them."""
+    if not a.get("needs", 0) & _FP8:
+        return gate_out, up_out
+    found = [
+        None if t is None else dequantize(*quantize_rowwise(t), t.dtype) for t in (gate_out, up_out)
+    ]
+    assert found[0] is not None
+    return found[0], found[1]
+
+
+def _decoded(codes: Tensor, scale: Tensor, a: Mapping[str, Any], features: int) -> Tensor:
+    """Kept codes, without their padding."""
+    rows = a["dy"].numel() // a["dy"].size(-1)
+    return dequantize(codes[:rows, :features], scale[:rows, None], a["dy"].dtype)
 
 
 def _number(recipe: str) -> int:
@@ -114,6 +134,11 @@ def gradients(a: Mapping[str, Any], dy: Tensor) -> list[Tensor]:
     """Of the products: [M, I] of gate and of up, or one [M, 2 I] where they are merged."""
     gate_out, up_out = a["gate_out"], a["up_out"]
     recipe: int = a["recipe"]
+    if a["gate_out_scale"] is not None:
+        features: int = a["features"]
+        wide = features if a["form"] in (_PLAIN, _SEPARATE) else 2 * features
+        gate_out = _decoded(gate_out, a["gate_out_scale"], a, wide)
+        up_out = None if up_out is None else _decoded(up_out, a["up_out_scale"], a, features)
     if gate_out is None:  # made again in the operator, too
         x = a["x"].reshape(-1, a["x"].size(-1))
         gate_out, up_out = (

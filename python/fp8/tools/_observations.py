@@ -260,9 +260,11 @@ def mlp_forward(ran: Ran, record: Record) -> None:
         for linear, name in zip(linears, names, strict=True):
             operands.see([name], "weight", "fprop", a[linear], **history(linear))
     if not ran.again or ran.late:
-        h = mlp_values.hidden(a, *mlp_values.products(a, ran.results))
+        products = mlp_values.products(a, ran.results)
+        h = mlp_values.hidden(a, *products)
         if not ran.again:
             operands.see(down, "x", "fprop", h, **history("down"))
+        h = mlp_values.hidden(a, *mlp_values.kept(a, *products))
         _second_input(ran, operands, down, h, bool(needs & mlp_values.DOWN))
     _second_input(ran, operands, firsts, x, saves_x)
 

@@ -293,6 +293,13 @@ TEST_CASE("mlp has the bits of its layers") {
   y.sum().backward();
   REQUIRE(x.grad().isfinite().all().item<bool>());
   REQUIRE(up.grad().sizes() == up.sizes());
+  const at::Tensor again = fp8::mlp(x, gate, up, down, {.recipe = "rowwise", .save = "fp8"});
+  REQUIRE(at::equal(again, y));
+  const at::Tensor before = up.grad().clone();
+  up.mutable_grad().reset();
+  again.sum().backward();
+  REQUIRE(sqnr(before, up.grad()) > 20);
+  REQUIRE(!at::equal(before, up.grad()));
 }
 
 TEST_CASE("autocast decides the dtype") {

@@ -102,6 +102,21 @@ def test_merged_results_of_inference_may_be_modified(device):
             assert q.stride() == (48, 1)
 
 
+def test_merged_small_results_keep_no_memory_of_others(device):
+    """As k and v beside q's many heads: v lives until the backward, q and k need not."""
+    x = torch.randn(32, 64, device=device, requires_grad=True)
+    weights = [torch.randn(n, 64, device=device) for n in (96, 32, 16)]
+    q, k, v = fp8.ops.merged_linear(x, weights)
+    for small in (k, v):
+        assert small.is_contiguous()
+        assert small.untyped_storage().nbytes() == small.nbytes
+    assert q.untyped_storage().nbytes() == 32 * 144 * 4
+    with torch.no_grad():  # nothing is kept
+        for a, b in zip((q, k, v), fp8.ops.merged_linear(x, weights), strict=True):
+            assert_same_bits(a.detach(), b)
+            assert b.untyped_storage().nbytes() == 32 * 144 * 4
+
+
 def test_merged_gradients_are_taken_without_a_copy(device):
     p, _, weights, _, ys = leaves(device)
     torch.autograd.backward(ys, p.dys)

@@ -129,3 +129,28 @@ def run(
     if y.requires_grad:
         y.backward(dy)
     return Outcome(y.detach(), {n: None if t is None else t.grad for n, t in leaves.items()})
+
+
+def stored(t: Tensor) -> Tensor:
+    """What the codes of t's rows stand for."""
+    return fp8.ops.dequantize(*fp8.ops.quantize_rowwise(t), t.dtype)
+
+
+def of_stored(case: Problem, needed: set[str] | None = None, **options: Any) -> Outcome:
+    """What save="fp8" has the bits of: "bf16", whose products become what their codes stand for as
+    they are saved."""
+    leaves = case.fresh(needed)
+    owners = {t.untyped_storage().data_ptr() for t in leaves.values() if t is not None}
+    features = case.leaves["down"].shape[1]
+    wide = features * (2 if case.form in ("merged", "gate second") else 1)
+    rows = case.leaves["x"].numel() // case.leaves["x"].shape[-1]
+
+    def pack(t: Tensor) -> Tensor:
+        product = t.dtype == case.dy.dtype and t.shape == (rows, wide)
+        return stored(t) if product and t.untyped_storage().data_ptr() not in owners else t
+
+    def call(leaves: dict[str, Tensor | None], **options: Any) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return case.fused(leaves, save="bf16", **options)
+
+    return run(call, leaves, case.dy, **options)

@@ -143,9 +143,10 @@ def test_mlp_flops(device):
     m, k, features, h = 48, 64, 96, 64
     case = problem(device)
     products = 2 * m * features * (2 * k + h)
-    with FlopCounterMode(display=False) as counter:
-        case.fused(case.fresh()).backward(case.dy)
-    assert counter.get_total_flops() == 3 * products
+    for save in ("bf16", "fp8"):
+        with FlopCounterMode(display=False) as counter:
+            case.fused(case.fresh(), save=save).backward(case.dy)
+        assert counter.get_total_flops() == 3 * products
     with FlopCounterMode(display=False) as counter:
         case.fused(case.fresh({"down"}), save="recompute").backward(case.dy)
     assert counter.get_total_flops() == products + 2 * m * features * (2 * k + h)

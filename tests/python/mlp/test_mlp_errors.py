@@ -37,7 +37,7 @@ def test_mlp_arguments(changes, error, match):
     ("options", "error", "match"),
     [
         ({"activation": "tanh"}, ValueError, "expected an activation out of 'silu', 'gelu'"),
-        ({"save": "fp8"}, ValueError, "expected save 'bf16' or 'recompute', got 'fp8'"),
+        ({"save": "int8"}, ValueError, "expected save 'bf16', 'fp8' or 'recompute', got 'int8'"),
         ({"recipe": "fast"}, ValueError, "recipe"),
         ({"gate_history": fp8.ops.make_history()}, ValueError, "expected the recipe 'delayed'"),
         (

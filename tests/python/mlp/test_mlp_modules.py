@@ -171,10 +171,24 @@ def test_block_errors(module):
     with pytest.raises(ValueError, match="expected an activation out of"):
         module(16, 32, activation="tanh")
     with pytest.raises(ValueError, match="expected save"):
-        module(16, 32, save="fp8")
+        module(16, 32, save="int8")
     with pytest.raises(ValueError, match="recipe"):
         module(16, 32, recipe="fast")
 
 
 def test_block_repr():
     assert "activation=silu, save=recompute" in repr(gated("cpu", save="recompute"))
+
+
+@pytest.mark.parametrize("kind", [fp8.GatedMLP, fp8.MLP])
+def test_block_saves_fp8(kind):
+    block = kind(64, 96, dtype=torch.bfloat16, save="fp8")
+    twin = copy.deepcopy(block)
+    twin.save = "bf16"
+    x = torch.randn(8, 64, dtype=torch.bfloat16)
+    y, expected = block(x), twin(x)
+    assert_same_bits(y.detach(), expected.detach())
+    y.sum().backward()
+    expected.sum().backward()
+    pairs = [(p.grad, q.grad) for p, q in zip(block.parameters(), twin.parameters(), strict=True)]
+    assert not all(torch.equal(found, other) for found, other in pairs)

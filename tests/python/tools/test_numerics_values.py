@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from watched_models import RECIPES, K, batch, blocks, by_operand, modules, watched_step
 
 import fp8
@@ -206,6 +208,52 @@ def test_numerics_knows_every_activation(recipe, activation, gated, save):
             continue
         # A second tensor passes its history where the first one's scale is remembered.
         assert together[key] == apart[key], key
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "delayed"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_numerics_of_products_kept_as_codes(recipe, gated, seen):
+    """The forward's operands are those of save="bf16"; the backward's are made of the codes: h, of
+    which down's weight gradient is made where rows have scales, and the gradients of gate and up,
+    which are those of the operator."""
+    torch.manual_seed(8)
+    kind = fp8.GatedMLP if gated else fp8.MLP
+    block = kind(K, 48, "silu", bias=True, recipe=recipe, dtype=torch.bfloat16, save="fp8")
+    blocks = {"bf16": copy.deepcopy(block), "fp8": block}
+    blocks["bf16"].save = "bf16"
+    found, operands, grads = {}, {}, {}
+    for save, twin in blocks.items():
+        seen.clear()
+        with fp8.numerics(twin) as watched:
+            twin(batch()).square().sum().backward()
+        found[save] = by_operand(watched)
+        operands[save] = [t for x, _ in seen for t in (x, x.t())]
+        grads[save] = {n: p.grad for n, p in twin.named_parameters()}
+    for key, row in found["bf16"].items():
+        if key[2] == "fprop":
+            assert found["fp8"][key] == row, key
+    x = batch().flatten(0, 1)
+    first = (block.gate_proj, block.up_proj) if gated else (block.fc1,)
+    gate, *up = (_stored(layer(x).detach()) for layer in first)
+    h = F.silu(gate) * up[0] if gated else F.silu(gate)
+    if recipe == "rowwise":
+        assert any(torch.equal(t, h) for t in operands["fp8"])
+    for name, grad in grads["fp8"].items():
+        if name.endswith("bias") and not name.startswith(("down", "fc2")):
+            assert any(_sums_to(t, grad) for t in operands["fp8"]), name
+            assert not any(_sums_to(t, grad) for t in operands["bf16"]), name
+
+
+def _sums_to(t: Tensor, grad: Tensor) -> bool:
+    """Whether the columns of t, added in float32, give this bfloat16."""
+    if t.shape[1:] != grad.shape:
+        return False
+    off = (t.double().sum(0) - grad.double()).abs()
+    return bool((off <= 2**-8 * grad.double().abs() + 2**-20 * t.double().abs().sum(0)).all())
+
+
+def _stored(t: Tensor) -> Tensor:
+    return fp8.ops.dequantize(*fp8.ops.quantize_rowwise(t), t.dtype)
 
 
 def test_numerics_of_a_clamped_gate():

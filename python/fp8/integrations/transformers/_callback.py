@@ -23,7 +23,7 @@ class ConvertCallback(TrainerCallback):
 
     Args:
         recipe: as of `fp8.convert`.
-        options: filter, experts_recipe, fuse, as of `fp8.convert`.
+        options: filter, experts_recipe, fuse, save, as of `fp8.convert`.
 
     Raises TypeError for an unknown option and ValueError for an unknown recipe.
 

@@ -35,7 +35,7 @@ class ConvertConfig(QuantizationConfigMixin):
     Args:
         recipe: as of `fp8.convert`.
         quant_method: what a dict names, in place of this object.
-        options: filter, experts_recipe, fuse, as of `fp8.convert`.
+        options: filter, experts_recipe, fuse, save, as of `fp8.convert`.
 
     Raises TypeError for an unknown option and ValueError for an unknown recipe.
 
