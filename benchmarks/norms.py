@@ -26,13 +26,14 @@ def calls(rows: int, cols: int) -> dict[str, tuple[Callable[[], object], int, in
     weight, bias = (
         torch.randn(cols, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2)
     )
-    dy = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
+    # Two, as in a model: one tensor read twice comes from L2 the second time.
+    dy, dsum = (torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     ops, grad = torch.ops.fp8, torch.autograd.grad
     form = "round_then_scale"
 
     def added() -> object:
         outputs = ops.add_rms_norm(x, residual, weight, 1e-6, form)
-        return grad(outputs, [x, residual, weight], [dy, dy])
+        return grad(outputs, [x, residual, weight], [dy, dsum])
 
     return {
         "rms_norm": (lambda: grad(ops.rms_norm(x, weight, 1e-6, form), [x, weight], dy), 4, 6),

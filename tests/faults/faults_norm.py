@@ -200,4 +200,12 @@ NORM = [
         GPU,
         gpu=True,
     ),
+    Fault(
+        "dx is made of dy in place of its product with the weight",
+        "csrc/core/norm/backward_rows.cuh",
+        "rounded_g[i] = eight.rounded_g;",
+        "rounded_g[i] = next.read(place + kBytes, i);",
+        GPU,
+        gpu=True,
+    ),
 ]

@@ -1,8 +1,8 @@
 // Gradients of a norm of rows that fit into a block. Blocks stay; each of their slots (the threads
 // of a row) takes every so-manyth row. The next rows of x, dy and what is added to dx are on their
 // way through shared memory meanwhile (next_rows.cuh). Weight and the sums for weight and bias of a
-// thread's columns stay in registers over all its rows; x and dy do not, between the sum over a row
-// and dx: they are read from shared memory again, but for LayerNorm of 16 bits, whose two vectors
+// thread's columns stay in registers over all its rows, and g between the sum over a row and dx; x
+// does not: it is read from shared memory again, but for LayerNorm of 16 bits, whose two vectors
 // there is room for.
 #pragma once
 
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
     norm_backward_kernel(const BackwardParams<T, W> p) {
   constexpr bool kLayer = kKind == BackwardKind::kLayer;
   constexpr bool kRounds = kKind == BackwardKind::kRoundedRms;
-  constexpr bool kKeeps = kLayer && sizeof(T) == 2;
+  constexpr bool kKeepsHat = kLayer && sizeof(T) == 2;
   constexpr int kVectors = norm_backward_vectors(kLayer, kDtypeOf<T>);
   constexpr int kSums = kLayer ? 2 : 1;
   using Next = NextRows<T, kVectors, kNormBackwardThreads>;
@@ -127,8 +127,9 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
     const bool exists = row < rows;
     if constexpr (sizeof(W) == 2) weight.forget();
 
-    float hat[kKeeps ? kVectors : 1][8];
-    float g[kKeeps ? kVectors : 1][8];
+    float hat[kKeepsHat ? kVectors : 1][8];
+    float g[kRounds ? 1 : kVectors][8];
+    Vec8<T> rounded_g[kRounds ? kVectors : 1];
     float sums[kSums][kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -144,17 +145,15 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
         for (int j = 0; j < 8; ++j) {
           dweight[i][j] = add(dweight[i][j], terms[j]);
           if constexpr (kLayer) dbias[i][j] = add(dbias[i][j], eight.dy[j]);
-          if constexpr (kKeeps) {
-            hat[i][j] = eight.hat[j];
-            g[i][j] = eight.g[j];
-          }
+          if constexpr (kKeepsHat) hat[i][j] = eight.hat[j];
+          if constexpr (!kRounds) g[i][j] = eight.g[j];
         }
         eight.row_terms(valid, row_terms);
-        if constexpr (kRounds) next.put(place + kBytes, i, eight.rounded_g);
+        if constexpr (kRounds) rounded_g[i] = eight.rounded_g;
       }
 #pragma unroll
       for (int k = 0; k < kSums; ++k) sums[k][i] = row_terms[k];
-      if (kKeeps) asm volatile("" ::: "memory");
+      if (kKeepsHat) asm volatile("" ::: "memory");
     }
     if (p.dx.data != nullptr) {
       float totals[kSums];
@@ -170,25 +169,14 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
         const int valid = of_eight(p.cols - col);
         if (!exists || valid <= 0) continue;
         float dx[8];
-        if constexpr (kKeeps) {
+        const Vec8<T> x = kKeepsHat ? zero8<T>() : next.read(place, i);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            dx[j] = norm_dx<kLayer>(g[i][j], 0.0F, hat[i][j], cols, of_row);
-          }
-        } else if constexpr (kRounds) {
-          const Vec8<T> rounded_g = next.read(place + kBytes, i);
-          const Vec8<T> x = next.read(place, i);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            dx[j] = norm_dx<kLayer>(rounded_g.get(j), x.get(j), 0.0F, cols, of_row);
-          }
-        } else {
-          const Eight<T, kKind> eight(next.read(place + kBytes, i), next.read(place, i),
-                                      weight.get(i, col, valid), p.of.offset, statistics);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            dx[j] = norm_dx<kLayer>(eight.g[j], eight.x[j], eight.hat[j], cols, of_row);
-          }
+        for (int j = 0; j < 8; ++j) {
+          const float x_hat = kKeepsHat
+                                  ? hat[kKeepsHat ? i : 0][j]
+                                  : norm_hat<kLayer>(x.get(j), statistics.mean, statistics.rstd);
+          const float of_dy = kRounds ? rounded_g[kRounds ? i : 0].get(j) : g[kRounds ? 0 : i][j];
+          dx[j] = norm_dx<kLayer>(of_dy, x.get(j), x_hat, cols, of_row);
         }
         Vec8<T> out = rounded8<T>(dx);
         if (joins) out = joined_dx(next.read(place + 2 * kBytes, i), out);

@@ -31,7 +31,9 @@ struct RowsOf {
   __device__ __forceinline__ T* row(int64_t index) const {
     if (matrix_bytes >= 0) {
       const int64_t bytes = int64_t{static_cast<int>(index)} * matrix_bytes;
-      return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) + bytes);
+      // Of a pointer, not of an integer: so that the compiler knows that this is global memory.
+      using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+      return reinterpret_cast<T*>(reinterpret_cast<Byte*>(data) + bytes);
     }
     const auto r = static_cast<uint32_t>(index);
     const uint32_t outer = n2.quotient(r);
