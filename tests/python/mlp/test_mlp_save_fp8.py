@@ -218,9 +218,7 @@ def test_mlp_save_fp8_accuracy(device, recipe):
     exact = {n: None if t is None else t.double().requires_grad_() for n, t in case.leaves.items()}
     gate, up = (exact["x"] @ exact[n].t() for n in ("gate", "up"))
     (mlp_reference.activate("silu", gate, up) @ exact["down"].t()).backward(case.dy.double())
-    kept = {
-        save: run(case.fused, case.fresh(), case.dy, save=save) for save in ("bf16", "fp8")
-    }
+    kept = {save: run(case.fused, case.fresh(), case.dy, save=save) for save in ("bf16", "fp8")}
     for name in ("x", "gate", "up", "down"):
         errors = {
             save: (found.grads[name].double() - exact[name].grad).norm()
