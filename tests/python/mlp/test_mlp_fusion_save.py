@@ -17,11 +17,15 @@ from fp8.nn import _fused_mlps
 from fp8.nn._mlp import SAVES
 
 FORMS = {"gated": models.Gated, "merged": models.Merged, "plain": models.Plain}
-SPECIFIC = {"gated": "abc", "merged": ("both", None, "out"), "plain": ("one", None, "two")}
+LAYERS = {
+    "gated": ("b", "a", "c"),
+    "merged": ("both", None, "out"),
+    "plain": ("one", None, "two"),
+}  # gate, up and down
 
 
-def convert(module: nn.Module, save: str, **options) -> nn.Module:
-    return fp8.convert(module, filter=lambda *_: True, fuse={"mlp"}, save=save, **options)
+def convert(module: nn.Module, save: str) -> nn.Module:
+    return fp8.convert(module, filter=lambda *_: True, fuse={"mlp"}, save=save)
 
 
 def saved(module: nn.Module) -> str:
@@ -29,15 +33,14 @@ def saved(module: nn.Module) -> str:
     return notes.save
 
 
-def grads(module: nn.Module, x: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def grads(module: nn.Module) -> dict[str, torch.Tensor]:
     assert nodes(module, data()) == 1
-    return models.step(module, data() if x is None else x)[1]
+    return models.step(module, data())[1]
 
 
 def by_operator(module: nn.Module, form: str, save: str) -> dict[str, torch.Tensor]:
     """The step of `grads`, of fp8.ops.mlp itself."""
-    names = SPECIFIC[form] if form != "gated" else ("b", "a", "c")
-    gate, up, down = (None if n is None else module.get_submodule(n) for n in names)
+    gate, up, down = (None if n is None else module.get_submodule(n) for n in LAYERS[form])
 
     class Explicit(nn.Module):
         def forward(self, x):
