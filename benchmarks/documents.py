@@ -46,6 +46,8 @@ def recipes() -> str:
             for dtype in (recipe.input_dtype, recipe.grad_output_dtype)
         )
         takes = "yes" if "grouped" in recipe.linears else "no"
+        if takes == "yes" and recipe.granularity == "blockwise":
+            takes = "yes, weight gradient in high precision"
         fast = ", ".join(_RESULTS[product] for product in recipe.fast_accum)
         wgrad = recipe.wgrad.replace("fp8", "FP8")
         experts = f"{takes}, the default" if name == default else takes

@@ -3,7 +3,8 @@
 A Mixtral and a Qwen3-MoE, made from config objects with random weights (nothing is downloaded), on
 the text of the main demo, byte by byte. Same initial weights, same batches, plain eager PyTorch.
 The baseline's experts run as transformers runs them, `grouped_mm`. Run it with `make demo-moe`, or
-`PYTHONPATH=python python examples/train_moe.py --help`.
+`PYTHONPATH=python python examples/train_moe.py --help`. With `--seeds 3` every variant trains from
+three seeds: is FP8's loss within the noise between them?
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fp8
+import seed_report
 from byte_model import parameter_count
 from comparison import Batch, Schedule, Variant, evaluate, make_variant, train
 from stdlib_text import VOCABULARY, Text, load_text
@@ -31,7 +33,7 @@ from training_report import table, totals, write_csv, write_plot
 RECIPES = {
     # Nothing accumulates fast there.
     "cpu": tuple(r for r in fp8.GROUPED_RECIPES if "dgrad" not in fp8.RECIPES[r].fast_accum),
-    "cuda": ("rowwise", "rowwise_fast", "rowwise_gw_hp"),
+    "cuda": ("rowwise", "rowwise_fast", "rowwise_gw_hp", "blockwise"),
 }
 FAMILIES = ("mixtral", "qwen3_moe")
 TITLES = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE"}
@@ -62,6 +64,12 @@ JOBS = {
     "cpu": Job(
         {"mixtral": (128, 8, 2, 256), "qwen3_moe": (128, 16, 4, 96)},
         *(2, 4, 4, 128, 40, 2e-3, torch.float32),
+        small=True,
+    ),
+    # Many steps in little time: for curves of several seeds.
+    "curves": Job(
+        {"mixtral": (1024, 8, 2, 1792), "qwen3_moe": (1024, 32, 4, 512)},
+        *(2, 8, 8, 512, 300, 6e-4, torch.bfloat16),
         small=True,
     ),
     # 0.75 and 0.65 billion parameters; experts of the width of Mixtral-8x7B's halves, and of
@@ -159,32 +167,55 @@ def describe(family: str, job: Job, variants: Sequence[Variant], steps: int) -> 
     return "\n".join(lines)
 
 
-def run(family: str, job: Job, text: Text, options: argparse.Namespace) -> list[Variant]:
-    """Trains and judges one family's variants, and writes what they leave behind."""
+def train_from(
+    seed: int, family: str, job: Job, text: Text, options: argparse.Namespace
+) -> list[Variant]:
+    """One family's variants, trained and judged."""
     device = torch.device(options.device)
     steps = options.steps or job.steps
     schedule = Schedule(steps, job.learning_rate, warmup=max(1, steps // 8))
-    variants = make_variants(family, job, options.recipes, schedule, options.seed, device)
-    print(describe(family, job, variants, steps))
+    variants = make_variants(family, job, options.recipes, schedule, seed, device)
+    if seed == options.seed:
+        print(describe(family, job, variants, steps))
     quiet = not sys.stderr.isatty()
     with tqdm(
         total=steps * len(variants), unit="step", mininterval=10 if quiet else 0.2, desc=family
     ) as bar:
 
         def batch_of(step: int) -> Batch:
-            return text.batch(step, job.batch, job.length, options.seed)
+            return text.batch(step, job.batch, job.length, seed)
 
         train(variants, batch_of, schedule, device, lambda variant: bar.update() and None)
     held_out = [text.held_out_batch(i, job.batch, job.length) for i in range(HELD_OUT_BATCHES)]
     for variant in variants:
         variant.held_out = evaluate(variant.model, held_out, device)
+    return variants
+
+
+def run(family: str, job: Job, text: Text, options: argparse.Namespace) -> bool:
+    """Trains one family's variants, and writes what they leave behind. False where several seeds
+    say that a recipe is outside of their noise."""
+    seeds = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        variants = train_from(seed, family, job, text, options)
+        size = parameter_count(variants[0].model) / 1e6
+        for variant in variants:
+            del variant.model, variant.optimizer  # the memory is for the next seed
+        seeds.append(variants)
+    title = f"{size:.1f}M-parameter {TITLES[family]}, {options.device}, eager"
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.seeds > 1:
+        runs = seed_report.by_name(seeds)
+        name = f"{family}_{options.seeds}_seeds"
+        seed_report.write(options.out, name, runs, f"{title}, {options.seeds} seeds")
+        print(f"\n{seed_report.table(runs)}\n\ncurves  {options.out / name}.png, .csv")
+        print(seed_report.verdict(runs))
+        return not seed_report.outside(runs)
     curves, data = options.out / f"{family}.png", options.out / f"{family}.csv"
     write_csv(data, variants)
-    size = parameter_count(variants[0].model) / 1e6
-    write_plot(curves, variants, f"{size:.1f}M-parameter {TITLES[family]}, {device.type}, eager")
+    write_plot(curves, variants, title)
     print(f"\n{table(variants)}\n\ncurves  {curves}\ndata    {data}\n{verdict(variants)}")
-    return variants
+    return True
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -202,8 +233,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"of experts, to compare (default: {' '.join(RECIPES['cuda'])}; CPU: without fast)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each variant (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("build/demo-moe"), help="for results")
     options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
     if options.steps is not None and options.steps < 2:
         parser.error(f"--steps must be at least 2, got {options.steps}")
     if options.device is None:
@@ -225,15 +259,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hardware = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     print(f"device  {hardware}; torch {torch.__version__}")
     print(f"text    {text.files} Python files below {text.root}")
+    within = True
     for family in options.families:
         try:
-            run(family, job, text, options)
+            within = run(family, job, text, options) and within
         except FloatingPointError as error:
             print(f"demo-moe: {family}: {error}", file=sys.stderr)
             return 1
     print("\nLosses and gaps in nats per byte. gap: mean over the last tenth of the steps.")
     print("ms/step: median without the first steps. speed: against the first row.")
-    return 0
+    return 0 if within else 1
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/grouped_rows.h"
+#include "cpu/kernels.h"
 
 namespace fp8::cpu {
 namespace {
@@ -48,20 +51,23 @@ void route(const core::RouteArgs& a) {
 void scatter_rows(const core::ScatterRowsArgs& a) {
   const int64_t bytes = dtype_bytes(a.x_dtype);
   at::parallel_for(0, a.rows, grain(a.cols * a.copies), [&](int64_t begin, int64_t end) {
+    const int64_t block = scaled_together(a.granularity, a.cols);
     std::vector<float> row(a.cols);
     std::vector<uint8_t> codes(a.cols);
+    std::vector<float> scales((a.cols + block - 1) / block);
     for (int64_t r = begin; r < end; ++r) {
       const char* source = static_cast<const char*>(a.x) + r * a.ld * bytes;
-      float scale = 1.0F;
       if (a.data != nullptr) {
         widen(source, a.x_dtype, a.cols, row.data());
-        scale = quantize_row(row.data(), a.cols, codes.data(), 0, {a.dtype, a.power_of_two});
+        quantize_blocks(row.data(), a.cols, block, codes.data(), scales.data(), 1,
+                        {a.dtype, a.power_of_two});
       }
       for (int64_t copy = 0; copy < a.copies; ++copy) {
         const int64_t to = a.place != nullptr ? a.place[r * a.copies + copy] : r;
         if (a.data != nullptr) {
           std::memcpy(static_cast<uint8_t*>(a.data) + to * a.cols, codes.data(), a.cols);
-          a.scale[to] = scale;
+          for (size_t b = 0; b < scales.size(); ++b)
+            a.scale[b * a.rows * a.copies + to] = scales[b];
         }
         if (a.plain != nullptr) {
           std::memcpy(static_cast<char*>(a.plain) + to * a.cols * bytes, source, a.cols * bytes);
@@ -171,6 +177,33 @@ void quantize_group_columns(const core::GroupColumnsArgs& a) {
       }
     }
   });
+}
+
+void quantize_stack_squares(const core::StackSquaresArgs& a) {
+  const int64_t elements = a.rows * a.cols;
+  for (int64_t g = 0; g < a.groups; ++g) {
+    core::QuantizeArgs matrix{
+        .x = static_cast<const char*>(a.x) + g * elements * dtype_bytes(a.x_dtype),
+        .x_dtype = a.x_dtype,
+        .rows = a.rows,
+        .cols = a.cols,
+        .ld = a.cols,
+        .dtype = a.dtype,
+        .granularity = core::Granularity::kBlock128x128,
+        .power_of_two = a.power_of_two};
+    const auto part = [&](void* data, float* scale, int64_t rows, int64_t cols) {
+      const int64_t scales = core::blocks_of(rows) * core::square_scale_ld(cols);
+      return std::pair(core::Destination{static_cast<uint8_t*>(data) + g * elements, rows, cols},
+                       scale + g * scales);
+    };
+    if (a.data != nullptr) {
+      std::tie(matrix.data, matrix.scale) = part(a.data, a.scale, a.rows, a.cols);
+    }
+    if (a.data_t != nullptr) {
+      std::tie(matrix.data_t, matrix.scale_t) = part(a.data_t, a.scale_t, a.cols, a.rows);
+    }
+    quantize(matrix);
+  }
 }
 
 void combine(const core::CombineArgs& a) {

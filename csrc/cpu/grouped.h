@@ -11,6 +11,7 @@ void route(const core::RouteArgs& args);
 void scatter_rows(const core::ScatterRowsArgs& args);
 void make_tile_table(const core::TileTableArgs& args);
 void quantize_group_columns(const core::GroupColumnsArgs& args);
+void quantize_stack_squares(const core::StackSquaresArgs& args);
 void gate_forward(const core::GateForwardArgs& args);
 void gate_backward(const core::GateBackwardArgs& args);
 void combine(const core::CombineArgs& args);

@@ -45,11 +45,13 @@ void gate_forward(const core::GateForwardArgs& args) {
   at::parallel_for(0, rows, grain(2 * a.features), [&](int64_t begin, int64_t end) {
     GateRow row{a};
     std::vector<float> h(a.features);
+    const int64_t block = scaled_together(args.granularity, a.features);
     for (int64_t r = begin; r < end; ++r) {
       row.load(r);
       row.for_units([&](int64_t i, const GatedUnit& unit) { h[i] = rounded(unit.h, a.dtype); });
-      args.scale[r] = quantize_row(h.data(), a.features, args.data, r * a.features,
-                                   {args.dtype, args.power_of_two});
+      quantize_blocks(h.data(), a.features, block,
+                      static_cast<uint8_t*>(args.data) + r * a.features, args.scale + r, a.rows,
+                      {args.dtype, args.power_of_two});
     }
   });
 }

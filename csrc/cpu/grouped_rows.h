@@ -10,6 +10,7 @@
 
 #include "cpu/loops.h"
 #include "host/formats.h"
+#include "host/launch.h"
 
 namespace fp8::cpu {
 
@@ -58,6 +59,21 @@ inline float quantize_row(const float* row, int64_t cols, void* data, int64_t of
   const float multiplier = format.multiplier(std::bit_cast<float>(amax_bits(row, cols)));
   encode(row, multiplier, format.dtype, cols, static_cast<uint8_t*>(data) + offset);
   return 1.0F / multiplier;
+}
+
+// Elements of a row of `cols` that share a scale.
+inline int64_t scaled_together(core::Granularity granularity, int64_t cols) {
+  return granularity == core::Granularity::kBlock1x128 ? core::kScaleBlock : cols;
+}
+
+// Codes of a row, and a scale for each `block` elements of it, `step` floats apart.
+inline void quantize_blocks(const float* row, int64_t cols, int64_t block, uint8_t* codes,
+                            float* scales, int64_t step, const CodeFormat& format) {
+  for (int64_t begin = 0; begin < cols; begin += block) {
+    const int64_t count = std::min(block, cols - begin);
+    *scales = quantize_row(row + begin, count, codes, begin, format);
+    scales += step;
+  }
 }
 
 // Rows that belong to a group, and the group of one of them.

@@ -49,13 +49,13 @@ class Recipe:
     grad_output_dtype: torch.dtype = field(init=False, repr=False)
     wgrad: Literal["fp8", "high precision"] = field(init=False, repr=False)
     """What dW is computed in. High precision: from x and dy in their own dtype, so x itself is kept
-    for the backward."""
+    for the backward; so with blocks in grouped layers, too."""
     fast_accum: tuple[str, ...] = field(init=False, repr=False)
     """The products that use the tensor cores' fast accumulation; the others are promoted to fp32 in
     steps (split). On the CPU all are."""
     linears: tuple[Literal["dense", "grouped"], ...] = field(init=False, repr=False)
-    """Which layers take it. Grouped ones, and experts, take those of one scale per row in e4m3, as
-    their products do."""
+    """Which layers take it. Grouped ones, and experts, take those in e4m3 with scales per row or
+    block, as their products do."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in _TABLE:
@@ -152,7 +152,7 @@ def check_grouped_recipe(recipe: str | Recipe) -> Recipe:
     if found is None or "grouped" not in found.linears:
         got = str(found) if found else recipe
         raise ValueError(  # as in C++
-            "fp8: expected a recipe whose scales are one per row, which the grouped products take: "
+            "fp8: expected a recipe with scales per row or block, as the grouped products take: "
             f"{_names(GROUPED_RECIPES)}, with options out of {_names(OPTIONS, ':')}, got {got!r}"
         )
     return found

@@ -7,6 +7,7 @@ from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
 from faults_frozen import FROZEN
+from faults_grouped import GROUPS
 from faults_host import HOST
 from faults_linear_frozen import LINEAR_FROZEN
 from faults_merged import SIBLINGS
@@ -20,5 +21,6 @@ from faults_torch import TORCH
 
 FAULTS: list[Fault] = [
     *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
-    *(*NORM, *RESIDUALS, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *LINEAR_FROZEN, *NUMERICS, *CUDA),
+    *(*NORM, *RESIDUALS, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *LINEAR_FROZEN),
+    *(*GROUPS, *NUMERICS, *CUDA),
 ]

@@ -160,8 +160,8 @@ CPU = [
     Fault(
         "grouped linears take recipes of any granularity",
         "csrc/torch/common/recipe.h",
-        "return recipe.granularity == core::Granularity::kRowwise &&",
-        "return recipe.granularity != core::Granularity::kRowwise ||",
+        "return recipe.granularity != core::Granularity::kTensorwise &&",
+        "return recipe.granularity == core::Granularity::kTensorwise ||",
         "tests/python/module/test_recipe.py",
     ),
     Fault(

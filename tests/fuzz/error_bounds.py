@@ -14,6 +14,7 @@ times the codes that they scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import bounds
@@ -124,17 +125,26 @@ def operand(data: Tensor, scale: Tensor) -> Operand:
     return Operand(value, torch.zeros_like(value), row_scale, FP8_MAX[data.dtype])
 
 
-def _nearly(a: Approx, dtype: torch.dtype) -> Operand:
-    """Rows of results, each with a scale of its own that follows from values not known exactly."""
+def _of_block(t: Tensor, block: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """reduce(a block of a row), for each element of it."""
+    if t.numel() == 0:
+        return t
+    return torch.cat([reduce(part).expand_as(part) for part in t.split(block, 1)], 1)
+
+
+def _nearly(a: Approx, dtype: torch.dtype, granularity: str) -> Operand:
+    """Results in rows or blocks, each with a scale that follows from values not known exactly."""
     largest = a.largest()
-    amax = largest.amax(1, keepdim=True)
+    block = 128 if granularity == "blocks" else max(largest.shape[1], 1)
+    amax = _of_block(largest, block, lambda part: part.amax(1, keepdim=True))
     scale = torch.where(amax == 0, 1.0, (amax / FP8_MAX[dtype]).clamp(min=2.0**-128))
     relative, absolute = _STEP[dtype]
     step = torch.maximum(relative * (1 + 2.0**-10) * largest, absolute * scale)
-    row_is_known = a.value.isfinite().all(1, keepdim=True)
-    value = torch.where(row_is_known, a.value, math.nan)
+    is_known = _of_block(a.value.isfinite(), block, lambda part: part.all(1, keepdim=True))
+    value = torch.where(is_known, a.value, math.nan)
     made = approx(value, a.error + torch.where(amax == 0, 0.0, step))
-    return Operand(made.value, made.error, scale, FP8_MAX[dtype])
+    of_row = scale.amax(1, keepdim=True) if scale.numel() else scale.new_ones(scale.shape[0], 1)
+    return Operand(made.value, made.error, of_row, FP8_MAX[dtype])
 
 
 def quantized(
@@ -145,12 +155,12 @@ def quantized(
     scale: Tensor | None = None,
 ) -> Operand:
     """a [rows, K]. granularity: "tensor", "rows", "blocks" (1 x 128) or "squares" (128 x 128).
-    Results, which have an error, by rows only."""
+    Results, which have an error, by rows or blocks only."""
     if a.is_exact():
         return _exactly(a.value.float(), granularity, dtype, power_of_two, scale)
-    assert granularity == "rows"
+    assert granularity in ("rows", "blocks")
     assert not power_of_two
-    return _nearly(a, dtype)
+    return _nearly(a, dtype, granularity)
 
 
 def delayed(x: Tensor, factor: float, dtype: torch.dtype, power_of_two: bool) -> Operand:

@@ -33,6 +33,7 @@ class Ways(NamedTuple):
     dtypes: tuple[torch.dtype, ...]  # that a product is rounded to, one after the other
     gpu: bool
     power_of_two: bool
+    blocks: bool
 
     @classmethod
     def of(cls, recipe: str, dtype: torch.dtype, device: str) -> Ways:
@@ -43,10 +44,12 @@ class Ways(NamedTuple):
             (torch.bfloat16, dtype) if gpu and dtype != torch.bfloat16 else (dtype,),
             gpu,
             spec.power_of_two,
+            spec.granularity == "blockwise",
         )
 
-    def quantized(self, a: Approx) -> error_bounds.Operand:
-        return quantized(a, "rows", power_of_two=self.power_of_two)
+    def quantized(self, a: Approx, weight: bool = False) -> error_bounds.Operand:
+        granularity = ("squares" if weight else "blocks") if self.blocks else "rows"
+        return quantized(a, granularity, power_of_two=self.power_of_two)
 
     def stored(self, a: Approx) -> Approx:
         for dtype in self.dtypes:
@@ -55,9 +58,9 @@ class Ways(NamedTuple):
 
 
 def rows_by_weight(a: Approx, weight: Approx, ways: Ways, backward: bool = False) -> Approx:
-    """a [T, K] · weight [N, K]ᵀ, both quantized by rows."""
+    """a [T, K] · weight [N, K]ᵀ, both quantized, by rows or blocks."""
     way = ways.dgrad if backward else ways.fprop
-    return ways.stored(product(ways.quantized(a), ways.quantized(weight), way))
+    return ways.stored(product(ways.quantized(a), ways.quantized(weight, weight=True), way))
 
 
 def columns(a: Approx, b: Approx, recipe: str, ways: Ways) -> Approx:
@@ -65,7 +68,7 @@ def columns(a: Approx, b: Approx, recipe: str, ways: Ways) -> Approx:
     if a.value.shape[0] == 0:
         zeros = torch.zeros(a.value.shape[1], b.value.shape[1], dtype=torch.float64)
         return approx(zeros, zeros)
-    if check_recipe(recipe).wgrad == "high precision":
+    if check_recipe(recipe).wgrad == "high precision" or ways.blocks:
         cast = 2.0**-7 if ways.gpu else 0.0  # of both operands to bf16
         return ways.stored(error_bounds.high_precision(a, b, cast))
     return ways.stored(product(ways.quantized(a.t()), ways.quantized(b.t()), ways.wgrad))

@@ -13,7 +13,9 @@ import fp8
 
 OPS = torch.ops.fp8
 RECIPES = tuple(fp8.RECIPES)  # in the order of their numbers, as private operators take them
-ROWWISE, GW_HP, DELAYED = map(RECIPES.index, ("rowwise", "rowwise_gw_hp", "delayed"))
+ROWWISE, GW_HP, BLOCKWISE, DELAYED = map(
+    RECIPES.index, ("rowwise", "rowwise_gw_hp", "blockwise", "delayed")
+)
 POWER_OF_TWO = 1 << 8  # where such a number has its option
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sample import GW_HP, OPS, POWER_OF_TWO, ROWWISE, Sample, Table
+from sample import BLOCKWISE, GW_HP, OPS, POWER_OF_TWO, ROWWISE, Sample, Table
 from torch import Tensor
 
 import fp8
@@ -77,7 +77,7 @@ def _grouped_forward(device: str) -> list[Sample]:
     return [
         Sample(f"{counts} {recipe} {saves}", (*problem, recipe, saves), {"save_amax": saves})
         for counts, k, n, transposed, _ in _GROUPED
-        for recipe in (ROWWISE, GW_HP, ROWWISE | POWER_OF_TWO)
+        for recipe in (ROWWISE, GW_HP, BLOCKWISE, ROWWISE | POWER_OF_TWO)
         for saves in (True, False)
         # Rows past the last offset have no place in x_t: nothing says what lies there.
         for problem in [_grouped_problem(device, counts, k, n, transposed)]
@@ -89,16 +89,31 @@ def _grouped_backward(device: str) -> list[Sample]:
     for counts, k, n, transposed, spare in _GROUPED:
         x, weight, offsets, _ = _grouped_problem(device, counts, k, n, transposed, spare)
         dy = torch.randn(x.shape[0], n, device=device, dtype=torch.bfloat16)
-        for recipe in (ROWWISE, GW_HP, ROWWISE | POWER_OF_TWO):
+        for recipe in (ROWWISE, GW_HP, BLOCKWISE, ROWWISE | POWER_OF_TWO):
             made = OPS._grouped_forward(x, weight, offsets, None, recipe, True, save_amax=True)
-            saved = (x, None, None) if recipe == GW_HP else made[1:4]
-            known = {} if transposed else {"weight_amax": made[4]}
+            saved = (x, None, None) if recipe in (GW_HP, BLOCKWISE) else made[1:4]
+            known = {"weight_amax": made[4]} if made[4].numel() > 0 else {}
             args = (dy, *saved, weight, offsets, k, transposed, recipe)
             for needs in ((True, True, True), (True, False, False), (False, True, True)):
                 found.append(Sample(f"{counts} {recipe} needs {needs}", (*args, *needs)))
             found.append(
                 Sample(f"{counts} {recipe} {list(known)}", (*args, True, True, True), known)
             )
+            into = {"main_grad": torch.ones(weight.shape, device=device), "overwrite": transposed}
+            found.append(Sample(f"{counts} {recipe} into", (*args, False, True, False), into))
+    return found
+
+
+def _grouped_linear_into(device: str) -> list[Sample]:
+    found = []
+    for turn, (counts, k, n, transposed, spare) in enumerate(_GROUPED):
+        for recipe in fp8.GROUPED_RECIPES:
+            x, weight, offsets, bias = _grouped_problem(device, counts, k, n, transposed, spare)
+            leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+            buffer = torch.ones(weight.shape, device=device)
+            stand_in = torch.zeros_like(weight) if turn % 2 else None
+            args = (leaves[0], leaves[1], offsets, leaves[2], recipe, buffer, turn > 1, stand_in)
+            found.append(Sample(f"{recipe} {counts} {k}->{n}", args))
     return found
 
 
@@ -150,7 +165,7 @@ def _moe_forward(device: str) -> list[Sample]:
             {"save_amax": saves},
         )
         for o in _MOE_OPTIONS
-        for recipe in (ROWWISE, ROWWISE | POWER_OF_TWO)
+        for recipe in (ROWWISE, BLOCKWISE, ROWWISE | POWER_OF_TWO)
         for saves in (False, True)
     ]
 
@@ -171,6 +186,25 @@ def _moe_backward(device: str) -> list[Sample]:
             for needs in (every, 1, 12):
                 args = (dy, *problem, *made[1:5], activation, interleaved, alpha, limit)
                 found.append(Sample(f"{sample.name} needs {needs}", (*args, recipe, needs), known))
+            into = {
+                f"{n}_main_grad": torch.ones(t.shape, device=device)
+                for n, t in zip(("gate_up", "down"), problem[3:5], strict=True)
+            }
+            overwrites = every | 128  # gate_up's
+            found.append(Sample(f"{sample.name} into", (*args, recipe, overwrites), known | into))
+    return found
+
+
+def _moe_experts_into(device: str) -> list[Sample]:
+    found = []
+    for turn, sample in enumerate(_moe_experts(device)[:-1]):
+        gate_up, down = sample.args[3:5]
+        buffers = [torch.ones(t.shape, device=device) for t in (gate_up, down)]
+        if turn % 3 == 0:
+            buffers[turn % 2] = None
+        stand_ins = [torch.zeros_like(t) if turn % 2 else None for t in (gate_up, down)]
+        into = (*buffers, turn % 2 == 0, turn % 4 == 0, *stand_ins)
+        found.append(Sample(f"{sample.name}, turn {turn}", (*sample.args, *into)))
     return found
 
 
@@ -182,4 +216,6 @@ TABLE: Table = {
     "moe_experts": _moe_experts,
     "_moe_forward": _moe_forward,
     "_moe_backward": _moe_backward,
+    "_grouped_linear_into": _grouped_linear_into,
+    "_moe_experts_into": _moe_experts_into,
 }

@@ -45,6 +45,7 @@ void route(const RouteArgs&, Stream) { refuse("route"); }
 void scatter_rows(const ScatterRowsArgs&, Stream) { refuse("scatter_rows"); }
 void make_tile_table(const TileTableArgs&, Stream) { refuse("make_tile_table"); }
 void quantize_group_columns(const GroupColumnsArgs&, Stream) { refuse("quantize_group_columns"); }
+void quantize_stack_squares(const StackSquaresArgs&, Stream) { refuse("quantize_stack_squares"); }
 void gate_forward(const GateForwardArgs&, Stream) { refuse("gate_forward"); }
 void gate_backward(const GateBackwardArgs&, Stream) { refuse("gate_backward"); }
 void combine(const CombineArgs&, Stream) { refuse("combine"); }

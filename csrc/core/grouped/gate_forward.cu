@@ -1,8 +1,9 @@
-// The gated activation between the two grouped matmuls, with quantization: the frame of row.cuh
-// over the rows of gated.cuh, one pass. Rows past the last offset are left alone. Bound by
-// bandwidth: 4 + 1 bytes a feature (bf16).
+// The gated activation between the two grouped matmuls, with quantization: the frames of row.cuh
+// and row_blocks.cuh over the rows of gated.cuh, one pass. Rows past the last offset are left
+// alone. Bound by bandwidth: 4 + 1 bytes a feature (bf16).
 #include "core/grouped/gated.cuh"
 #include "core/quantize/computed_row.cuh"
+#include "core/quantize/row_blocks.cuh"
 
 namespace fp8::core {
 namespace {
@@ -16,12 +17,15 @@ constexpr int kMinBlocks = sizeof(T) == 4 || !kPlain ? 1 : 2;
 struct GroupRows {
   static constexpr bool kPadded = false;
   uint8_t* data;  // [rows, features]
-  float* scale;   // [rows]
+  float* scale;   // [rows], or [blocks, rows]
+  int64_t rows;
   int64_t features;
 
   __device__ __forceinline__ bool has(int64_t /*row*/, bool exists) const { return exists; }
   __device__ __forceinline__ int64_t cols() const { return features; }
-  __device__ __forceinline__ void put_scale(int64_t row, float value) const { scale[row] = value; }
+  __device__ __forceinline__ void put_scale(int64_t row, float value, unsigned block = 0) const {
+    scale[block * rows + row] = value;
+  }
   __device__ __forceinline__ int early(int64_t /*row*/) const { return 0; }
   __device__ __forceinline__ uint8_t* row(int64_t index, int /*early*/) const {
     return data + index * features;
@@ -39,7 +43,7 @@ struct ForwardParams {
 
   __host__ __device__ Source source() const { return {args.gate}; }
   __host__ __device__ GroupRows sink() const {
-    return {static_cast<uint8_t*>(args.data), args.scale, args.gate.features};
+    return {static_cast<uint8_t*>(args.data), args.scale, args.gate.rows, args.gate.features};
   }
 };
 
@@ -54,9 +58,14 @@ void gate_forward(const GateForwardArgs& args, Stream stream) {
     dispatch_format(args.dtype, [&](auto format) {
       with_gated_source<typename decltype(input)::type>(a, [&](auto source) {
         using Source = decltype(source);
-        launch_computed_rows<typename decltype(format)::type,
-                             kMinBlocks<typename Source::Element, Source::kIsPlain>>(
-            ForwardParams<Source>{args, plan, args.power_of_two}, a.rows, stream);
+        using Format = typename decltype(format)::type;
+        const ForwardParams<Source> params{args, plan, args.power_of_two};
+        if (args.granularity == Granularity::kBlock1x128) {
+          launch_row_blocks<Format>(params, a.rows, a.features, stream);
+        } else {
+          launch_computed_rows<Format, kMinBlocks<typename Source::Element, Source::kIsPlain>>(
+              params, a.rows, stream);
+        }
       });
     });
   });

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "core/grouped/device.cuh"
-#include "core/quantize/row.cuh"
+#include "core/quantize/row_blocks.cuh"
 
 namespace fp8::core {
 namespace {
@@ -28,9 +28,11 @@ struct ScatteredRows {
   __device__ __forceinline__ int64_t place_of(int64_t row, int copy) const {
     return place == nullptr ? row : __ldg(place + row * copies + copy);
   }
-  __device__ __forceinline__ void put_scale(int64_t row, float value) const {
+  // block: of the row's blocks, whose scales lie one matrix row below the other.
+  __device__ __forceinline__ void put_scale(int64_t row, float value, unsigned block = 0) const {
+    float* of_block = scale + static_cast<int64_t>(rows) * copies * block;
 #pragma unroll 1
-    for (int copy = 0; copy < copies; ++copy) scale[place_of(row, copy)] = value;
+    for (int copy = 0; copy < copies; ++copy) of_block[place_of(row, copy)] = value;
   }
   struct Row {
     int64_t index;
@@ -222,8 +224,12 @@ void scatter_rows(const ScatterRowsArgs& args, Stream stream) {
         .vectorized = on_16_bytes(args.x) && args.ld * dtype_bytes(args.x_dtype) % 16 == 0};
     if (args.data != nullptr) {
       dispatch_format(args.dtype, [&](auto format) {
-        launch_rows<typename decltype(format)::type, 1, kMaxRowVectors>(params, args.rows,
-                                                                        /*pdl=*/false, stream);
+        using Format = typename decltype(format)::type;
+        if (args.granularity == Granularity::kBlock1x128) {
+          launch_row_blocks<Format>(params, args.rows, args.cols, stream);
+        } else {
+          launch_rows<Format, 1, kMaxRowVectors>(params, args.rows, /*pdl=*/false, stream);
+        }
       });
     }
     if (args.plain != nullptr) {

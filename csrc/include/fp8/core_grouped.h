@@ -30,7 +30,7 @@ int64_t route_workspace_words(const RouteArgs& args);
 void route(const RouteArgs& args, Stream stream);
 
 // Reads each row of x once and writes it `copies` times, to the rows that `place` says (to its own
-// row without): quantized with a scale per row, or as it is, or both.
+// row without): quantized with a scale per row or per 128 elements of one, or as it is, or both.
 struct ScatterRowsArgs {
   const void* x = nullptr;  // [rows, cols]
   Dtype x_dtype = Dtype::kBFloat16;
@@ -40,9 +40,11 @@ struct ScatterRowsArgs {
   int64_t copies = 1;
   const int32_t* place = nullptr;  // [rows * copies], or nullptr with one copy
   void* data = nullptr;            // [.., cols] codes, optional
-  float* scale = nullptr;          // [..], with data
+  float* scale = nullptr;          // with data: [rows * copies], or as granularity says
   void* plain = nullptr;           // [.., cols] in x's dtype, optional
   Dtype dtype = Dtype::kE4M3;      // of data
+  // Of data: kRowwise, or kBlock1x128 with scales [blocks of cols, rows * copies].
+  Granularity granularity = Granularity::kRowwise;
   bool power_of_two = false;
 };
 void scatter_rows(const ScatterRowsArgs& args, Stream stream);
@@ -108,6 +110,24 @@ struct GroupColumnsArgs {
 };
 void quantize_group_columns(const GroupColumnsArgs& args, Stream stream);
 
+// Each matrix of a stack in squares of 128 x 128, as it lies and transposed, in one launch: the
+// codes and scales that quantize makes of one matrix after the other, without padding of codes.
+// Scales of [rows, cols] are [blocks of rows, blocks of cols up to a multiple of 4].
+struct StackSquaresArgs {
+  const void* x = nullptr;  // [groups, rows, cols]
+  Dtype x_dtype = Dtype::kBFloat16;
+  int64_t groups = 0;
+  int64_t rows = 0;          // multiple of 16
+  int64_t cols = 0;          // the same
+  void* data = nullptr;      // [groups, rows, cols] codes, optional; 16-byte aligned
+  float* scale = nullptr;    // with data: of each matrix
+  void* data_t = nullptr;    // [groups, cols, rows] codes, optional; 16-byte aligned
+  float* scale_t = nullptr;  // with data_t: of each, transposed
+  Dtype dtype = Dtype::kE4M3;
+  bool power_of_two = false;
+};
+void quantize_stack_squares(const StackSquaresArgs& args, Stream stream);
+
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kClampedSilu };
 
 // h = act(gate) * up of each row that belongs to a group, rounded to x's dtype. kClampedSilu is
@@ -129,8 +149,9 @@ struct GateArgs {
 struct GateForwardArgs {
   GateArgs gate;
   void* data = nullptr;    // [rows, features] codes
-  float* scale = nullptr;  // [rows]
+  float* scale = nullptr;  // [rows], or [blocks of features, rows]
   Dtype dtype = Dtype::kE4M3;
+  Granularity granularity = Granularity::kRowwise;  // or kBlock1x128
   bool power_of_two = false;
 };
 void gate_forward(const GateForwardArgs& args, Stream stream);

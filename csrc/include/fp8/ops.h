@@ -228,8 +228,9 @@ at::Tensor grouped_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor
 // row that ends each group, bias [E, N] -> y [T, N] with y[r] = x[r] W[g]^T + b[g] for the rows r
 // of group g, zeros for rows past the last offset. All but offsets of one high-precision dtype; E
 // below 1024. Nothing waits for the offsets. Takes the recipes of fused_linear whose operands are
-// e4m3 with a scale per row ("rowwise", "rowwise_gw_hp", "rowwise_fast", "rowwise_fast_gw_hp"),
-// with their options; the weight gradient of "gw_hp" is made in bf16 on a GPU, in fp32 on the CPU.
+// e4m3 with scales per row or block ("rowwise", "rowwise_gw_hp", "blockwise", "rowwise_fast",
+// "rowwise_fast_gw_hp"), with their options; the weight gradient of "gw_hp" and of "blockwise" is
+// made in bf16 on a GPU, in fp32 on the CPU.
 // GPUs other than Hopper round products to bf16 first. Differentiable once.
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
                           const std::optional<at::Tensor>& bias = std::nullopt,

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "fp8/ops.h"
+#include "host/formats.h"
 #include "torch/common/messages.h"
 
 namespace fp8 {
@@ -92,7 +93,7 @@ int64_t recipe_id(std::string_view text) {
 int64_t grouped_recipe_id(std::string_view op, std::string_view text) {
   const std::optional<int64_t> id = parse(text);
   FP8_CHECK_VALUE(id && suits_grouped(recipe_at(*id)), "fp8::", op,
-                  ": expected a recipe whose scales are one per row, which the grouped products "
+                  ": expected a recipe with scales per row or block, as the grouped products "
                   "take: ",
                   quoted_names(kRecipes, "", suits_grouped), ", with options out of ",
                   quoted_options(), ", got '", text, "'");
@@ -113,10 +114,11 @@ Recipe recipe_at(int64_t id) {
 }
 
 Recipe grouped_recipe_at(int64_t id) {
-  const Recipe recipe = recipe_at(id);
+  Recipe recipe = recipe_at(id);
   FP8_CHECK_VALUE(suits_grouped(recipe),
                   "fp8: expected the number of a recipe that grouped products take, got ", id,
                   " ('", recipe.name, "')");
+  if (is_blockwise(recipe.granularity)) recipe.fp8_wgrad = false;
   return recipe;
 }
 

@@ -86,11 +86,11 @@ inline constexpr std::array<RecipeOption, 1> kRecipeOptions{{
     {"power_of_two", &Recipe::power_of_two},
 }};
 
-// Dense linears take every recipe. Grouped ones take what their products do, ATen's rowwise kernel:
-// e4m3 with a scale per row of each operand as the product reads it; and they keep no histories.
+// Dense linears take every recipe. Grouped ones take what their products do: e4m3, with a scale per
+// row of each operand as the product reads it or in blocks. Recipes of one scale per tensor have dy
+// in e5m2, and would gain nothing: a scale per row takes one pass where that takes two.
 constexpr bool suits_grouped(const Recipe& recipe) {
-  return recipe.granularity == core::Granularity::kRowwise &&
-         recipe.weight_granularity == core::Granularity::kRowwise &&
+  return recipe.granularity != core::Granularity::kTensorwise &&
          recipe.forward_dtype == at::kFloat8_e4m3fn && recipe.grad_dtype == at::kFloat8_e4m3fn &&
          !recipe.delayed;
 }
@@ -102,6 +102,8 @@ int64_t recipe_id(std::string_view text);  // of fused_linear
 int64_t grouped_recipe_id(std::string_view op, std::string_view text);
 
 Recipe recipe_at(int64_t id);
+// As grouped linears run it: with blocks, dW is in high precision. Along the rows of a group, which
+// is what it contracts, grouped products take no blocks.
 Recipe grouped_recipe_at(int64_t id);
 
 // The operator _recipes: the table, a field's name and its value in Python's words; the names of

@@ -8,10 +8,12 @@
 #include <torch/library.h>
 
 #include <array>
+#include <string>
 #include <utility>
 
 #include "fp8/ops.h"
 #include "host/ranges.h"
+#include "torch/common/main_grad.h"
 #include "torch/common/operators.h"
 #include "torch/common/recipe.h"
 #include "torch/common/tensors.h"
@@ -26,11 +28,43 @@ using torch::autograd::variable_list;
 // What a forward kept, undefined where that is an empty tensor.
 at::Tensor or_undefined(const at::Tensor& kept) { return kept.dim() == 2 ? kept : at::Tensor(); }
 
+// A main_grad with the context; no saved tensor: it is meant to change, and must not be offloaded.
+void keep(AutogradContext* ctx, const std::string& name, const GradientBuffer* buffer) {
+  if (buffer == nullptr) return;
+  ctx->saved_data[name + "main_grad"] = buffer->main_grad;
+  ctx->saved_data[name + "overwrite"] = buffer->overwrite;
+  ctx->saved_data[name + "stand_in"] = buffer->stand_in;
+}
+
+// What a backward does with it.
+struct KeptBuffer {
+  std::optional<at::Tensor> main_grad;
+  bool overwrite = false;
+  at::Tensor stand_in;  // may be undefined
+
+  // wanted: whether the backward reaches the weight.
+  KeptBuffer(AutogradContext* ctx, const std::string& name, bool wanted) {
+    const auto found = ctx->saved_data.find(name + "main_grad");
+    if (!wanted || found == ctx->saved_data.end()) return;
+    main_grad = found->second.toTensor();
+    overwrite = ctx->saved_data[name + "overwrite"].toBool();
+    // Detached: nobody else refers to this tensor, so autograd keeps it and copies nothing.
+    const auto given = ctx->saved_data[name + "stand_in"].toOptional<at::Tensor>();
+    if (given) stand_in = given->detach();
+  }
+  // What autograd gets, when the backward is over; its operator's own kernel for autograd counts no
+  // write.
+  at::Tensor gradient(const at::Tensor& dweight) const {
+    count_write(main_grad);
+    return main_grad ? stand_in : dweight;
+  }
+};
+
 class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
-                            int64_t recipe) {
+                            int64_t recipe, const GradientBuffer* buffer) {
     const Range range("fp8::grouped_linear");
     const bool needs_dx = x.requires_grad();
     const bool needs_dweight = weight.requires_grad();
@@ -49,6 +83,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
     ctx->saved_data["needs_dx"] = needs_dx;
     ctx->saved_data["needs_dweight"] = needs_dweight;
     ctx->saved_data["needs_dbias"] = wants_grad(bias);
+    keep(ctx, "", buffer);
     return y;
   }
 
@@ -56,7 +91,7 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
     const Range range("fp8::grouped_linear backward");
     const at::Tensor none;
     const at::Tensor& dy = grads[0];
-    if (!dy.defined()) return {none, none, none, none, none};
+    if (!dy.defined()) return {none, none, none, none, none, none};
     const variable_list saved = ctx->get_saved_variables();
     // Of what the forward could foresee, what this backward is for: x is input 0, weight 1, offsets
     // 2, and a bias 3.
@@ -64,13 +99,18 @@ class GroupedLinear : public torch::autograd::Function<GroupedLinear> {
     const bool needs_dweight =
         ctx->saved_data["needs_dweight"].toBool() && ctx->needs_input_grad(1);
     const bool needs_dbias = ctx->saved_data["needs_dbias"].toBool() && ctx->needs_input_grad(3);
+    const KeptBuffer buffer(ctx, "", needs_dweight);
     static const auto op = find<decltype(kernel::_grouped_backward)>("fp8::_grouped_backward");
     const auto [dx, dweight, dbias] =
         op.call(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
                 saved[4], ctx->saved_data["in_features"].toSymInt(),
                 ctx->saved_data["transposed"].toBool(), ctx->saved_data["recipe"].toInt(), needs_dx,
-                needs_dweight, needs_dbias, optional(saved[5]));
-    return {needs_dx ? dx : none, needs_dweight ? dweight : none, none, needs_dbias ? dbias : none,
+                needs_dweight, needs_dbias, optional(saved[5]), buffer.main_grad, buffer.overwrite);
+    return {needs_dx ? dx : none,
+            needs_dweight ? buffer.gradient(dweight) : none,
+            none,
+            needs_dbias ? dbias : none,
+            none,
             none};
   }
 };
@@ -88,11 +128,13 @@ bool is_last_use(const at::Tensor& saved) {
 
 // What moe_experts takes beside tensors.
 struct MoeOptions {
-  int64_t activation;
+  int64_t activation = 0;
   bool interleaved;
   double alpha;
   double limit;
-  int64_t recipe;
+  int64_t recipe = 0;
+  const GradientBuffer* gate_up_buffer = nullptr;  // optional
+  const GradientBuffer* down_buffer = nullptr;     // the same
 };
 
 class MoeExperts : public torch::autograd::Function<MoeExperts> {
@@ -126,6 +168,8 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     ctx->saved_data["recipe"] = options->recipe;
     ctx->saved_data["needs"] = wanted;
     ctx->saved_data["weights_dtype"] = static_cast<int64_t>(top_k_weights.scalar_type());
+    keep(ctx, "gate_up_", options->gate_up_buffer);
+    keep(ctx, "down_", options->down_buffer);
     return y;
   }
 
@@ -136,21 +180,25 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
     if (!dy.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const int64_t wanted = asked_for(ctx, ctx->saved_data["needs"].toInt(), saved[5].defined());
-    const int64_t may_consume = is_last_use(saved[7]) ? needs::kMayConsume : 0;
+    const KeptBuffer gate_up(ctx, "gate_up_", (wanted & needs::kGateUp) != 0);
+    const KeptBuffer down(ctx, "down_", (wanted & needs::kDown) != 0);
+    const int64_t how = (is_last_use(saved[7]) ? needs::kMayConsume : 0) |
+                        (gate_up.overwrite ? needs::kOverwriteGateUp : 0) |
+                        (down.overwrite ? needs::kOverwriteDown : 0);
     static const auto op = find<decltype(kernel::_moe_backward)>("fp8::_moe_backward");
     const auto [dx, d_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias] =
         op.call(dy, saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]),
                 optional(saved[6]), saved[7], saved[8], saved[9], saved[10],
                 ctx->saved_data["activation"].toInt(), ctx->saved_data["interleaved"].toBool(),
                 ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(),
-                ctx->saved_data["recipe"].toInt(), wanted | may_consume, optional(saved[11]),
-                optional(saved[12]));
+                ctx->saved_data["recipe"].toInt(), wanted | how, optional(saved[11]),
+                optional(saved[12]), gate_up.main_grad, down.main_grad);
     const auto weights_dtype =
         static_cast<at::ScalarType>(ctx->saved_data["weights_dtype"].toInt());
     if ((wanted & needs::kX) != 0) result[0] = dx;
     if ((wanted & needs::kWeights) != 0) result[2] = d_weights.to(weights_dtype);
-    if ((wanted & needs::kGateUp) != 0) result[3] = d_gate_up;
-    if ((wanted & needs::kDown) != 0) result[4] = d_down;
+    if ((wanted & needs::kGateUp) != 0) result[3] = gate_up.gradient(d_gate_up);
+    if ((wanted & needs::kDown) != 0) result[4] = down.gradient(d_down);
     if ((wanted & needs::kGateUpBias) != 0) result[5] = d_gate_up_bias;
     if ((wanted & needs::kDownBias) != 0) result[6] = d_down_bias;
     return result;
@@ -175,10 +223,9 @@ class MoeExperts : public torch::autograd::Function<MoeExperts> {
   }
 };
 
-}  // namespace
-
-at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
-                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
+at::Tensor differentiable_grouped(const at::Tensor& x, const at::Tensor& weight,
+                                  const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
+                                  std::string_view recipe, const GradientBuffer* buffer) {
   const int64_t index = grouped_recipe_id("grouped_linear", recipe);
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || weight.requires_grad() || wants_grad(bias))) {
@@ -186,7 +233,55 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const a
     return fp8::grouped_linear(x, weight, offsets, bias, recipe);
   }
   check_grouped_linear(x, weight, offsets, bias);
-  return GroupedLinear::apply(x, weight, offsets, bias, index);
+  if (!weight.requires_grad()) buffer = nullptr;
+  if (buffer != nullptr) {
+    check_main_grad("grouped_linear", "main_grad", buffer->main_grad, weight.sym_sizes(), x);
+  }
+  return GroupedLinear::apply(x, weight, offsets, bias, index, buffer);
+}
+
+at::Tensor differentiable_experts(const at::Tensor& x, const at::Tensor& top_k_index,
+                                  const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                                  const at::Tensor& down,
+                                  const std::optional<at::Tensor>& gate_up_bias,
+                                  const std::optional<at::Tensor>& down_bias,
+                                  std::string_view activation, std::string_view recipe,
+                                  MoeOptions options) {
+  options.activation = activation_index(activation);
+  options.recipe = grouped_recipe_id("moe_experts", recipe);
+  if (!at::GradMode::is_enabled() ||
+      !(x.requires_grad() || top_k_weights.requires_grad() || gate_up.requires_grad() ||
+        down.requires_grad() || wants_grad(gate_up_bias) || wants_grad(down_bias))) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return fp8::moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
+                            activation, options.interleaved, options.alpha, options.limit, recipe);
+  }
+  check_moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias);
+  const auto checked = [&](const char* name, const GradientBuffer* buffer,
+                           const at::Tensor& weight) -> const GradientBuffer* {
+    if (buffer == nullptr || !weight.requires_grad()) return nullptr;
+    check_main_grad("moe_experts", name, buffer->main_grad, weight.sym_sizes(), x);
+    return buffer;
+  };
+  options.gate_up_buffer = checked("gate_up_main_grad", options.gate_up_buffer, gate_up);
+  options.down_buffer = checked("down_main_grad", options.down_buffer, down);
+  return MoeExperts::apply(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
+                           &options);
+}
+
+}  // namespace
+
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets,
+                          const std::optional<at::Tensor>& bias, std::string_view recipe) {
+  return differentiable_grouped(x, weight, offsets, bias, recipe, nullptr);
+}
+
+at::Tensor _grouped_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                                const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
+                                std::string_view recipe, const at::Tensor& main_grad,
+                                bool overwrite, const std::optional<at::Tensor>& stand_in) {
+  const GradientBuffer buffer{main_grad, overwrite, stand_in};
+  return differentiable_grouped(x, weight, offsets, bias, recipe, &buffer);
 }
 
 at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
@@ -194,18 +289,73 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
                        const std::optional<at::Tensor>& down_bias, std::string_view activation,
                        bool interleaved, double alpha, double limit, std::string_view recipe) {
-  const MoeOptions options{activation_index(activation), interleaved, alpha, limit,
-                           grouped_recipe_id("moe_experts", recipe)};
-  if (!at::GradMode::is_enabled() ||
-      !(x.requires_grad() || top_k_weights.requires_grad() || gate_up.requires_grad() ||
-        down.requires_grad() || wants_grad(gate_up_bias) || wants_grad(down_bias))) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return fp8::moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
-                            activation, interleaved, alpha, limit, recipe);
-  }
-  check_moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias);
-  return MoeExperts::apply(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
-                           &options);
+  return differentiable_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias,
+                                down_bias, activation, recipe,
+                                {.interleaved = interleaved, .alpha = alpha, .limit = limit});
+}
+
+at::Tensor _moe_experts_into(const at::Tensor& x, const at::Tensor& top_k_index,
+                             const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                             const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
+                             const std::optional<at::Tensor>& down_bias,
+                             std::string_view activation, bool interleaved, double alpha,
+                             double limit, std::string_view recipe,
+                             const std::optional<at::Tensor>& gate_up_main_grad,
+                             const std::optional<at::Tensor>& down_main_grad,
+                             bool overwrite_gate_up, bool overwrite_down,
+                             const std::optional<at::Tensor>& gate_up_stand_in,
+                             const std::optional<at::Tensor>& down_stand_in) {
+  const at::Tensor none;
+  const GradientBuffer of_gate_up{gate_up_main_grad ? *gate_up_main_grad : none, overwrite_gate_up,
+                                  gate_up_stand_in};
+  const GradientBuffer of_down{down_main_grad ? *down_main_grad : none, overwrite_down,
+                               down_stand_in};
+  return differentiable_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias,
+                                down_bias, activation, recipe,
+                                {.interleaved = interleaved,
+                                 .alpha = alpha,
+                                 .limit = limit,
+                                 .gate_up_buffer = gate_up_main_grad ? &of_gate_up : nullptr,
+                                 .down_buffer = down_main_grad ? &of_down : nullptr});
 }
 
 }  // namespace fp8::autograd
+
+namespace fp8::in_place {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
+    const at::Tensor& dy, const std::optional<at::Tensor>& x,
+    const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& padded_offsets,
+    const std::optional<at::Tensor>& weight, const at::Tensor& offsets, c10::SymInt in_features,
+    bool transposed, int64_t recipe, bool needs_dx, bool needs_dweight, bool needs_dbias,
+    const std::optional<at::Tensor>& weight_amax, const std::optional<at::Tensor>& main_grad,
+    bool overwrite) {
+  static const auto op = find<decltype(kernel::_grouped_backward)>("fp8::_grouped_backward");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  auto made =
+      op.call(dy, x, x_t_scale, padded_offsets, weight, offsets, std::move(in_features), transposed,
+              recipe, needs_dx, needs_dweight, needs_dbias, weight_amax, main_grad, overwrite);
+  count_write(main_grad);
+  return made;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& top_k_index,
+    const at::Tensor& top_k_weights, const at::Tensor& gate_up, const at::Tensor& down,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    const at::Tensor& gate_up_out, const at::Tensor& offsets, const at::Tensor& place,
+    const at::Tensor& source, int64_t activation, bool interleaved, double alpha, double limit,
+    int64_t recipe, int64_t needs, const std::optional<at::Tensor>& gate_up_amax,
+    const std::optional<at::Tensor>& down_amax, const std::optional<at::Tensor>& gate_up_main_grad,
+    const std::optional<at::Tensor>& down_main_grad) {
+  static const auto op = find<decltype(kernel::_moe_backward)>("fp8::_moe_backward");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  auto made = op.call(dy, x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
+                      gate_up_out, offsets, place, source, activation, interleaved, alpha, limit,
+                      recipe, needs, gate_up_amax, down_amax, gate_up_main_grad, down_main_grad);
+  count_write(gate_up_main_grad);
+  count_write(down_main_grad);
+  return made;
+}
+
+}  // namespace fp8::in_place

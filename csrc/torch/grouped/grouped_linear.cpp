@@ -10,10 +10,12 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "torch/common/main_grad.h"
 #include "torch/common/recipe.h"
 #include "torch/common/tensors.h"
 #include "torch/grouped/grouped_mm.h"
 #include "torch/grouped/grouped_ops.h"
+#include "torch/grouped/weight_gradient.h"
 
 namespace fp8 {
 namespace {
@@ -74,13 +76,24 @@ struct BackwardArgs {
   int64_t k;
   bool transposed;  // how dweight is stored
   Recipe recipe;
+  at::Tensor main_grad;  // [E, N, K], optional: takes dweight
+  bool overwrite;        // else main_grad is added to
+
+  grouped::WeightGradient weight_gradient() const {
+    return {.features = dy.size(1),
+            .in_features = k,
+            .transposed = transposed,
+            .dtype = dy.scalar_type(),
+            .fast_accum = recipe.fast_wgrad,
+            .main_grad = main_grad,
+            .overwrite = overwrite};
+  }
 };
 
 // [T, K]
 at::Tensor input_gradient(const BackwardArgs& args, const at::Tensor& dy_rows) {  // [T, pad16(N)]
-  const Side qdy = grouped::quantize_rows(dy_rows, args.recipe.power_of_two);
-  const Side qw = grouped::weight_for_dgrad(padded(*args.weight, 2), args.recipe.power_of_two,
-                                            args.weight_amax);
+  const Side qdy = grouped::quantize_rows(dy_rows, args.recipe);
+  const Side qw = grouped::weight_for_dgrad(padded(*args.weight, 2), args.recipe, args.weight_amax);
   const at::Tensor dx = first_columns(
       grouped::multiply_rows(qdy, qw, args.offsets, args.dy.scalar_type(), args.recipe.fast_dgrad),
       args.k);
@@ -88,42 +101,16 @@ at::Tensor input_gradient(const BackwardArgs& args, const at::Tensor& dy_rows) {
   return dx;
 }
 
-// Of padded extents, as it is stored: [E, pad16(N), pad16(K)] or, transposed, [E, pad16(K),
-// pad16(N)].
-at::Tensor stored_weight_gradient(const BackwardArgs& args,
-                                  const at::Tensor& dy_rows) {  // [T, pad16(N)]
+// [E, N, K], undefined where main_grad takes it.
+at::Tensor weight_gradient(const BackwardArgs& args, const at::Tensor& dy_rows) {  // [T, pad16(N)]
+  const grouped::WeightGradient of_weight = args.weight_gradient();
   const at::Tensor& x = *args.x;
-  if (!args.recipe.fp8_wgrad) {
-    const at::Tensor x_rows = rows_of(x);
-    return args.transposed ? grouped::multiply_high_precision(x_rows, dy_rows, args.offsets)
-                           : grouped::multiply_high_precision(dy_rows, x_rows, args.offsets);
-  }
+  if (!args.recipe.fp8_wgrad) return of_weight.high_precision(dy_rows, rows_of(x), args.offsets);
   const grouped::Tiles tiles = grouped::make_tiles(args.offsets, dy_rows.size(0));
   const Side qdy_t = grouped::quantize_columns(dy_rows, tiles, args.recipe.power_of_two);
   const Side qx_t = operand::given("_grouped_backward", "x_t", x, *args.x_t_scale,
                                    core::Granularity::kRowwise, x.size(0));
-  return grouped::multiply_columns(args.transposed ? qx_t : qdy_t, args.transposed ? qdy_t : qx_t,
-                                   *args.padded_offsets, args.dy.scalar_type(),
-                                   args.recipe.fast_wgrad);
-}
-
-// [E, N, K]
-at::Tensor weight_gradient(const BackwardArgs& args, const at::Tensor& dy_rows) {  // [T, pad16(N)]
-  at::Tensor stored = stored_weight_gradient(args, dy_rows);
-  const int64_t features = args.dy.size(1);
-  const int64_t rows = args.transposed ? args.k : features;
-  const int64_t cols = args.transposed ? features : args.k;
-  if (stored.size(1) != rows || stored.size(2) != cols) {
-    stored = stored.narrow(1, 0, rows).narrow(2, 0, cols).contiguous();
-  }
-  return args.transposed ? stored.transpose(1, 2) : stored;
-}
-
-at::Tensor zero_weight_gradient(const BackwardArgs& args) {
-  const int64_t groups = args.offsets.size(0);
-  const int64_t features = args.dy.size(1);
-  return args.transposed ? at::zeros({groups, args.k, features}, args.dy.options()).transpose(1, 2)
-                         : at::zeros({groups, features, args.k}, args.dy.options());
+  return of_weight.fp8(qdy_t, qx_t, *args.padded_offsets);
 }
 
 }  // namespace
@@ -174,16 +161,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_
   const int64_t features = weight.size(1);
   const bool empty = x.numel() == 0 || weight.numel() == 0;
 
-  const bool keep_amax = save_amax && operand::keeps_amax(weight);
+  const bool keep_amax = save_amax && grouped::keeps_amax(weight, recipe);
   at::Tensor y;
   at::Tensor amax = none_like(x);
   const at::Tensor rows = empty ? at::Tensor() : rows_of(x);
   if (empty) {
     y = at::zeros({x.size(0), features}, x.options());
   } else {
-    const Side qx = grouped::quantize_rows(rows, recipe.power_of_two);
-    const auto [qw, kept] =
-        grouped::weight_for_fprop(padded(weight, 2), recipe.power_of_two, keep_amax);
+    const Side qx = grouped::quantize_rows(rows, recipe);
+    const auto [qw, kept] = grouped::weight_for_fprop(padded(weight, 2), recipe, keep_amax);
     if (keep_amax) amax = kept;
     y = first_columns(grouped::multiply_rows(qx, qw, offsets, x.scalar_type(), recipe.fast_fprop),
                       features);
@@ -214,7 +200,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const std::optional<at::Tensor>& x_t_scale, const std::optional<at::Tensor>& padded_offsets,
     const std::optional<at::Tensor>& weight, const at::Tensor& given_offsets,
     c10::SymInt in_features, bool transposed, int64_t recipe_id, bool needs_dx, bool needs_dweight,
-    bool needs_dbias, const std::optional<at::Tensor>& weight_amax) {
+    bool needs_dbias, const std::optional<at::Tensor>& weight_amax,
+    const std::optional<at::Tensor>& main_grad, bool overwrite) {
+  if (main_grad) {
+    check_main_grad("grouped_linear", "main_grad", *main_grad,
+                    {given_offsets.sym_size(0), given_dy.sym_size(1), in_features}, given_dy);
+  }
   const c10::DeviceGuard guard(given_dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor dy = as_matrix(given_dy);
@@ -229,7 +220,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
                           .offsets = offsets,
                           .k = in_features.expect_int(),
                           .transposed = transposed,
-                          .recipe = grouped_recipe_at(recipe_id)};
+                          .recipe = grouped_recipe_at(recipe_id),
+                          .main_grad = main_grad.value_or(at::Tensor()),
+                          .overwrite = overwrite};
   const bool empty = dy.numel() == 0 || args.k == 0 || groups == 0;
   const at::Tensor dy_rows = empty ? dy : rows_of(dy);
   at::Tensor dx;
@@ -242,7 +235,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
   if (needs_dx) {
     dx = empty ? at::zeros({dy.size(0), args.k}, dy.options()) : input_gradient(args, dy_rows);
   }
-  if (needs_dweight) dweight = empty ? zero_weight_gradient(args) : weight_gradient(args, dy_rows);
+  if (needs_dweight) {
+    dweight = empty ? args.weight_gradient().zeros(dy, groups) : weight_gradient(args, dy_rows);
+  }
   return {or_none(dx, dy), or_none(dweight, dy), or_none(dbias, dy)};
 }
 
@@ -255,8 +250,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_
     const std::optional<at::Tensor>& bias, int64_t recipe_id, bool save_x, bool save_amax) {
   check_grouped_linear(x, weight, offsets, bias);
   at::Tensor y = at::empty_symint({x.sym_size(0), weight.sym_size(1)}, x.options());
-  const at::Tensor amax = save_amax ? grouped::kept_amax_like(weight) : none_like(x);
-  if (!save_x || !grouped_recipe_at(recipe_id).fp8_wgrad) {
+  const Recipe recipe = grouped_recipe_at(recipe_id);
+  const at::Tensor amax = save_amax ? grouped::kept_amax_like(weight, recipe) : none_like(x);
+  if (!save_x || !recipe.fp8_wgrad) {
     return {y, none_like(x), none_like(x), none_like(x), amax};
   }
   const c10::SymInt groups = offsets.sym_size(0);
@@ -274,11 +270,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const std::optional<at::Tensor>& /*padded_offsets*/,
     const std::optional<at::Tensor>& /*weight*/, const at::Tensor& offsets, c10::SymInt in_features,
     bool transposed, int64_t /*recipe*/, bool needs_dx, bool needs_dweight, bool needs_dbias,
-    const std::optional<at::Tensor>& /*weight_amax*/) {
+    const std::optional<at::Tensor>& /*weight_amax*/, const std::optional<at::Tensor>& main_grad,
+    bool /*overwrite*/) {
   const c10::SymInt groups = offsets.sym_size(0);
   const c10::SymInt features = dy.sym_size(1);
+  if (main_grad) {
+    check_main_grad("grouped_linear", "main_grad", *main_grad, {groups, features, in_features}, dy);
+  }
   at::Tensor dweight = none_like(dy);
-  if (needs_dweight) {
+  if (needs_dweight && !main_grad) {
     dweight = transposed
                   ? at::empty_symint({groups, in_features, features}, dy.options()).transpose(1, 2)
                   : at::empty_symint({groups, features, in_features}, dy.options());
@@ -297,6 +297,15 @@ at::Tensor composite::grouped_linear(const at::Tensor& x, const at::Tensor& weig
   const auto forward = x.is_meta() ? meta::_grouped_forward : kernel::_grouped_forward;
   return std::get<0>(forward(x, weight, offsets, bias, grouped_recipe_id("grouped_linear", recipe),
                              /*save_x=*/false, /*save_amax=*/false));
+}
+
+at::Tensor composite::_grouped_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                                           const at::Tensor& offsets,
+                                           const std::optional<at::Tensor>& bias,
+                                           std::string_view recipe, const at::Tensor& /*main_grad*/,
+                                           bool /*overwrite*/,
+                                           const std::optional<at::Tensor>& /*stand_in*/) {
+  return grouped_linear(x, weight, offsets, bias, recipe);
 }
 
 }  // namespace fp8

@@ -71,8 +71,9 @@ at::Tensor multiply_columns_cpu(const Side& a, const Side& b, const at::Tensor& 
 }
 
 at::Tensor multiply_high_precision_cpu(const at::Tensor& a, const at::Tensor& b,
-                                       const at::Tensor& offsets) {
-  const at::Tensor out = at::zeros({offsets.size(0), a.size(1), b.size(1)}, a.options());
+                                       const at::Tensor& offsets, at::ScalarType out_dtype) {
+  const at::Tensor out =
+      at::zeros({offsets.size(0), a.size(1), b.size(1)}, a.options().dtype(out_dtype));
   for_groups(offsets, a.size(0), [&](int64_t g, int64_t begin, int64_t rows) {
     if (rows == 0) return;
     out[g].copy_(at::mm(a.narrow(0, begin, rows).to(at::kFloat).t(),
@@ -213,9 +214,19 @@ at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padd
       .to(out_dtype);
 }
 
+bool add_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
+                 const at::Tensor& out, bool fast_accum, bool overwrite) {
+  core::GroupedMmArgs args = args_of(a, b, padded_offsets, at::kFloat, fast_accum);
+  args.accumulate = !overwrite;
+  args.out = out.mutable_data_ptr();
+  if (a.codes.is_cpu() || !core::suits_grouped_mm(args)) return false;
+  core::grouped_mm(args, cuda::current_stream(a.codes));
+  return true;
+}
+
 at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,
-                                   const at::Tensor& offsets) {
-  if (a.is_cpu()) return multiply_high_precision_cpu(a, b, offsets);
+                                   const at::Tensor& offsets, at::ScalarType out_dtype) {
+  if (a.is_cpu()) return multiply_high_precision_cpu(a, b, offsets, out_dtype);
   // The kernel that needs no offsets on the host is bf16's. It wants rows that follow each other
   // and begin on 16 bytes, which a part of a larger tensor, or a row that is repeated, need not do.
   const auto operand = [](const at::Tensor& t) {
@@ -223,7 +234,7 @@ at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,
     const bool dense = rows.stride(1) == 1 && rows.stride(0) == rows.size(1) && on_16_bytes(rows);
     return dense ? rows : rows.clone(at::MemoryFormat::Contiguous);
   };
-  return at::_grouped_mm(operand(a).t(), operand(b), offsets).to(a.scalar_type());
+  return at::_grouped_mm(operand(a).t(), operand(b), offsets).to(out_dtype);
 }
 
 }  // namespace fp8::grouped

@@ -18,9 +18,14 @@ at::Tensor multiply_rows(const Side& a, const Side& b, const at::Tensor& offsets
 at::Tensor multiply_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
                             at::ScalarType out_dtype, bool fast_accum);
 
-// out[g] = a[rows of g]^T * b[rows of g] in high precision: a [R, N], b [R, K] -> [groups, N, K] in
-// a's dtype. On a GPU the products are of bf16 values, whatever the dtype.
+// The same added to `out`, or written there: [groups, N, K] fp32, contiguous. False where there is
+// no kernel that does it, and nothing was done.
+bool add_columns(const Side& a, const Side& b, const at::Tensor& padded_offsets,
+                 const at::Tensor& out, bool fast_accum, bool overwrite);
+
+// out[g] = a[rows of g]^T * b[rows of g] in high precision: a [R, N], b [R, K] -> [groups, N, K].
+// On a GPU the products are of bf16 values, and rounded to bf16, whatever the dtypes.
 at::Tensor multiply_high_precision(const at::Tensor& a, const at::Tensor& b,
-                                   const at::Tensor& offsets);
+                                   const at::Tensor& offsets, at::ScalarType out_dtype);
 
 }  // namespace fp8::grouped

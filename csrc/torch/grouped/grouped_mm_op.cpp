@@ -126,14 +126,15 @@ at::Tensor padded_scales(const at::Tensor& scales, int64_t rows) {
 at::Tensor block_scales_of_rows(const at::Tensor& scale) {
   const at::Tensor matrix = scale.t();
   const bool usable = matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1);
-  return usable ? matrix : matrix.contiguous();
+  return usable ? matrix : matrix.clone(at::MemoryFormat::Contiguous);
 }
 
 // [E, blocks of N, blocks of K], without gaps between the matrices.
 at::Tensor block_scales_of_stack(const at::Tensor& scale) {
   const bool usable = scale.stride(2) == 1 && scale.stride(1) >= scale.size(2) &&
                       (scale.size(0) == 1 || scale.stride(0) == scale.size(1) * scale.stride(1));
-  return usable ? scale : scale.contiguous();
+  // A copy: contiguous() leaves what strides an extent of 1 has.
+  return usable ? scale : scale.clone(at::MemoryFormat::Contiguous);
 }
 
 at::Tensor leading_columns(const at::Tensor& out, int64_t cols) {

@@ -29,7 +29,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _grouped_
     int64_t recipe, bool save_x, bool save_amax);
 
 // dx [T, K], dweight [E, N, K], dbias [E, N]; an empty tensor where one is not asked for. dweight
-// is stored as the weight is (`transposed`: [E, K, N] in memory).
+// is stored as the weight is (`transposed`: [E, K, N] in memory). With main_grad it is added to
+// that, or written there (overwrite), and its place is empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const at::Tensor& dy,                  // [T, N]
     const OptionalTensor& x,               // x_t, or x [T, K] without FP8 wgrad
@@ -38,7 +39,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _grouped_backward(
     const OptionalTensor& weight,          // [E, N, K]
     const at::Tensor& offsets,             // [E] int32
     c10::SymInt in_features, bool transposed, int64_t recipe, bool needs_dx, bool needs_dweight,
-    bool needs_dbias, const OptionalTensor& weight_amax);  // [E, pad16(K)]
+    bool needs_dbias, const OptionalTensor& weight_amax,  // [E, pad16(K)]
+    const OptionalTensor& main_grad,  // [E, N, K] of any strides, high precision
+    bool overwrite);
 
 // y [T, H]; gate_up_out [T * k, 2 I], the first product without its bias; offsets [E], place [T *
 // k] and source [T * k], see core_grouped.h; with save_amax, what _grouped_forward says of both
@@ -55,7 +58,7 @@ _moe_forward(const at::Tensor& x,                 // [T, H]
              bool save_amax);
 
 // The gradients of x, top_k_weights, gate_up, down, gate_up_bias, down_bias, in their shapes, as
-// far as the bits of `needs` ask for them.
+// far as the bits of `needs` ask for them. Main_grads as of _grouped_backward.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_backward(
     const at::Tensor& dy,                // [T, H]
     const at::Tensor& x,                 // to down_bias: as _moe_forward's
@@ -70,7 +73,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& place,             // [T * k] int32
     const at::Tensor& source,            // [T * k] int32
     int64_t activation, bool interleaved, double alpha, double limit, int64_t recipe, int64_t needs,
-    const OptionalTensor& gate_up_amax, const OptionalTensor& down_amax);
+    const OptionalTensor& gate_up_amax, const OptionalTensor& down_amax,
+    const OptionalTensor& gate_up_main_grad,  // [E, 2 I, H]
+    const OptionalTensor& down_main_grad);    // [E, H, I]
 
 }  // namespace kernel
 
@@ -80,6 +85,11 @@ decltype(kernel::_grouped_backward) _grouped_backward;
 decltype(kernel::_moe_forward) _moe_forward;
 decltype(kernel::_moe_backward) _moe_backward;
 }  // namespace meta
+
+namespace in_place {  // count the writes of main_grads
+decltype(kernel::_grouped_backward) _grouped_backward;
+decltype(kernel::_moe_backward) _moe_backward;
+}  // namespace in_place
 
 namespace composite {
 
@@ -101,11 +111,34 @@ at::Tensor moe_experts(const at::Tensor& x,                 // [T, H]
                        std::string_view activation, bool interleaved, double alpha, double limit,
                        std::string_view recipe);
 
+// The same with main_grads that the backward writes, of which the forward knows nothing. Stand-ins,
+// of the weights' shapes, are what autograd gets as gradients.
+at::Tensor _grouped_linear_into(const at::Tensor& x,         // to bias: as grouped_linear's
+                                const at::Tensor& weight,    //
+                                const at::Tensor& offsets,   //
+                                const OptionalTensor& bias,  //
+                                std::string_view recipe,
+                                const at::Tensor& main_grad,  // [E, N, K]
+                                bool overwrite, const OptionalTensor& stand_in);
+at::Tensor _moe_experts_into(const at::Tensor& x,  // to down_bias: as moe_experts'
+                             const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
+                             const at::Tensor& gate_up, const at::Tensor& down,
+                             const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
+                             std::string_view activation, bool interleaved, double alpha,
+                             double limit, std::string_view recipe,
+                             const OptionalTensor& gate_up_main_grad,  // [E, 2 I, H]
+                             const OptionalTensor& down_main_grad,     // [E, H, I]
+                             bool overwrite_gate_up, bool overwrite_down,
+                             const OptionalTensor& gate_up_stand_in,
+                             const OptionalTensor& down_stand_in);
+
 }  // namespace composite
 
 namespace autograd {
 decltype(composite::grouped_linear) grouped_linear;
 decltype(composite::moe_experts) moe_experts;
+decltype(composite::_grouped_linear_into) _grouped_linear_into;
+decltype(composite::_moe_experts_into) _moe_experts_into;
 }  // namespace autograd
 
 // The bits of _moe_backward's `needs`.
@@ -119,6 +152,9 @@ inline constexpr int64_t kDownBias = 32;
 // gate_up_out is nobody else's and is not read again: its memory is used for its gradient, and
 // given back before the weight gradients are made.
 inline constexpr int64_t kMayConsume = 64;
+// The main_grad's content does not matter.
+inline constexpr int64_t kOverwriteGateUp = 128;
+inline constexpr int64_t kOverwriteDown = 256;
 }  // namespace needs
 
 // What the two ops accept, in the shapes above; shared by CPU, CUDA and Meta.
@@ -128,6 +164,11 @@ void check_moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        const at::Tensor& top_k_weights, const at::Tensor& gate_up,
                        const at::Tensor& down, const OptionalTensor& gate_up_bias,
                        const OptionalTensor& down_bias);
+
+// The main_grads that are given.
+void check_moe_main_grads(const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down,
+                          const OptionalTensor& gate_up_main_grad,
+                          const OptionalTensor& down_main_grad);
 
 // 'silu', 'gelu', 'gelu_tanh', 'clamped_silu' -> core::Activation's number.
 int64_t activation_index(std::string_view name);

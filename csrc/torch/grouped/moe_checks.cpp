@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include "fp8/core_grouped.h"
+#include "torch/common/main_grad.h"
 #include "torch/common/recipe.h"
 #include "torch/common/tensors.h"
 #include "torch/grouped/grouped_ops.h"
@@ -77,6 +78,17 @@ void check_moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
   check_bias("down_bias", down_bias, down);
 }
 
+void check_moe_main_grads(const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down,
+                          const std::optional<at::Tensor>& gate_up_main_grad,
+                          const std::optional<at::Tensor>& down_main_grad) {
+  const auto check = [&](const char* name, const std::optional<at::Tensor>& main_grad,
+                         const at::Tensor& weight) {
+    if (main_grad) check_main_grad("moe_experts", name, *main_grad, weight.sym_sizes(), x);
+  };
+  check("gate_up_main_grad", gate_up_main_grad, gate_up);
+  check("down_main_grad", down_main_grad, down);
+}
+
 namespace meta {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
@@ -84,10 +96,10 @@ _moe_forward(const at::Tensor& x, const at::Tensor& top_k_index, const at::Tenso
              const at::Tensor& gate_up, const at::Tensor& down,
              const std::optional<at::Tensor>& gate_up_bias,
              const std::optional<at::Tensor>& down_bias, int64_t /*activation*/,
-             bool /*interleaved*/, double /*alpha*/, double /*limit*/, int64_t recipe,
+             bool /*interleaved*/, double /*alpha*/, double /*limit*/, int64_t recipe_id,
              bool save_amax) {
   check_moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias);
-  grouped_recipe_at(recipe);
+  const Recipe recipe = grouped_recipe_at(recipe_id);
   const c10::SymInt rows = top_k_index.sym_numel();
   const auto ints = x.options().dtype(at::kInt);
   return {at::empty_symint(x.sym_sizes(), x.options()),
@@ -95,8 +107,8 @@ _moe_forward(const at::Tensor& x, const at::Tensor& top_k_index, const at::Tenso
           at::empty_symint({gate_up.sym_size(0)}, ints),
           at::empty_symint({rows}, ints),
           at::empty_symint({rows}, ints),
-          save_amax ? grouped::kept_amax_like(gate_up) : none_like(x),
-          save_amax ? grouped::kept_amax_like(down) : none_like(x)};
+          save_amax ? grouped::kept_amax_like(gate_up, recipe) : none_like(x),
+          save_amax ? grouped::kept_amax_like(down, recipe) : none_like(x)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> _moe_backward(
@@ -107,7 +119,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& /*source*/, int64_t /*activation*/, bool /*interleaved*/, double /*alpha*/,
     double /*limit*/, int64_t /*recipe*/, int64_t wanted,
     const std::optional<at::Tensor>& /*gate_up_amax*/,
-    const std::optional<at::Tensor>& /*down_amax*/) {
+    const std::optional<at::Tensor>& /*down_amax*/,
+    const std::optional<at::Tensor>& gate_up_main_grad,
+    const std::optional<at::Tensor>& down_main_grad) {
+  check_moe_main_grads(x, gate_up, down, gate_up_main_grad, down_main_grad);
   const auto like = [&](int64_t what, const at::Tensor& t) {
     return (wanted & what) != 0 ? at::empty_symint(t.sym_sizes(), t.options()) : none_like(dy);
   };
@@ -119,8 +134,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
           (wanted & needs::kWeights) != 0
               ? at::empty_symint(top_k_index.sym_sizes(), dy.options().dtype(at::kFloat))
               : none_like(dy),
-          stored_like(needs::kGateUp, gate_up),
-          stored_like(needs::kDown, down),
+          gate_up_main_grad ? none_like(dy) : stored_like(needs::kGateUp, gate_up),
+          down_main_grad ? none_like(dy) : stored_like(needs::kDown, down),
           gate_up_bias ? like(needs::kGateUpBias, *gate_up_bias) : none_like(dy),
           down_bias ? like(needs::kDownBias, *down_bias) : none_like(dy)};
 }

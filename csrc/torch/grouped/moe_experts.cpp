@@ -46,7 +46,7 @@ _moe_forward(const at::Tensor& given_x, const at::Tensor& top_k_index,
   if (experts.numel() == 0) {
     const auto ints = x.options().dtype(at::kInt);
     const auto no_amax = [&](const at::Tensor& weight) {
-      return save_amax ? grouped::kept_amax_like(weight).zero_() : none_like(x);
+      return save_amax ? grouped::kept_amax_like(weight, recipe).zero_() : none_like(x);
     };
     return {at::zeros_like(x, at::MemoryFormat::Contiguous),
             at::empty({0, 2 * features}, x.options()),
@@ -62,8 +62,8 @@ _moe_forward(const at::Tensor& given_x, const at::Tensor& top_k_index,
 
   // y = rows W^T; the maxima of the weight's columns go to `amax`.
   const auto multiply = [&](const Side& rows, const at::Tensor& weight, at::Tensor& amax) {
-    const bool keep_amax = save_amax && operand::keeps_amax(weight);
-    auto [codes, kept] = grouped::weight_for_fprop(weight, recipe.power_of_two, keep_amax);
+    const bool keep_amax = save_amax && grouped::keeps_amax(weight, recipe);
+    auto [codes, kept] = grouped::weight_for_fprop(weight, recipe, keep_amax);
     amax = keep_amax ? kept : none_like(x);
     return grouped::multiply_rows(rows, codes, routing.offsets, dtype, recipe.fast_fprop);
   };
@@ -71,15 +71,16 @@ _moe_forward(const at::Tensor& given_x, const at::Tensor& top_k_index,
   at::Tensor gate_up_amax;
   at::Tensor down_amax;
   {
-    const Side qx = grouped::quantize_rows(x, recipe.power_of_two, routing.place, top_k);
+    const Side qx = grouped::quantize_rows(x, recipe, routing.place, top_k);
     gate_up_out = multiply(qx, gate_up, gate_up_amax);
   }
   const Gate gate{static_cast<core::Activation>(activation), interleaved, alpha, limit};
-  const Side qh = grouped::rowwise_side(x, gate_up_out.size(0), features);
+  const Side qh = grouped::rows_side(x, gate_up_out.size(0), features, recipe);
   const core::GateForwardArgs args{
       .gate = grouped::gate_args(gate, gate_up_out, gate_up_bias, routing.offsets),
       .data = qh.codes.mutable_data_ptr(),
       .scale = qh.scales.mutable_data_ptr<float>(),
+      .granularity = recipe.granularity,
       .power_of_two = recipe.power_of_two};
   FP8_RUN_PASS(gate_forward, x, args);
   const at::Tensor out = multiply(qh, down, down_amax);
@@ -100,6 +101,19 @@ at::Tensor composite::moe_experts(const at::Tensor& x, const at::Tensor& top_k_i
   return std::get<0>(forward(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
                              activation_index(activation), interleaved, alpha, limit,
                              grouped_recipe_id("moe_experts", recipe), /*save_amax=*/false));
+}
+
+at::Tensor composite::_moe_experts_into(
+    const at::Tensor& x, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
+    const at::Tensor& gate_up, const at::Tensor& down,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    std::string_view activation, bool interleaved, double alpha, double limit,
+    std::string_view recipe, const std::optional<at::Tensor>& /*gate_up_main_grad*/,
+    const std::optional<at::Tensor>& /*down_main_grad*/, bool /*overwrite_gate_up*/,
+    bool /*overwrite_down*/, const std::optional<at::Tensor>& /*gate_up_stand_in*/,
+    const std::optional<at::Tensor>& /*down_stand_in*/) {
+  return moe_experts(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias,
+                     activation, interleaved, alpha, limit, recipe);
 }
 
 }  // namespace fp8

@@ -21,20 +21,21 @@ core::ScatterRowsArgs scatter_args(const at::Tensor& x, const at::Tensor& place,
 
 }  // namespace
 
-Side rowwise_side(const at::Tensor& like, int64_t rows, int64_t k) {
+Side rows_side(const at::Tensor& like, int64_t rows, int64_t k, const Recipe& recipe) {
   return {.codes = empty_on(like, {rows, k}, at::kFloat8_e4m3fn),
-          .scales = empty_on(like, {rows}, at::kFloat),
-          .granularity = core::Granularity::kRowwise,
+          .scales = empty_on(like, scale_sizes(recipe.granularity, rows, k), at::kFloat),
+          .granularity = recipe.granularity,
           .rows = rows};
 }
 
-Side quantize_rows(const at::Tensor& x, bool power_of_two, const at::Tensor& place,
+Side quantize_rows(const at::Tensor& x, const Recipe& recipe, const at::Tensor& place,
                    int64_t copies) {
-  const Side out = rowwise_side(x, x.size(0) * copies, x.size(1));
+  const Side out = rows_side(x, x.size(0) * copies, x.size(1), recipe);
   core::ScatterRowsArgs args = scatter_args(x, place, copies);
   args.data = out.codes.mutable_data_ptr();
   args.scale = out.scales.mutable_data_ptr<float>();
-  args.power_of_two = power_of_two;
+  args.granularity = recipe.granularity;
+  args.power_of_two = recipe.power_of_two;
   FP8_RUN_PASS(scatter_rows, x, args);
   return out;
 }
@@ -89,28 +90,31 @@ Side quantize_columns(const at::Tensor& x, const Tiles& tiles, bool power_of_two
   return out;
 }
 
-WeightForFprop weight_for_fprop(const at::Tensor& weight, bool power_of_two, bool keep_amax) {
-  const Operand made =
-      operand::remembered_weight(weight, {.granularity = core::Granularity::kRowwise,
-                                          .power_of_two = power_of_two,
-                                          .keep_amax = keep_amax});
+WeightForFprop weight_for_fprop(const at::Tensor& weight, const Recipe& recipe, bool keep_amax) {
+  const Operand made = operand::remembered_weight(weight, {.granularity = recipe.weight_granularity,
+                                                           .power_of_two = recipe.power_of_two,
+                                                           .keep_amax = keep_amax});
   return {made.along_cols, keep_amax ? made.amax : at::Tensor()};
 }
 
-Side weight_for_dgrad(const at::Tensor& weight, bool power_of_two,
+Side weight_for_dgrad(const at::Tensor& weight, const Recipe& recipe,
                       const std::optional<at::Tensor>& amax) {
   return operand::remembered_weight(
-             weight, {.granularity = core::Granularity::kRowwise,
+             weight, {.granularity = recipe.weight_granularity,
                       .along_cols = false,
                       .along_rows = true,
-                      .power_of_two = power_of_two,
+                      .power_of_two = recipe.power_of_two,
                       .scaling = amax ? Scaling::known_amax(amax->contiguous(), /*delayed=*/false)
                                       : Scaling::dynamic()})
       .along_rows;
 }
 
-at::Tensor kept_amax_like(const at::Tensor& weight) {
-  if (!operand::keeps_amax(weight)) return none_like(weight);
+bool keeps_amax(const at::Tensor& weight, const Recipe& recipe) {
+  return recipe.weight_granularity == core::Granularity::kRowwise && operand::keeps_amax(weight);
+}
+
+at::Tensor kept_amax_like(const at::Tensor& weight, const Recipe& recipe) {
+  if (!keeps_amax(weight, recipe)) return none_like(weight);
   return at::empty_symint({weight.sym_size(0), pad16(weight.sym_size(2))},
                           weight.options().dtype(at::kFloat));
 }

@@ -7,6 +7,7 @@
 
 #include "fp8/ops.h"
 #include "host/ranges.h"
+#include "torch/common/main_grad.h"
 #include "torch/common/messages.h"
 #include "torch/common/operators.h"
 #include "torch/common/recipe.h"
@@ -19,27 +20,15 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A graph that saved the written tensor must notice; a tensor of inference mode has no counter.
-void count_write(const std::optional<at::Tensor>& written) {
-  if (written && !written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
-}
-
 struct Needs {
   bool dx;
   bool dweight;
   bool dbias;
 };
 
-// Where dW goes if autograd does not get it.
-struct Buffer {
-  const at::Tensor& main_grad;                // [N, K]
-  bool overwrite;                             // else dW is added
-  const std::optional<at::Tensor>& stand_in;  // what autograd gets as the weight's gradient instead
-};
-
 // What is not differentiated: no arguments of the node, whose backward has a gradient for each.
 struct Extras {
-  const Buffer* buffer;                          // optional
+  const GradientBuffer* buffer;                  // optional
   const std::optional<at::Tensor>& input_scale;  // [] fp32
   const std::optional<at::Tensor>& history;      // [3, kAmaxHistorySize] int32
 };
@@ -50,7 +39,7 @@ class FusedLinear : public torch::autograd::Function<FusedLinear> {
                             const std::optional<at::Tensor>& bias, int64_t recipe, int64_t needs,
                             const Extras* extras) {
     const Range range("fp8::fused_linear");
-    const Buffer* buffer = extras->buffer;
+    const GradientBuffer* buffer = extras->buffer;
     const auto [dx, dweight, dbias] = unpack(needs);
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
@@ -152,7 +141,8 @@ class NoDoubleBackward : public torch::autograd::Function<NoDoubleBackward> {
 at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias, std::string_view recipe,
                                  const std::optional<at::Tensor>& input_scale,
-                                 const std::optional<at::Tensor>& history, const Buffer* buffer) {
+                                 const std::optional<at::Tensor>& history,
+                                 const GradientBuffer* buffer) {
   const int64_t id = recipe_id(recipe);
   const Needs needs{x.requires_grad(), weight.requires_grad(), wants_grad(bias)};
   const auto has_tangent = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };
@@ -173,7 +163,7 @@ at::Tensor differentiable_linear(const at::Tensor& x, const at::Tensor& weight,
   check_linear(x, weight, bias);
   if (!needs.dweight) buffer = nullptr;
   if (buffer != nullptr) {
-    check_main_grad(buffer->main_grad, weight.sym_size(0), weight.sym_size(1), x);
+    check_main_grad("fused_linear", "main_grad", buffer->main_grad, weight.sym_sizes(), x);
   }
   const Extras extras{buffer, input_scale, history};
   return FusedLinear::apply(x, weight, bias, id, FusedLinear::pack(needs), &extras);
@@ -194,7 +184,7 @@ at::Tensor _fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& stand_in,
                               const std::optional<at::Tensor>& input_scale,
                               const std::optional<at::Tensor>& history) {
-  const Buffer buffer{main_grad, overwrite, stand_in};
+  const GradientBuffer buffer{main_grad, overwrite, stand_in};
   return differentiable_linear(x, weight, bias, recipe, input_scale, history, &buffer);
 }
 
@@ -233,7 +223,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
   static const auto op = find<decltype(kernel::_linear_forward)>("fp8::_linear_forward");
   const at::AutoDispatchBelowADInplaceOrView below;
   auto made = op.call(x, weight, bias, recipe, save_x_t, save_weight_amax, input_scale, history);
-  autograd::count_write(history);
+  count_write(history);
   return made;
 }
 

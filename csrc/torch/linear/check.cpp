@@ -30,19 +30,6 @@ void check_linear(const at::Tensor& x, const at::Tensor& weight,
   FP8_CHECK_SAME_DEVICE("fused_linear", "bias", *bias, "x", x);
 }
 
-void check_main_grad(const at::Tensor& main_grad, const c10::SymInt& features,
-                     const c10::SymInt& in_features, const at::Tensor& like) {
-  FP8_CHECK_HIGH_PRECISION("fused_linear", "main_grad", main_grad);
-  FP8_CHECK_VALUE(main_grad.dim() == 2 && main_grad.sym_size(0) == features &&
-                      main_grad.sym_size(1) == in_features,
-                  "fp8::fused_linear: expected main_grad of weight's shape [", features, ", ",
-                  in_features, "], got ", main_grad.sym_sizes());
-  FP8_CHECK_SAME_DEVICE("fused_linear", "main_grad", main_grad, "x", like);
-  FP8_CHECK_VALUE(!main_grad.requires_grad(),
-                  "fp8::fused_linear: expected main_grad without requires_grad, a plain buffer, "
-                  "got one that requires a gradient");
-}
-
 void check_input_scale(const at::Tensor& scale, const Recipe& recipe, const at::Tensor& x) {
   FP8_CHECK_VALUE(recipe.granularity == core::Granularity::kTensorwise,
                   "fp8::fused_linear: expected a recipe of one scale per tensor with input_scale, "

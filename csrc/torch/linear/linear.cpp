@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "host/launch.h"
+#include "torch/common/main_grad.h"
 #include "torch/common/recipe.h"
 #include "torch/common/tensors.h"
 #include "torch/linear/steps.h"
@@ -264,7 +265,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     const std::optional<at::Tensor>& weight_amax, c10::SymInt in_features, int64_t recipe,
     bool needs_dx, bool needs_dweight, bool needs_dbias, const std::optional<at::Tensor>& main_grad,
     bool overwrite, const std::optional<at::Tensor>& history) {
-  if (main_grad) check_main_grad(*main_grad, dy.sym_size(-1), in_features, dy);
+  if (main_grad) {
+    check_main_grad("fused_linear", "main_grad", *main_grad, {dy.sym_size(-1), in_features}, dy);
+  }
   if (history) check_history(*history, recipe_at(recipe), dy);
   const c10::DeviceGuard guard(dy.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
@@ -320,7 +323,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _linear_backward(
     bool /*overwrite*/, const std::optional<at::Tensor>& history) {
   if (history) check_history(*history, recipe_at(recipe), dy);
   const c10::SymInt features = dy.sym_size(-1);
-  if (main_grad) check_main_grad(*main_grad, features, in_features, dy);
+  if (main_grad) {
+    check_main_grad("fused_linear", "main_grad", *main_grad, {features, in_features}, dy);
+  }
   const bool returns_dweight = needs_dweight && !main_grad;
   return {needs_dx ? at::empty_symint(with_last(dy.sym_sizes(), in_features), dy.options())
                    : none_like(dy),

@@ -114,9 +114,4 @@ void check_input_scale(const at::Tensor& scale,  // [] fp32
 void check_history(const at::Tensor& history,  // [3, kAmaxHistorySize] int32
                    const Recipe& recipe, const at::Tensor& x);
 
-// What a gradient of shape [features, in_features] is added to, on the device of `like`.
-void check_main_grad(const at::Tensor& main_grad,  // [features, in_features]
-                     const c10::SymInt& features, const c10::SymInt& in_features,
-                     const at::Tensor& like);
-
 }  // namespace fp8

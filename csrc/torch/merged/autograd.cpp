@@ -30,10 +30,6 @@ bool is_small(const at::Tensor& part, const at::Tensor& y) {
   return part.sym_size(-1) * 4 <= y.sym_size(-1);
 }
 
-void count_write(const OptionalTensor& written) {
-  if (written && !written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
-}
-
 // What is not differentiated: no arguments of the node, whose backward has a gradient for each.
 struct MergedOptions {
   int64_t recipe;
@@ -199,7 +195,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _merged_forward(
   static const auto op = find<decltype(kernel::_merged_forward)>("fp8::_merged_forward");
   const at::AutoDispatchBelowADInplaceOrView below;
   auto made = op.call(x, weights, bias, recipe, save_x_t, save_weight_amax, history);
-  autograd::count_write(history);
+  count_write(history);
   return made;
 }
 
@@ -213,7 +209,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> _merged_backward(
   const at::AutoDispatchBelowADInplaceOrView below;
   auto made = op.call(dys, x, x_t_scale, weights, weight_amax, std::move(in_features), recipe,
                       needs_dx, needs_dweight, needs_dbias, history);
-  autograd::count_write(history);
+  count_write(history);
   return made;
 }
 

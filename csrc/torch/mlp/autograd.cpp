@@ -22,10 +22,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
 
-void count_write(const OptionalTensor& written) {
-  if (written && !written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
-}
-
 // What is not differentiated: no arguments of the node, whose backward has a gradient for each.
 struct NodeOptions {
   int64_t activation;
@@ -213,7 +209,7 @@ namespace fp8::in_place {
 namespace {
 template <typename... Histories>
 void count_writes(const Histories&... histories) {
-  (autograd::count_write(histories), ...);
+  (count_write(histories), ...);
 }
 }  // namespace
 

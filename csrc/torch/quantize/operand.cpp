@@ -152,6 +152,33 @@ Side columns_of_stack(const at::Tensor& stored, const QuantizeRequest& request) 
   return out;
 }
 
+// Squares of the stored matrices, both ways.
+Operand squares_of_stack(const at::Tensor& stored, bool along_cols, bool along_rows,
+                         bool power_of_two) {
+  const int64_t groups = stored.size(0);
+  core::StackSquaresArgs args{.x = stored.const_data_ptr(),
+                              .x_dtype = to_core(stored.scalar_type()),
+                              .groups = groups,
+                              .rows = stored.size(1),
+                              .cols = stored.size(2),
+                              .power_of_two = power_of_two};
+  const auto side = [&](int64_t rows, int64_t cols, void*& data, float*& scale) {
+    const auto scales = scale_sizes(Granularity::kBlock128x128, rows, cols);
+    Side out{.codes = empty_on(stored, {groups, rows, cols}, at::kFloat8_e4m3fn),
+             .scales = empty_on(stored, {groups, scales[0], scales[1]}, at::kFloat),
+             .granularity = Granularity::kBlock128x128,
+             .rows = rows};
+    data = out.codes.mutable_data_ptr();
+    scale = out.scales.mutable_data_ptr<float>();
+    return out;
+  };
+  Operand out;
+  if (along_cols) out.along_cols = side(args.rows, args.cols, args.data, args.scale);
+  if (along_rows) out.along_rows = side(args.cols, args.rows, args.data_t, args.scale_t);
+  FP8_RUN_PASS(quantize_stack_squares, stored, args);
+  return out;
+}
+
 bool are_scales_of(const at::Tensor& codes, const at::Tensor& scales, Granularity granularity) {
   if (granularity == Granularity::kTensorwise) return scales.numel() == 1;
   const bool in_groups = granularity == Granularity::kRowwise && scales.dim() == 2;
@@ -218,11 +245,19 @@ Operand operand::make_joined(at::TensorList parts, bool side_by_side,
 }
 
 Operand operand::make_stack(const at::Tensor& x, const QuantizeRequest& request) {
-  TORCH_INTERNAL_ASSERT(request.granularity == Granularity::kRowwise &&
+  const bool squares = request.granularity == Granularity::kBlock128x128;
+  TORCH_INTERNAL_ASSERT((squares || request.granularity == Granularity::kRowwise) &&
                         request.dtype == at::kFloat8_e4m3fn);
   const bool transposed = is_stored_transposed(x);
   const at::Tensor stored = transposed ? x.transpose(1, 2) : x.contiguous();
   Operand out;
+  if (squares) {
+    out = squares_of_stack(stored, transposed ? request.along_rows : request.along_cols,
+                           transposed ? request.along_cols : request.along_rows,
+                           request.power_of_two);
+    if (transposed) std::swap(out.along_cols, out.along_rows);
+    return out;
+  }
   Side& of_rows = transposed ? out.along_rows : out.along_cols;
   Side& of_columns = transposed ? out.along_cols : out.along_rows;
   if (transposed ? request.along_rows : request.along_cols) {

@@ -21,7 +21,7 @@ struct Side {
   at::Tensor codes;   // [>= rows, k], k a multiple of 16, zeros beyond the matrix; grouped matmuls
                       // take a stack too, [groups, rows, k]
   at::Tensor scales;  // as granularity lays them out, see scale_sizes; tensorwise []; of a stack,
-                      // or of columns in groups, [groups, rows]
+                      // or of columns in groups, [groups, rows], and [groups, ..] of squares
   core::Granularity granularity = core::Granularity::kTensorwise;
   int64_t rows = 0;  // true rows
 
@@ -98,14 +98,15 @@ Operand make(const at::Tensor& x,  // [rows, cols] from as_matrix
 Operand make_joined(at::TensorList parts,  // from as_matrix, not empty, of one dtype
                     bool side_by_side, const QuantizeRequest& request);
 
-// The same of each matrix of a stack, rowwise: codes [groups, rows, cols] and [groups, cols, rows],
-// scales [groups, rows] and [groups, cols].
+// The same of each matrix of a stack, rowwise or in squares: codes [groups, rows, cols] and
+// [groups, cols, rows], scales [groups, rows] and [groups, cols], or [groups, .., ..] as
+// scale_sizes has them.
 Operand make_stack(const at::Tensor& x,  // [groups, rows, cols], extents multiples of 16, stored
                                          // that way or transposed
                    const QuantizeRequest& request);
 
-// Whether the pass that makes a stack's along_cols can leave the maxima of its columns, so that
-// along_rows is made in one pass later. On fake tensors too.
+// Whether the rowwise pass that makes a stack's along_cols can leave the maxima of its columns, so
+// that along_rows is made in one pass later. On fake tensors too.
 bool keeps_amax(const at::Tensor& stack);  // [groups, rows, cols]
 
 // Codes and scales that come from elsewhere. ValueError or TypeError in the name of `op`, which

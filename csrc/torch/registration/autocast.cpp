@@ -100,6 +100,43 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                           limit, recipe);
 }
 
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor _grouped_linear_into(const at::Tensor& x, const at::Tensor& weight,
+                                const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
+                                std::string_view recipe, const at::Tensor& main_grad,
+                                bool overwrite, const std::optional<at::Tensor>& stand_in) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  static const auto op =
+      find<decltype(composite::_grouped_linear_into)>("fp8::_grouped_linear_into");
+  return op.call(at::autocast::cached_cast(dtype, x, kDevice),
+                 at::autocast::cached_cast(dtype, weight, kDevice), offsets,
+                 at::autocast::cached_cast(dtype, bias, kDevice), recipe, main_grad, overwrite,
+                 stand_in);
+}
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor _moe_experts_into(const at::Tensor& x, const at::Tensor& top_k_index,
+                             const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                             const at::Tensor& down, const std::optional<at::Tensor>& gate_up_bias,
+                             const std::optional<at::Tensor>& down_bias,
+                             std::string_view activation, bool interleaved, double alpha,
+                             double limit, std::string_view recipe,
+                             const std::optional<at::Tensor>& gate_up_main_grad,
+                             const std::optional<at::Tensor>& down_main_grad,
+                             bool overwrite_gate_up, bool overwrite_down,
+                             const std::optional<at::Tensor>& gate_up_stand_in,
+                             const std::optional<at::Tensor>& down_stand_in) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
+  static const auto op = find<decltype(composite::_moe_experts_into)>("fp8::_moe_experts_into");
+  return op.call(cast(x), top_k_index, top_k_weights, cast(gate_up), cast(down), cast(gate_up_bias),
+                 cast(down_bias), activation, interleaved, alpha, limit, recipe, gate_up_main_grad,
+                 down_main_grad, overwrite_gate_up, overwrite_down, gate_up_stand_in,
+                 down_stand_in);
+}
+
 // In fp32, as F.layer_norm on a GPU. RMSNorm takes tensors as they are, and so do both on the CPU.
 at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                       const std::optional<at::Tensor>& bias, double eps) {
@@ -135,6 +172,8 @@ void register_kernels(torch::Library& m) {
   m.impl("merged_linear", TORCH_FN((merged_linear<kDevice, kKey>)));
   m.impl("grouped_linear", TORCH_FN((grouped_linear<kDevice, kKey>)));
   m.impl("moe_experts", TORCH_FN((moe_experts<kDevice, kKey>)));
+  m.impl("_grouped_linear_into", TORCH_FN((_grouped_linear_into<kDevice, kKey>)));
+  m.impl("_moe_experts_into", TORCH_FN((_moe_experts_into<kDevice, kKey>)));
   m.impl("mlp", TORCH_FN((mlp<kDevice, kKey>)));
 }
 

@@ -202,7 +202,8 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "_grouped_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? padded_offsets,"
       " Tensor? weight, Tensor offsets, SymInt in_features, bool transposed, int recipe,"
-      " bool needs_dx, bool needs_dweight, bool needs_dbias, *, Tensor? weight_amax=None)"
+      " bool needs_dx, bool needs_dweight, bool needs_dbias, *, Tensor? weight_amax=None,"
+      " Tensor(a!)? main_grad=None, bool overwrite=False)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)",
       tags);
   m.def(
@@ -217,7 +218,8 @@ TORCH_LIBRARY(fp8, m) {
       "_moe_backward(Tensor dy, Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
       " Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor gate_up_out, Tensor offsets,"
       " Tensor place, Tensor source, int activation, bool interleaved, float alpha, float limit,"
-      " int recipe, int needs, *, Tensor? gate_up_amax=None, Tensor? down_amax=None)"
+      " int recipe, int needs, *, Tensor? gate_up_amax=None, Tensor? down_amax=None,"
+      " Tensor(a!)? gate_up_main_grad=None, Tensor(b!)? down_main_grad=None)"
       " -> (Tensor dx, Tensor d_weights, Tensor d_gate_up, Tensor d_down,"
       " Tensor d_gate_up_bias, Tensor d_down_bias)",
       tags);
@@ -225,6 +227,18 @@ TORCH_LIBRARY(fp8, m) {
   m.def(
       "_norm_and_input(Tensor(a) x, Tensor? weight, Tensor? bias, float eps, int form)"
       " -> (Tensor y, Tensor(a) same)",
+      tags);
+  // grouped_linear and moe_experts whose backwards have main_grads.
+  m.def(
+      "_grouped_linear_into(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, str recipe,"
+      " Tensor main_grad, bool overwrite, Tensor? stand_in) -> Tensor",
+      tags);
+  m.def(
+      "_moe_experts_into(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
+      " Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved,"
+      " float alpha, float limit, str recipe, Tensor? gate_up_main_grad, Tensor? down_main_grad,"
+      " bool overwrite_gate_up, bool overwrite_down, Tensor? gate_up_stand_in,"
+      " Tensor? down_stand_in) -> Tensor",
       tags);
   // What the norms are differentiated through.
   m.def(
@@ -259,6 +273,8 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, mlp);
   FP8_KERNEL(composite, grouped_linear);
   FP8_KERNEL(composite, moe_experts);
+  FP8_KERNEL(composite, _grouped_linear_into);
+  FP8_KERNEL(composite, _moe_experts_into);
   FP8_KERNEL(composite, rms_norm);
   FP8_KERNEL(composite, layer_norm);
   FP8_KERNEL(composite, add_rms_norm);
@@ -351,6 +367,8 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("linear_frozen", TORCH_FN(fp8::autograd::linear_frozen));
   m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
   m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
+  m.impl("_grouped_linear_into", TORCH_FN(fp8::autograd::_grouped_linear_into));
+  m.impl("_moe_experts_into", TORCH_FN(fp8::autograd::_moe_experts_into));
   m.impl("rms_norm", TORCH_FN(fp8::autograd::rms_norm));
   m.impl("layer_norm", TORCH_FN(fp8::autograd::layer_norm));
   m.impl("add_rms_norm", TORCH_FN(fp8::autograd::add_rms_norm));
@@ -395,5 +413,7 @@ TORCH_LIBRARY_IMPL(fp8, ADInplaceOrView, m) {
   m.impl("_merged_backward", TORCH_FN(fp8::in_place::_merged_backward));
   m.impl("_mlp_forward", TORCH_FN(fp8::in_place::_mlp_forward));
   m.impl("_mlp_backward", TORCH_FN(fp8::in_place::_mlp_backward));
+  m.impl("_grouped_backward", TORCH_FN(fp8::in_place::_grouped_backward));
+  m.impl("_moe_backward", TORCH_FN(fp8::in_place::_moe_backward));
   m.impl("scaled_mm_accumulate_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }

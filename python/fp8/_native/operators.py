@@ -40,6 +40,8 @@ NAMES = (
     "moe_experts",
     "_moe_forward",
     "_moe_backward",
+    "_grouped_linear_into",
+    "_moe_experts_into",
     "rms_norm",
     "layer_norm",
     "add_rms_norm",

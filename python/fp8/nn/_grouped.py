@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe, check_grouped_recipe
+from . import _main_grad
 from ._calls import CALLED, _mark_traced
 
 _grouped_linear = torch.ops.fp8.grouped_linear.default
@@ -18,7 +19,8 @@ class GroupedLinear(nn.Module):
 
     weight: [num_groups, out_features, in_features] and bias: [num_groups, out_features], bfloat16,
     float16 or float32, initialized as num_groups nn.Linears one after the other are. Weights are
-    quantized in every call; `fp8.cached_weights` changes that.
+    quantized in every call; `fp8.cached_weights` changes that. `weight.main_grad`, of the weight's
+    shape, takes the weight's gradient as that of `fp8.Linear` does.
 
     Args:
         num_groups: up to 1023.
@@ -80,7 +82,12 @@ class GroupedLinear(nn.Module):
             self._mark_traced()
         else:
             self.__dict__[CALLED] = True
-        output: Tensor = _grouped_linear(input, self.weight, offsets, self.bias, self.recipe)
+        weight, bias = self.weight, self.bias
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is not None:
+            target = _main_grad.target_of("fp8.GroupedLinear", weight, buffer)
+            return _main_grad.grouped_linear(input, weight, offsets, bias, self.recipe, target)
+        output: Tensor = _grouped_linear(input, weight, offsets, bias, self.recipe)
         return output
 
     _mark_traced = _mark_traced

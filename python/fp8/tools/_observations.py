@@ -102,6 +102,12 @@ class _Operands:
                 key = Key(name, operand, product, str(self.recipe), short, scaling)
                 self.record(key, sums[i if parts is not None else 0])
 
+    def stacked(self, weight: Tensor) -> Tensor:
+        """[E, N, K] as one matrix. Squares do not reach from one expert into the next: zeros, which
+        nothing here counts but as elements, fill up the last ones of each."""
+        rest = -weight.size(1) % 128 if self.blocks else 0
+        return torch.nn.functional.pad(weight, (0, 0, 0, rest)).flatten(0, 1)
+
     def transposed(
         self, names: Names, operand: str, product: str, value: Tensor, **how: Any
     ) -> None:
@@ -204,7 +210,7 @@ def grouped_forward(ran: Ran, record: Record) -> None:
         return
     operands = _Operands(recipe_of(a["recipe"]), record)
     operands.see(ran.names, "x", "fprop", _in_groups(a["x"], a["offsets"]))
-    operands.see(ran.names, "weight", "fprop", a["weight"].flatten(0, 1))
+    operands.see(ran.names, "weight", "fprop", operands.stacked(a["weight"]))
 
 
 def grouped_backward(ran: Ran, record: Record) -> None:
@@ -230,8 +236,8 @@ def moe_forward(ran: Ran, record: Record) -> None:
     operands = _Operands(recipe_of(a["recipe"]), record)
     first, second = ran.names
     operands.see([first], "x", "fprop", _matrix(a["x"]))
-    operands.see([first], "weight", "fprop", a["gate_up"].flatten(0, 1))
-    operands.see([second], "weight", "fprop", a["down"].flatten(0, 1))
+    operands.see([first], "weight", "fprop", operands.stacked(a["gate_up"]))
+    operands.see([second], "weight", "fprop", operands.stacked(a["down"]))
 
 
 def moe_backward(ran: Ran, record: Record) -> None:
@@ -311,9 +317,11 @@ BELOW_AUTOGRAD: dict[Any, tuple[_Observe, tuple[str, ...]]] = {
     _ops._mlp_backward.default: (mlp_backward, ("gate", "up", "down")),
     _ops._grouped_forward.default: (grouped_forward, ("weight",)),
     _ops.grouped_linear.default: (grouped_forward, ("weight",)),
+    _ops._grouped_linear_into.default: (grouped_forward, ("weight",)),
     _ops._grouped_backward.default: (grouped_backward, ("weight",)),
     _ops._moe_forward.default: (moe_forward, ("gate_up", "down")),
     _ops.moe_experts.default: (moe_forward, ("gate_up", "down")),
+    _ops._moe_experts_into.default: (moe_forward, ("gate_up", "down")),
     _ops._moe_backward.default: (moe_backward, ("gate_up", "down")),
 }
 """Of each operator that multiplies: who measures its operands, and its arguments that are
@@ -322,6 +330,6 @@ weights."""
 PUBLIC: dict[Any, tuple[str, ...]] = {
     op: weights
     for op, (_, weights) in BELOW_AUTOGRAD.items()
-    if not op._schema.name.startswith("fp8::_") or op is _ops._fused_linear_into.default
+    if not op._schema.name.startswith("fp8::_") or op._schema.name.endswith("_into")
 }
 """Those that modules call, with parameters as they are."""

@@ -112,6 +112,8 @@ def test_registration_only_accumulation_and_histories_modify():
         "merged_linear": ["history"],
         "_merged_forward": ["history"],
         "_merged_backward": ["history"],
+        "_grouped_backward": ["main_grad"],
+        "_moe_backward": ["gate_up_main_grad", "down_main_grad"],
     }
     for name in ("mlp", "_mlp_forward", "_mlp_backward"):
         written[name] = ["gate_history", "up_history", "down_history"]

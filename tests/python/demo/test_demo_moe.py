@@ -12,8 +12,9 @@ import fp8
 
 pytest.importorskip("transformers", minversion="5.0")
 
+import seed_report
 import train_moe as demo
-from comparison import Schedule
+from comparison import Schedule, Variant
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +81,48 @@ def test_demo_moe_on_a_gpu_passes_the_default_rules(family):
 
 
 def test_demo_moe_refuses_bad_arguments(capsys):
-    for arguments in (["--recipes", "tensorwise"], ["--steps", "1"]):
+    for arguments in (["--recipes", "tensorwise"], ["--seeds", "0"], ["--steps", "1"]):
         with pytest.raises(SystemExit) as stop:
             demo.main(arguments)
         assert stop.value.code == 2
     assert "--steps must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_demo_moe_of_several_seeds(tmp_path, capsys):
+    arguments = ["--size", "tiny", "--device", "cpu", "--out", str(tmp_path), "--seeds", "2"]
+    arguments += ["--steps", "4", "--families", "mixtral", "--recipes", "blockwise"]
+    assert demo.main(arguments) in (0, 1)
+    printed = capsys.readouterr().out
+    assert "noise: largest difference between two seeds" in printed
+    assert printed.count("model   Mixtral") == 1
+    with (tmp_path / "mixtral_2_seeds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name.removeprefix("loss ") for name in rows[0] if name.startswith("loss ")]
+    assert names == [
+        f"{name}, seed {seed}" for name in ("float32 grouped_mm", "blockwise") for seed in (0, 1)
+    ]
+    first, second = (rows[0][f"loss {name}"] for name in names[:2])
+    assert first != second  # other weights, other batches
+    assert (tmp_path / "mixtral_2_seeds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_of(name, held_out):
+    losses = [held_out] * 10
+    return Variant(name, None, None, losses=losses, milliseconds=[1.0] * 10, held_out=held_out)
+
+
+@pytest.mark.parametrize(("gap", "far"), [(0.02, []), (0.05, ["rowwise"])])
+def test_seeds_are_judged_by_the_noise_between_them(gap, far):
+    """The mean gap to the baseline of the same seed, against the spread of the baseline."""
+    losses = (2.0, 2.03, 2.01)
+    runs = seed_report.by_name(
+        [[run_of("bf16", loss), run_of("rowwise", loss + gap)] for loss in losses]
+    )
+    assert seed_report.noise_of(runs) == pytest.approx(0.03)
+    assert seed_report.mean_gap(runs, "rowwise") == pytest.approx(gap)
+    assert seed_report.outside(runs) == far
+    assert ("outside" in seed_report.verdict(runs)) == bool(far)
+    assert f"{gap:+.4f}" in seed_report.table(runs)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ bound of each product (../bounds.py); and a whole mixture of experts in fp64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -78,10 +79,26 @@ def product_dtype(p: Problem) -> torch.dtype:
     return torch.bfloat16 if by_aten else p.x.dtype
 
 
+def quantizers(recipe: str) -> tuple[Callable, Callable]:
+    """Of x and dy, and of a weight; each gives codes and scales."""
+    spec = check_recipe(recipe)
+    names = ("rowwise", "rowwise")
+    if spec.granularity == "blockwise":
+        names = ("blockwise_1x128", "blockwise_128x128")
+    made = (getattr(OPS, f"quantize_{name}") for name in names)
+    return tuple(partial(op, power_of_two=spec.power_of_two) for op in made)
+
+
+def high_precision_wgrad(recipe: str) -> bool:
+    """Also with blocks, which grouped products do not take along the rows of a group."""
+    spec = check_recipe(recipe)
+    return spec.wgrad == "high precision" or spec.granularity == "blockwise"
+
+
 def check_values(p: Problem, actual: Result, recipe: str, with_bias: bool = True) -> None:
     """Every output against the fp64 loop over groups of the same dequantized operands."""
     spec = check_recipe(recipe)
-    rows_of = partial(OPS.quantize_rowwise, power_of_two=spec.power_of_two)
+    rows_of, of_weight = quantizers(recipe)
     ways = {
         name: bounds.accumulation_of(p.x.device.type, name in spec.fast_accum)
         for name in ("fprop", "dgrad", "wgrad")
@@ -89,16 +106,16 @@ def check_values(p: Problem, actual: Result, recipe: str, with_bias: bool = True
     for g, rows in enumerate(slices(p.offsets)):
         x, dy, weight = p.x[rows], p.dy[rows], p.weight[g]
         if x.shape[0] > 0:
-            a, b = rows_of(x), rows_of(weight)
+            a, b = rows_of(x), of_weight(weight)
             exact = bounds.product(a[0], b[0], a[1], b[1])
             bias = p.bias[g] if with_bias else None
             _assert_product(actual.y[rows], exact, ways["fprop"], p, f"y of group {g}", bias)
-            a, b = rows_of(dy), rows_of(weight.t().contiguous())
+            a, b = rows_of(dy), of_weight(weight.t().contiguous())
             exact = bounds.product(a[0], b[0], a[1], b[1])
             _assert_product(actual.dx[rows], exact, ways["dgrad"], p, f"dx of group {g}")
         if x.shape[0] == 0:
             assert not actual.dw[g].any(), f"dw of empty group {g}"
-        elif spec.wgrad == "high precision":
+        elif high_precision_wgrad(recipe):
             _assert_high_precision(actual.dw[g], dy, x, p, f"dw of group {g}")
         else:
             a, b = rows_of(dy.t().contiguous()), rows_of(x.t().contiguous())
@@ -113,6 +130,24 @@ def check_values(p: Problem, actual: Result, recipe: str, with_bias: bool = True
     assert not actual.dx[last:].any()
 
 
+def check_added(p: Problem, main_grad: Tensor, before: Tensor, recipe: str) -> None:
+    """main_grad is before + dW, added in fp32 and rounded once; on a GPU a gradient in high
+    precision is rounded to bf16 before."""
+    spec = check_recipe(recipe)
+    rows_of, _ = quantizers(recipe)
+    way = bounds.accumulation_of(p.x.device.type, "wgrad" in spec.fast_accum)
+    for g, rows in enumerate(slices(p.offsets)):
+        x, dy, what = p.x[rows], p.dy[rows], f"main_grad of group {g}"
+        if high_precision_wgrad(recipe):
+            _assert_high_precision(main_grad[g], dy, x, p, what, before[g])
+        elif x.shape[0] == 0:
+            assert torch.equal(main_grad[g], before[g]), what
+        else:
+            a, b = rows_of(dy.t().contiguous()), rows_of(x.t().contiguous())
+            exact = bounds.product(a[0], b[0], a[1], b[1], addend=before[g])
+            bounds.assert_within(main_grad[g], exact, way, what)
+
+
 def _assert_product(actual, exact, way, p, what, bias=None) -> None:
     """The bound of scaled_mm, then the bias added to the rounded product and rounded again."""
     allowed = bounds.bound(exact, product_dtype(p), way)
@@ -125,16 +160,20 @@ def _assert_product(actual, exact, way, p, what, bias=None) -> None:
     assert bool((error <= allowed).all()), f"{what}: {(error / allowed).max().item()} of the bound"
 
 
-def _assert_high_precision(actual, dy, x, p, what) -> None:
+def _assert_high_precision(actual, dy, x, p, what, before=None) -> None:
     """dyᵀ x in fp32, operands in bf16 on a GPU; fp32 operands lose 2^-8 each there."""
     exact = dy.double().t() @ x.double()
     magnitude = dy.double().abs().t() @ x.double().abs()
+    if before is not None:
+        exact, magnitude = exact + before.double(), magnitude + before.double().abs()
     cast = 2.0**-7 if p.x.is_cuda and p.x.dtype != torch.bfloat16 else 0.0
-    rounded = torch.bfloat16 if p.x.is_cuda else p.x.dtype
+    rounded = torch.bfloat16 if p.x.is_cuda else actual.dtype if before is not None else p.x.dtype
     half_ulp = max(bounds._ROUNDING[t][0] for t in (actual.dtype, rounded))
     error = (actual.double() - exact).abs()
-    accumulation = ((dy.shape[0] + 1) * 2.0**-24 + cast) * magnitude
-    allowed = accumulation + 2 * half_ulp * (exact.abs() + accumulation) + 2.0**-30
+    accumulation = ((dy.shape[0] + 2) * 2.0**-24 + cast) * magnitude
+    # The gradient may be rounded before it is added, and larger than the sum.
+    stored = exact.abs() if before is None else exact.abs() + before.double().abs()
+    allowed = accumulation + 2 * half_ulp * (stored + accumulation) + 2.0**-30
     assert bool((error <= allowed).all()), f"{what}: {(error / allowed).max().item()} of the bound"
 
 

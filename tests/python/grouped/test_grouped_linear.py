@@ -23,7 +23,7 @@ def test_grouped_linear_against_a_loop(device, routing, recipe, poisoned_memory)
     reference.check_values(p, reference.run(p, recipe), recipe)
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "blockwise"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 def test_grouped_linear_dtypes(device, dtype, with_bias, recipe):
@@ -33,7 +33,9 @@ def test_grouped_linear_dtypes(device, dtype, with_bias, recipe):
     assert actual.y.dtype == actual.dx.dtype == actual.dw.dtype == dtype
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "rowwise:power_of_two"])
+@pytest.mark.parametrize(
+    "recipe", ["rowwise", "rowwise_gw_hp", "rowwise:power_of_two", "blockwise"]
+)
 @pytest.mark.parametrize(("k", "n"), [(16, 16), (33, 65), (7, 3), (272, 144), (64, 20)])
 def test_grouped_linear_extents(device, k, n, recipe, poisoned_memory):
     """Also those that are no multiples of 16."""
@@ -53,7 +55,7 @@ def test_grouped_linear_rows_past_the_last_offset(device, recipe, with_bias, poi
     reference.check_values(p, actual, recipe, with_bias)
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "blockwise"])
 def test_grouped_linear_weights_stored_transposed(device, recipe):
     """The same numbers, and the gradient is stored as the weight is."""
     p = reference.problem(ROUTINGS["random"], 64, 48, device=device)
@@ -67,7 +69,7 @@ def test_grouped_linear_weights_stored_transposed(device, recipe):
             assert_same_bits(a, b, name)
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "blockwise"])
 @pytest.mark.parametrize(
     ("counts", "k", "n"),
     [((0, 0), 32, 16), ((3, 4), 0, 16), ((3, 4), 32, 0), ((), 32, 16)],
@@ -214,13 +216,13 @@ def test_grouped_linear_quantizes_as_quantize_rowwise(device, routing, option):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["tensorwise", "blockwise", "delayed", "tensorwise:power_of_two", "x", "rowwise:", ""]
+    "recipe", ["tensorwise", "delayed", "tensorwise:power_of_two", "x", "rowwise:", ""]
 )
 def test_grouped_linear_error_recipe(recipe):
     """It says what grouped products take, and which recipes those are."""
     known = ", ".join(repr(name) for name in RECIPES)
     text = (
-        "fp8::grouped_linear: expected a recipe whose scales are one per row, which the grouped "
+        "fp8::grouped_linear: expected a recipe with scales per row or block, as the grouped "
         f"products take: {known}, with options out of ':power_of_two', got {recipe!r}"
     )
     with pytest.raises(ValueError, match="^" + re.escape(text)):

@@ -163,6 +163,15 @@ def test_grouped_mm_strided_operands(device):
     assert_same_bits(OPS.grouped_mm(a, b, *spread, p.offsets), expected)
 
 
+def test_grouped_mm_scales_of_one_block_with_strides_of_their_own(device, poisoned_memory):
+    """Strides of extents that are 1 mean nothing, and do not make a tensor less contiguous."""
+    p = rows((0, 1), 2, 16, "blockwise", device)
+    expected = OPS.grouped_mm(*p)
+    scale_b = p.scale_b.flatten().as_strided((2, 1, 1), (1, 2, 2))
+    assert scale_b.is_contiguous()
+    assert_same_bits(OPS.grouped_mm(*p._replace(scale_b=scale_b)), expected)
+
+
 def test_grouped_mm_nan_stays_in_its_group(device):
     """Tiles and the 128s of a contraction run into the next group: nothing of it may be seen."""
     p = rows((60, 61), 48, 64, "rowwise", device)

@@ -24,7 +24,9 @@ def test_grouped_module_is_the_operator(device):
     assert fp8.GroupedLinear(3, 64, 32, bias=False).bias is None
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "rowwise:power_of_two"])
+@pytest.mark.parametrize(
+    "recipe", ["rowwise", "rowwise_gw_hp", "rowwise:power_of_two", "blockwise"]
+)
 def test_cached_weights_of_groups(device, recipe):
     """The same bits; an update that counts is noticed, one that does not is not: it is cached."""
     layer = fp8.GroupedLinear(3, 64, 32, device=device, recipe=recipe, dtype=torch.bfloat16)
@@ -56,7 +58,7 @@ def test_cached_weights_of_groups_with_other_scales(device):
     layer = fp8.GroupedLinear(3, 64, 32, device=device, dtype=torch.bfloat16, recipe="rowwise")
     x = torch.randn(20, 64, device=device, dtype=torch.bfloat16)
     offsets = torch.tensor([4, 4, 19], device=device, dtype=torch.int32)
-    recipes = ("rowwise", "rowwise:power_of_two", "rowwise")
+    recipes = ("rowwise", "rowwise:power_of_two", "blockwise", "rowwise")
 
     def run():
         for recipe in recipes:

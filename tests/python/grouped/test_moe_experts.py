@@ -86,7 +86,7 @@ def test_moe_experts_against_fp64(device, activation, interleaved, recipe, poiso
     check(problem(device=device, bias=True), activation, interleaved, recipe)
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "blockwise"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
 def test_moe_experts_dtypes_and_storage(device, dtype, transposed, recipe):
@@ -97,7 +97,7 @@ def test_moe_experts_dtypes_and_storage(device, dtype, transposed, recipe):
         assert grads[name].stride() == weight.stride()
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "blockwise"])
 @pytest.mark.parametrize(
     ("tokens", "hidden", "features", "experts", "top_k"),
     [
@@ -111,7 +111,9 @@ def test_moe_experts_dtypes_and_storage(device, dtype, transposed, recipe):
     ],
 )
 def test_moe_experts_extents(device, tokens, hidden, features, experts, top_k, recipe):
-    check(problem(tokens, hidden, features, experts, top_k, device=device), recipe=recipe)
+    floor = 18 if tokens == 1 else 20  # eight routing weights are few for an average
+    tensors = problem(tokens, hidden, features, experts, top_k, device=device)
+    check(tensors, recipe=recipe, floor=floor)
 
 
 def routings():
@@ -126,7 +128,7 @@ def routings():
     }
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "blockwise"])
 @pytest.mark.parametrize("routing", routings())
 def test_moe_experts_routings(device, routing, recipe, poisoned_memory):
     index = routings()[routing].long()
@@ -137,7 +139,7 @@ def test_moe_experts_routings(device, routing, recipe, poisoned_memory):
         assert not grads[name][idle].any(), f"{name} of experts without tokens"
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "blockwise"])
 @pytest.mark.parametrize("sentinel", [6, 7, 1000, -1])
 def test_moe_experts_sentinels_contribute_nothing(device, sentinel, recipe, poisoned_memory):
     """As if their weight were zero, and their weight's gradient is zero; for a token of sentinels
@@ -236,7 +238,7 @@ def test_moe_experts_is_deterministic(device, recipe):
             assert_same_bits(grad, grads[name], name)
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp"])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_gw_hp", "blockwise"])
 @pytest.mark.parametrize("wanted", ["x", "weights", "gate_up", "down", "gate_up_bias", "down_bias"])
 def test_moe_experts_one_gradient_alone(device, wanted, recipe):
     tensors = problem(device=device, bias=True)
@@ -322,7 +324,7 @@ def test_moe_experts_non_finite_values_stay_with_their_token(device):
             r"gate_up_bias of shape \[6, 96\]",
         ),
         ("activation", "relu", ValueError, "activation out of 'silu', .* got 'relu'"),
-        ("recipe", "tensorwise", ValueError, r"moe_experts: .* one per row, .* got 'tensorwise'"),
+        ("recipe", "tensorwise", ValueError, r"moe_experts: .* row or block, .* got 'tensorwise'"),
     ],
 )
 def test_moe_experts_errors(name, value, error, match):

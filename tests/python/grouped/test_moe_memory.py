@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPS = torch.ops.fp8
-RECIPES = ("rowwise", "rowwise_gw_hp")
+RECIPES = ("rowwise", "rowwise_gw_hp", "blockwise")
 
 
 def forward(device, recipe="rowwise", **sizes):

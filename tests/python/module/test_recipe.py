@@ -28,7 +28,7 @@ EXPECTED = {
     "tensorwise": ("tensorwise", "dynamic", E5M2, "fp8", FPROP, DENSE),
     "rowwise": ("rowwise", "dynamic", E4M3, "fp8", FPROP, BOTH),
     "rowwise_gw_hp": ("rowwise", "dynamic", E4M3, "high precision", FPROP, BOTH),
-    "blockwise": ("blockwise", "dynamic", E4M3, "fp8", (), DENSE),
+    "blockwise": ("blockwise", "dynamic", E4M3, "fp8", (), BOTH),
     "delayed": ("tensorwise", "delayed", E5M2, "fp8", FPROP, DENSE),
     "rowwise_fast": ("rowwise", "dynamic", E4M3, "fp8", EVERY, BOTH),
     "rowwise_fast_gw_hp": ("rowwise", "dynamic", E4M3, "high precision", DGRAD, BOTH),
@@ -147,7 +147,7 @@ def test_grouped_linears_take_what_the_table_says(name, option):
         assert check_grouped_recipe(recipe) == check_grouped_recipe(check_recipe(recipe))
         return
     for given in (recipe, check_recipe(recipe)):
-        with pytest.raises(ValueError, match=f"one per row, which .* got '{recipe}'"):
+        with pytest.raises(ValueError, match=f"per row or block, as .* got '{recipe}'"):
             check_grouped_recipe(given)
 
 

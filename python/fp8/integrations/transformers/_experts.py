@@ -15,13 +15,14 @@ Elsewhere `mixture` composes it of two grouped_linear and PyTorch's operators. W
 
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...nn import _main_grad
 from ...recipe import DEFAULT_GROUPED_RECIPE
 from ._gating import forget_gate, gate_of, notes_of, watch
 
@@ -35,9 +36,6 @@ _SETTINGS = "fp8_settings"
 _MAX_EXPERTS = 1023
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DEVICES = ("cuda", "cpu", "meta")
-
-_grouped_linear = torch.ops.fp8.grouped_linear.default
-_moe_experts = torch.ops.fp8.moe_experts.default
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ def forward(
     x = hidden_states
     if x.dtype != up.dtype and not torch.is_autocast_enabled(up.device.type):
         x = x.to(up.dtype)  # as transformers does: a norm in fp32, say
+    targets = [_target(weight) for weight in (up, down)]
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     recipe = recipe_of(self)
@@ -86,11 +85,23 @@ def forward(
         if torch.compiler.is_compiling():
             watch(self, x.new_empty((0, up.size(1))))
         index = top_k_index.to(torch.int64)
-        y = _moe_experts(x, index, top_k_weights, up, down, up_bias, down_bias, *gate, recipe)
+        given = (x, index, top_k_weights, up, down, up_bias, down_bias, *gate, recipe)
+        y = _main_grad.moe_experts(given, targets, self.is_transposed)
     else:
         function: Any = self._apply_gate if getattr(self, "has_gate", True) else self.act_fn
-        y = mixture(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, function, recipe)
+        y = mixture(
+            x, top_k_index, top_k_weights, up, down, up_bias, down_bias, function, recipe,
+            targets, self.is_transposed,
+        )  # fmt: skip
     return y.to(hidden_states.dtype)
+
+
+def _target(weight: Tensor) -> _main_grad.Target | None:
+    """Its main_grad, where it has one that the backward writes."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return None
+    return _main_grad.target_of("fp8 experts", weight, main_grad)
 
 
 def mixture(
@@ -103,12 +114,14 @@ def mixture(
     down_bias: Tensor | None,
     gate: Callable[[Tensor], Tensor],
     recipe: str,
+    targets: Sequence[_main_grad.Target | None] = (None, None),
+    transposed: bool = False,
 ) -> Tensor:
     """y[t] = sum over t's choices c of weight[t, c] * down_e(gate(up_e(x[t]))), e = index[t, c].
 
     x: [T, H], top_k_index and top_k_weights: [T, k], up: [E, N, H], down: [E, H, I], biases [E, N]
     and [E, H]; gate maps [rows, N] to [rows, I]. Returns [T, H], in the wider of the dtypes of x
-    and top_k_weights.
+    and top_k_weights. targets: main_grads of up and down; transposed: stored the other way.
     """
     tokens, top_k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1).to(torch.int32), stable=True)
@@ -118,9 +131,12 @@ def mixture(
     rows = torch.arange(order.numel(), device=x.device)
     place = torch.empty_like(order).scatter_(0, order, rows)  # where each choice went
 
-    gate_up = _grouped_linear(_rows(x, order, place, top_k), up, offsets, up_bias, recipe)
+    of_up, of_down = targets
+    linear = _main_grad.grouped_linear
+    rows_of_x = _rows(x, order, place, top_k)
+    gate_up = linear(rows_of_x, up, offsets, up_bias, recipe, of_up, transposed)
     h = gate(gate_up).to(gate_up.dtype)
-    y = _rows(_grouped_linear(h, down, offsets, down_bias, recipe), place, order)
+    y = _rows(linear(h, down, offsets, down_bias, recipe, of_down, transposed), place, order)
     weighted: Tensor = y.view(tokens, top_k, y.size(1)) * top_k_weights.unsqueeze(-1)
     return weighted.sum(1)
 
