@@ -250,12 +250,12 @@ TEST_CASE("grouped linears have one default, and take options") {
     return leaf.grad();
   };
   REQUIRE(at::equal(weight_gradient(), weight_gradient(fp8::kDefaultGroupedRecipe)));
-  REQUIRE(!at::equal(weight_gradient(), weight_gradient("rowwise")));
+  REQUIRE(!at::equal(weight_gradient(), weight_gradient("rowwise_gw_hp")));
   REQUIRE(!at::equal(weight_gradient("rowwise:power_of_two"), weight_gradient("rowwise")));
-  REQUIRE_THROWS_WITH(fp8::grouped_linear(x, weight, offsets, std::nullopt, "blockwise"),
-                      Catch::Contains("scales are one per row") &&
+  REQUIRE_THROWS_WITH(fp8::grouped_linear(x, weight, offsets, std::nullopt, "tensorwise"),
+                      Catch::Contains("scales per row or block") &&
                           Catch::Contains("'rowwise_fast_gw_hp'") &&
-                          Catch::Contains("got 'blockwise'"));
+                          Catch::Contains("got 'tensorwise'"));
 }
 
 TEST_CASE("moe_experts follows the exact one") {

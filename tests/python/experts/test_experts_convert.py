@@ -75,7 +75,7 @@ def test_convert_module_by_module():
     model.set_experts_implementation("eager")
     assert first.config._experts_implementation == "eager"
     assert second.config._experts_implementation == "fp8"
-    assert totals(model).startswith("2 experts: 1 in FP8 (1 rowwise_gw_hp), 1 left alone; 50.0%")
+    assert totals(model).startswith("2 experts: 1 in FP8 (1 rowwise), 1 left alone; 50.0%")
     assert implementations(fp8.revert(model)) == {"eager"}
 
 
@@ -93,9 +93,9 @@ def test_convert_asks_the_filter_about_linears_and_experts_once():
 @pytest.mark.parametrize(
     ("recipe", "experts_recipe", "expected"),
     [
-        ("tensorwise", None, "rowwise_gw_hp"),
-        ("rowwise", None, "rowwise_gw_hp"),
-        ("rowwise", "rowwise", "rowwise"),
+        ("tensorwise", None, "rowwise"),
+        ("rowwise_gw_hp", None, "rowwise"),
+        ("tensorwise", "rowwise_gw_hp", "rowwise_gw_hp"),
         ("tensorwise", "rowwise_fast", "rowwise_fast"),
         ("delayed", "rowwise:power_of_two", "rowwise:power_of_two"),
         ("rowwise", fp8.Recipe("rowwise", power_of_two=True), "rowwise:power_of_two"),
@@ -129,7 +129,7 @@ def test_set_experts_implementation_without_convert():
     fp8.integrations.transformers.register()
     model = make("qwen3_moe")
     model.set_experts_implementation("fp8")
-    assert totals(model).startswith("2 experts: 2 in FP8 (2 rowwise_gw_hp)")
+    assert totals(model).startswith("2 experts: 2 in FP8 (2 rowwise)")
     expected = make("qwen3_moe")(tokens()).logits
     assert relative(model(tokens()).logits, expected) > 0
     assert implementations(fp8.revert(model)) == {"grouped_mm"}
@@ -151,7 +151,7 @@ def test_experts_that_cannot_run_in_fp8_run_as_before(by_convert, monkeypatch):
     assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
     before = "eager" if by_convert else "grouped_mm"
     why = f"float32 weights; FP8 takes bfloat16, float16, float32: runs {before}"
-    assert summary_row(model, "model.layers.0.mlp.experts")[-1] == f"rowwise_gw_hp ({why})"
+    assert summary_row(model, "model.layers.0.mlp.experts")[-1] == f"rowwise ({why})"
     assert totals(model).startswith("2 experts: 0 in FP8 (none), 2 left alone")
     with fp8.cached_weights(model):
         model(tokens())
@@ -178,7 +178,7 @@ def test_convert_refuses_too_many_experts():
 def test_summary_has_a_line_for_each_experts_module():
     model = fp8.convert(make("gpt_oss", dtype=torch.bfloat16), filter=only_experts, fuse=False)
     shape = "4 x (64 -> 96, 48 -> 64)"  # stored transposed
-    assert summary_row(model, "model.layers.1.mlp.experts") == [shape, "bfloat16", "rowwise_gw_hp"]
+    assert summary_row(model, "model.layers.1.mlp.experts") == [shape, "bfloat16", "rowwise"]
     names = [line.split()[0] for line in fp8.summary(model).splitlines()[1:-2]]
     wanted = {
         name
@@ -187,7 +187,7 @@ def test_summary_has_a_line_for_each_experts_module():
     }
     assert names == [name for name, _ in model.named_modules() if name in wanted]
     assert totals(model) == (
-        "2 experts: 2 in FP8 (2 rowwise_gw_hp), 0 left alone; "
+        "2 experts: 2 in FP8 (2 rowwise), 0 left alone; "
         "100.0% of their weight elements in FP8"
     )
 
@@ -200,7 +200,7 @@ def test_summary_says_where_passes_are_not_fused():
     model = fp8.convert(transformers.MixtralForCausalLM(config), filter=only_experts)
     name = "model.layers.0.mlp.experts"
     why = "passes not fused: extents that are not multiples of 16"
-    assert summary_row(model, name)[-1] == f"rowwise_gw_hp ({why})"
+    assert summary_row(model, name)[-1] == f"rowwise ({why})"
     model(torch.arange(12)[None]).logits.sum().backward()
     module = experts_of(model)[name]
     module._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0].tanh()

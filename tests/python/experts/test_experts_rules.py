@@ -26,7 +26,7 @@ def test_default_rules_of_mixtral():
     model = large("mixtral", hidden_size=4096, intermediate_size=14336, num_local_experts=8)
     fp8.convert(model)
     shape = "8 x (4096 -> 28672, 14336 -> 4096)"
-    assert summary_row(model, "model.layers.0.mlp.experts") == [shape, "bfloat16", "rowwise_gw_hp"]
+    assert summary_row(model, "model.layers.0.mlp.experts") == [shape, "bfloat16", "rowwise"]
     assert summary_row(model, "model.layers.0.self_attn.q_proj")[-1] == "tensorwise"
     assert summary_row(model, "lm_head")[-1].startswith("- (output head")
 

@@ -157,7 +157,7 @@ def default_of(op, argument="recipe"):
 
 def test_every_entry_point_has_the_same_default():
     """Of grouped linears and experts, measured: docs/performance.md, experts."""
-    assert DEFAULT_GROUPED_RECIPE == "rowwise_gw_hp"
+    assert DEFAULT_GROUPED_RECIPE == "rowwise"
     ops = torch.ops.fp8
     found = {
         "grouped_linear": default_of(ops.grouped_linear),
