@@ -76,7 +76,8 @@ def forward(
     if x.dtype != up.dtype and not torch.is_autocast_enabled(up.device.type):
         x = x.to(up.dtype)  # as transformers does: a norm in fp32, say
     targets = [_target(weight) for weight in (up, down)]
-    if self.is_transposed:
+    turned = bool(self.is_transposed)
+    if turned:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     recipe = recipe_of(self)
     gate = gate_of(self) if _in_sixteens(down) else None
@@ -86,12 +87,12 @@ def forward(
             watch(self, x.new_empty((0, up.size(1))))
         index = top_k_index.to(torch.int64)
         given = (x, index, top_k_weights, up, down, up_bias, down_bias, *gate, recipe)
-        y = _main_grad.moe_experts(given, targets, self.is_transposed)
+        y = _main_grad.moe_experts(given, targets, turned)
     else:
         function: Any = self._apply_gate if getattr(self, "has_gate", True) else self.act_fn
         y = mixture(
             x, top_k_index, top_k_weights, up, down, up_bias, down_bias, function, recipe,
-            targets, self.is_transposed,
+            targets, turned,
         )  # fmt: skip
     return y.to(hidden_states.dtype)
 
