@@ -224,6 +224,14 @@ CUDA = [
         gpu=True,
     ),
     Fault(
+        "CUDA: a product of clamped_silu's gradient is not rounded before the sum",
+        "csrc/core/mlp/activations.cuh",
+        "__fadd_rn(rounded<T>(__fmul_rn(d_glu, s)), rounded<T>(__fmul_rn(d_t, args.alpha)))",
+        "fmaf(d_t, args.alpha, rounded<T>(__fmul_rn(d_glu, s)))",
+        MLP,
+        gpu=True,
+    ),
+    Fault(
         "CUDA: halves of one gradient have scales of their own",
         "csrc/core/mlp/mlp_backward.cu",
         "if (a.joint) gate_bits = up_bits = max(gate_bits, up_bits);",

@@ -105,8 +105,8 @@ GROUPS = [
     Fault(
         "experts with a gate of their own forget their main_grads",
         "python/fp8/integrations/transformers/_experts.py",
-        "            targets, self.is_transposed,\n",
-        "",
+        "            targets, turned,\n",
+        "            [None, None], turned,\n",
         OF_EXPERTS,
     ),
     Fault(

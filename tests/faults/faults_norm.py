@@ -116,7 +116,7 @@ NORM = [
     ),
     Fault(
         "a forward on the instance is bypassed",
-        "python/fp8/conversion/_norm_fusion.py",
+        "python/fp8/conversion/_classes.py",
         'if has_own_forward(module):\n        return "its forward was replaced on the instance; c',
         'if False:\n        return "its forward was replaced on the instance; c',
         FUSION,

@@ -200,7 +200,7 @@ RESIDUALS = [
     ),
     Fault(
         "a layer's forward on the instance is passed by",
-        KIND,
+        "python/fp8/conversion/_classes.py",
         'if has_own_forward(module):\n        return "its forward was replaced on the instance; c',
         'if False:\n        return "its forward was replaced on the instance; c',
         FUSION,

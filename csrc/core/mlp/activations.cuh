@@ -257,7 +257,9 @@ struct Unit<ClampedSilu, T, kGated> {
     const float d_glu = rounded<T>(dh * u1);
     const float d_s = rounded<T>(d_glu * g);
     const float d_t = rounded<T>(rounded<T>(d_s * rounded<T>(1.0F - s)) * s);
-    const float d_g = rounded<T>(rounded<T>(d_glu * s) + rounded<T>(d_t * args.alpha));
+    // Eager code rounds both products in fp32 too: not one fused with the sum.
+    const float d_g = rounded<T>(
+        __fadd_rn(rounded<T>(__fmul_rn(d_glu, s)), rounded<T>(__fmul_rn(d_t, args.alpha))));
     const bool inside = up >= -args.limit && up <= args.limit;
     return {gate <= args.limit ? d_g : 0.0F, inside ? rounded<T>(dh * glu) : 0.0F,
             rounded<T>(u1 * glu)};

@@ -64,6 +64,13 @@ def test_mlp_activations(device, activation, form, dtype):
     assert_same(problem(device, form=form, activation=activation, dtype=dtype))
 
 
+def test_mlp_clamped_rounds_both_products_of_a_sum(device):
+    """One row and a scale per row: gradients of the gate's weights are those of its product, which
+    nearly cancel here and there; fp32 has room for what a fused multiply-add keeps."""
+    options = {"activation": "clamped_silu", "recipe": "rowwise", "dtype": torch.float32}
+    assert_same(problem(device, (1,), 2048, 1, **options))
+
+
 SHAPES = (  # x, I, H
     ((1, 32), 16, 8),
     ((130, 64), 208, 40),
