@@ -83,7 +83,15 @@ class GroupedLinear(nn.Module):
         else:
             self.__dict__[CALLED] = True
         weight, bias = self.weight, self.bias
-        buffer = getattr(weight, "main_grad", None)
+        traced = not isinstance(
+            weight, Tensor
+        )  # torch.fx, to which every attribute is one more node
+        buffer = getattr(self._parameters.get("weight") if traced else weight, "main_grad", None)
+        if buffer is not None and traced:
+            raise NotImplementedError(
+                "fp8.GroupedLinear: expected weights without main_grad under torch.fx, got one, "
+                "to which the graph would not add; trace first"
+            )
         if buffer is not None:
             target = _main_grad.target_of("fp8.GroupedLinear", weight, buffer)
             return _main_grad.grouped_linear(input, weight, offsets, bias, self.recipe, target)

@@ -189,4 +189,5 @@ def test_sweep_that_met_too_little_fails():
     run = sweep.Sweep([], "cpu")
     run.missing()
     what = [failure["what"] for failure in run.failures]
-    assert what == ["decoder families", "other families", "norms", "mlp", "rope", "siblings"]
+    kinds = ["norms", "mlp", "rope", "residual", "siblings"]
+    assert what == ["decoder families", "other families", *kinds]

@@ -86,6 +86,9 @@ def test_fx_of_grouped_layers():
     layer, offsets = fp8.GroupedLinear(2, 32, 16), torch.tensor([2, 5], dtype=torch.int32)
     x = torch.randn(5, 32)
     assert torch.equal(fx.symbolic_trace(layer)(x, offsets), layer(x, offsets))
+    layer.weight.main_grad = torch.zeros(layer.weight.shape)
+    with pytest.raises(NotImplementedError, match=r"without main_grad under torch\.fx"):
+        fx.symbolic_trace(layer)
 
 
 def test_fx_runs_hooks_once():

@@ -12,7 +12,7 @@ from cmake_runs import ROOT, TREE, configure
 import fp8
 from fp8 import _build
 
-HEADERS = ["core.h", "nn.h", "ops.h", "version.h"]
+HEADERS = ["core.h", "nn.h", "nn_blocks.h", "ops.h", "version.h"]
 CMAKE_FILES = ["FP8Config.cmake", "FP8ConfigVersion.cmake", "LibTorch.cmake"]
 MINOR = ".".join(torch.__version__.split(".")[:2])
 LIBRARIES = ["libfp8_core.so", f"torch{MINOR}/build.json", f"torch{MINOR}/libfp8_torch.so"]

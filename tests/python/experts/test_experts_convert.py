@@ -119,7 +119,7 @@ def test_convert_again_changes_the_recipe():
 
 def test_convert_refuses_an_unknown_experts_recipe():
     model = make("mixtral")
-    with pytest.raises(ValueError, match=r"one per row, .*'rowwise', .*got 'tensorwise'"):
+    with pytest.raises(ValueError, match=r"per row or block, .*'rowwise', .*got 'tensorwise'"):
         fp8.convert(model, filter=every, experts_recipe="tensorwise")
     assert implementations(model) == {"grouped_mm"}
     assert not any(isinstance(m, fp8.Linear) for m in model.modules())

@@ -39,7 +39,7 @@ def test_grouped_linear_module_calls_the_operator(recipe, bias):
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "", None])
 def test_grouped_linear_module_refuses_other_recipes(recipe):
-    with pytest.raises(ValueError, match=r"one per row, .* take: 'rowwise', .* got"):
+    with pytest.raises(ValueError, match=r"per row or block, .* take: 'rowwise', .* got"):
         fp8.GroupedLinear(2, 16, 16, recipe=recipe)
 
 

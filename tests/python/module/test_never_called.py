@@ -107,7 +107,7 @@ def test_copies_know_what_was_called(dup):
 def test_a_grouped_linear_is_named():
     layer = nn.ModuleDict({"a": fp8.GroupedLinear(2, 16, 16), "b": fp8.GroupedLinear(2, 16, 16)})
     assert never(layer) == []
-    line = ["a", "2", "x", "(16", "->", "16)", "float32", "rowwise_gw_hp"]
+    line = ["a", "2", "x", "(16", "->", "16)", "float32", "rowwise"]
     assert fp8_line(layer, "a").split() == line
     layer["a"](X, torch.tensor([1, 3], dtype=torch.int32))
     assert never(layer) == ["b"]
