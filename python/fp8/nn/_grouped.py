@@ -83,9 +83,7 @@ class GroupedLinear(nn.Module):
         else:
             self.__dict__[CALLED] = True
         weight, bias = self.weight, self.bias
-        traced = not isinstance(
-            weight, Tensor
-        )  # torch.fx, to which every attribute is one more node
+        traced = not isinstance(weight, Tensor)  # torch.fx: any attribute is one more node
         buffer = getattr(self._parameters.get("weight") if traced else weight, "main_grad", None)
         if buffer is not None and traced:
             raise NotImplementedError(
