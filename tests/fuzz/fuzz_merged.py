@@ -25,6 +25,17 @@ def _same(ours: Tensor | None, theirs: Tensor, what: str) -> None:
     assert_same_bits(ours.detach().contiguous(), theirs.detach().contiguous(), f"merged {what}")
 
 
+def _near(ours: Tensor | None, theirs: Tensor, what: str) -> None:
+    """The same sums, in another order."""
+    assert ours is not None, f"merged {what}: none"
+    if not theirs.isfinite().all():  # beyond the range one order may get there, the other not
+        return
+    largest = theirs.abs().max().item() if theirs.numel() else 0.0
+    rounding = torch.finfo(theirs.dtype).eps
+    close = torch.allclose(ours, theirs, rtol=rounding, atol=1e-5 * largest)
+    assert close, f"merged {what}: differs by more than an order of sums"
+
+
 def check_merged(case: Case, device: str) -> None:
     dtype, recipe = DTYPES[case["dtype"]], case["recipe"]
     rows, k, lead = case["rows"], case["k"], case["lead"]
@@ -75,7 +86,9 @@ def check_merged(case: Case, device: str) -> None:
         if i in frozen:
             assert ours[i].grad is None, "merged dweight: of a frozen weight"
         elif check_recipe(recipe).wgrad == "fp8":
-            _same(ours[i].grad, expected, f"dweight {i}")
+            # Rows of frozen weights are no part of the product, which may add in another order.
+            compare = _near if frozen & {*used} else _same
+            compare(ours[i].grad, expected, f"dweight {i}")
     if bias is not None:
         for i, expected in zip(used, bias.grad.split(sizes), strict=True):
             if biases[i] is not None:
