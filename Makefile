@@ -91,7 +91,7 @@ test-asan: $(INSTALLED)  ## the host code's C++ tests under ASan and UBSan; test
 test-tsan: $(INSTALLED)
 	@$(call host_tests,tsan,thread)
 
-test-faults: _catch2 $(INSTALLED)  ## deliberate faults, each of which must turn a test red: minutes
+test-faults: _catch2 $(INSTALLED)  ## deliberate faults, each of which must turn a test red: an hour
 	@$(PY) tests/faults/run.py $(ARGS)
 
 wheel: build  ## source distribution and wheel, into dist/

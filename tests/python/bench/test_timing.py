@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+import fp8
 
 if not (Path(__file__).parents[3] / "benchmarks").is_dir():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
@@ -101,53 +102,33 @@ def test_parse_takes_work_of_the_gpu_only():
 SHAPE = shapes.BlockShape(hidden=64, ffn=96, heads=4, kv_heads=2, sequences=2, tokens=24)
 
 
-def naive(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate-half as most models write it: x [batch, heads, tokens, head_dim], sin unsigned."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def test_rotary_is_rotate_half():
-    torch.manual_seed(0)
-    cos, signed_sin = llama.rotary(SHAPE, "cpu", torch.float64)
-    assert cos.shape == signed_sin.shape == (24, 1, 16)
-    x = torch.randn(2, 24, 4, 16, dtype=torch.float64)
-    dy = torch.randn_like(x)
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = llama.rotate(ours, cos, signed_sin)
-    sin = torch.cat([-signed_sin[..., :8], signed_sin[..., 8:]], -1)
-    expected = naive(theirs.transpose(1, 2), cos[:, 0], sin[:, 0]).transpose(1, 2)
-    torch.testing.assert_close(y, expected)
-    y.backward(dy)
-    expected.backward(dy)
-    torch.testing.assert_close(ours.grad, theirs.grad)
-    torch.testing.assert_close(y.norm(), x.norm())  # a rotation
-
-
 def test_rotary_angles():
     """The definition: the pair (i, i + half) of token t turns by t · base^(-2i / head_dim)."""
-    cos, signed_sin = llama.rotary(SHAPE, "cpu", torch.float64)
+    cos, sin = llama.rotary(SHAPE, "cpu", torch.float64)
+    assert cos.shape == sin.shape == (24, 16)
     angle = 5 * 500000.0 ** (-2 * 3 / 16)
-    x = torch.zeros(1, 24, 1, 16, dtype=torch.float64)
-    x[0, 5, 0, 3] = 1
-    y = llama.rotate(x, cos, signed_sin)[0, 5, 0]
-    assert y[3].item() == pytest.approx(torch.tensor(angle).cos().item(), abs=1e-6)
-    assert y[3 + 8].item() == pytest.approx(torch.tensor(angle).sin().item(), abs=1e-6)
+    x = torch.zeros(1, 1, 24, 16, dtype=torch.float64)
+    x[0, 0, 5, 3] = 1
+    for rotated in llama.rotate(x, x, cos, sin):
+        y = rotated[0, 0, 5]
+        assert y[3].item() == pytest.approx(torch.tensor(angle).cos().item(), abs=1e-6)
+        assert y[3 + 8].item() == pytest.approx(torch.tensor(angle).sin().item(), abs=1e-6)
 
 
-def test_rotary_runs_three_kernels():
-    called = []
+def test_rotary_turns_without_stretching():
+    cos, sin = llama.rotary(SHAPE, "cpu", torch.float64)
+    q, k = (torch.randn(2, heads, 24, 16, dtype=torch.float64) for heads in (4, 2))
+    for x, y in zip((q, k), llama.rotate(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+        assert not torch.equal(x, y)
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            called.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
 
-    cos, signed_sin = llama.rotary(SHAPE, "cpu")
-    x = torch.randn(2, 24, 4, 16, dtype=torch.bfloat16)
-    with Count():
-        llama.rotate(x, cos, signed_sin)
-    assert called == ["mul", "roll", "addcmul"]
+def test_convert_finds_all_of_a_decoder_layer():
+    model = llama.decoder(SHAPE._replace(layers=2), "cpu")
+    fp8.convert(model, filter=lambda module, name: True)
+    fused = fp8.summary(model).splitlines()
+    for name, count in {"norms": 4, "mlp": 2, "rope": 2, "residual": 2, "siblings": 2}.items():
+        assert any(f"{count} {name} fused" in line for line in fused), (name, fused)
 
 
 @pytest.mark.parametrize("rotary", [True, False])
