@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.compiler.config
 
 NO_GPU = "needs a CUDA device"
+
+# A test's CUDA graph that lies in a reference cycle is destroyed whenever Python collects garbage.
+# Within another test's capture that is an error, which fails the capture, and all that draws random
+# numbers after it: so torch collects before each.
+torch.compiler.config.force_cudagraph_gc = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
