@@ -229,15 +229,27 @@ def test_cached_weights_notice_a_step_that_fails_half_way(device):
         def __init__(self, parameters):
             super().__init__(parameters, {})
 
+        @torch.no_grad()
         def step(self):
-            layer.weight.data.neg_()
+            weight = layer.weight
+            torch._fused_adamw_(
+                [weight],
+                [torch.ones_like(weight)],
+                *([torch.zeros_like(weight)] for _ in range(2)),
+                [],
+                [torch.ones((), device=device)],
+                **{"lr": 1.0, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8},
+                **{"amsgrad": False, "maximize": False},
+            )
             raise RuntimeError("half way")
 
     optimizer = Fails(layer.parameters())
     with fp8.cached_weights(layer):
         before = layer(x)
+        version = layer.weight._version
         with pytest.raises(RuntimeError, match="half way"):
             optimizer.step()
+        assert layer.weight._version == version  # else it was noticed without the hook
         assert not torch.equal(layer(x), before)
 
 
