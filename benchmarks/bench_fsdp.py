@@ -84,10 +84,7 @@ def rank(index: int, world: int, port: int, options: argparse.Namespace, path: s
             continue
         finally:
             memory.free()
-        first = rows[0] if rows else row
-        row["speedup"] = first["step_us"]["median"] / row["step_us"]["median"]
-        row["peak_ratio"] = row["peak_gib"] / first["peak_gib"]
-        rows.append(row)
+        model_variants.add_compared(rows, row)
         if index == 0:
             Path(path).write_text(json.dumps([rows, found.skipped]))
     dist.destroy_process_group()

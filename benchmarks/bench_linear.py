@@ -141,25 +141,12 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
 
 
 def table(rows: list[Row]) -> str:
-    columns = [
-        "M, K → N",
-        "variant",
-        "fwd us",
-        "x bf16",
-        "fwd+bwd us",
-        "x bf16",
-        "spread",
-        "SQNR dB",
-    ]
+    columns = ["M, K → N", "variant", *tables.STEP_COLUMNS, "SQNR dB"]
     lines = [
         [
             f"{row['m']}, {row['k']} → {row['n']}",
             row["variant"],
-            row["forward_us"]["median"],
-            tables.ratio(row["forward_speedup"]),
-            row["step_us"]["median"],
-            tables.ratio(row["step_speedup"]),
-            tables.spread(row["step_us"]),
+            *tables.step_cells(row),
             row["sqnr_db"],
         ]
         for row in rows

@@ -32,10 +32,8 @@ def measure_shape(shape: LinearShape, repeats: int) -> list[Row]:
     }
     times = timing.device_times(variants, repeats)
     return [
-        {
-            "m": m,
-            "k": k,
-            "n": n,
+        shape._asdict()
+        | {
             "variant": name,
             "time_us": found.as_dict(),
             "tflops": shape.flops / found.median / 1e6,

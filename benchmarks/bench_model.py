@@ -118,10 +118,7 @@ def measure_case(
             continue
         finally:
             memory.free()
-        first = rows[0] if rows else row
-        row["speedup"] = first["step_us"]["median"] / row["step_us"]["median"]
-        row["peak_ratio"] = row["peak_gib"] / first["peak_gib"]
-        rows.append(row)
+        model_variants.add_compared(rows, row)
     return rows
 
 

@@ -119,18 +119,14 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
 
 def table(rows: list[Row]) -> str:
     columns = [
-        *("shape", "variant", "fwd us", "x bf16", "fwd+bwd us", "x bf16", "spread"),
+        *("shape", "variant", *tables.STEP_COLUMNS),
         *("host us", "peak GiB", "x bf16", "SQNR y", "dx", "dW"),
     ]
     lines = [
         [
             f"{row['model']}, {row['tokens']}",
             row["variant"],
-            row["forward_us"]["median"],
-            tables.ratio(row["forward_speedup"]),
-            row["step_us"]["median"],
-            tables.ratio(row["step_speedup"]),
-            tables.spread(row["step_us"]),
+            *tables.step_cells(row),
             row["host_us"] and row["host_us"]["median"],
             row["peak_gib"],
             tables.ratio(row["peak_ratio"]),

@@ -13,6 +13,7 @@ import peers
 import torch
 from model_cases import ModelCase
 from peers import Peer
+from runs import Row
 from shapes import RECIPES
 from torch import nn
 
@@ -131,3 +132,11 @@ def needs_liger(name: str) -> bool:
 def must_work(name: str) -> bool:
     """Whether a variant that fails stops the benchmark: what is ours alone by default, and bf16."""
     return name == "bf16" or (name.startswith("fp8 ") and not needs_liger(name))
+
+
+def add_compared(rows: list[Row], row: Row) -> None:
+    """Adds a variant's row, with its speed and its memory beside those of the first."""
+    first = rows[0] if rows else row
+    row["speedup"] = first["step_us"]["median"] / row["step_us"]["median"]
+    row["peak_ratio"] = row["peak_gib"] / first["peak_gib"]
+    rows.append(row)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import against_copy
 import kernel_times
 import passes
-import timing
 import torch
 
 SHAPES = ((4096, 8192), (8192, 4096), (8192, 8192), (8192, 16384), (262_144, 128), (32_768, 2880))
@@ -60,32 +60,15 @@ def measure(repeats: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> list[
                 ("backward", BACKWARD, backward_bytes),
             ):
                 us = math.fsum(passes.total_us(kernels, (needle,), repeats) for needle in needles)
-                moved = rows * cols * per_element
-                copied = passes.copy_us(moved, repeats)
-                found.append(
-                    {
-                        "op": f"{op}, {what}, {cols} columns",
-                        "m": rows,
-                        "k": cols,
-                        "input_mb": rows * cols * 2 / 1e6,
-                        "bytes_per_element": per_element,
-                        "time_us": timing.summarize([us]).as_dict(),
-                        "copy_us": timing.summarize([copied]).as_dict(),
-                        "gb_per_s": moved / us / 1e3,
-                        "of_copy": copied / us,
-                    }
-                )
+                name = f"{op}, {what}, {cols} columns"
+                found.append(against_copy.result(name, rows, cols, per_element, us, repeats))
             torch.cuda.empty_cache()
     return found
 
 
 def main() -> None:
     """`python benchmarks/norms.py`: the rows by themselves."""
-    for row in measure(10):
-        print(
-            f"{row['op']:45} {row['m']:7} {row['input_mb']:6.0f} MB {row['time_us']['median']:8.1f}"
-            f" us {row['gb_per_s']:6.0f} GB/s {100 * row['of_copy']:5.1f}% of copy"
-        )
+    against_copy.show(measure(10), width=45)
 
 
 if __name__ == "__main__":

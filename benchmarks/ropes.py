@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import against_copy
 import kernel_times
 import passes
-import timing
 import torch
 
 SHAPES = (
@@ -64,7 +64,6 @@ def measure(repeats: int, shapes: tuple[tuple[int, int, int, int], ...] = SHAPES
     found: list[dict] = []
     for tokens, q_heads, k_heads, size in shapes:
         columns = (q_heads + k_heads) * size
-        moved = tokens * columns * BYTES
         variants = [*calls(tokens, q_heads, k_heads, size).items()]
         first = (tokens, q_heads, k_heads, size) == SHAPES[0]
         for op, (forward, both) in variants if first else variants[:1]:
@@ -74,32 +73,16 @@ def measure(repeats: int, shapes: tuple[tuple[int, int, int, int], ...] = SHAPES
                     step()
                 kernels = kernel_times.profile(step, repeats)
                 times.append(passes.total_us(kernels, (KERNEL,), repeats))
-            copied = passes.copy_us(moved, repeats)
             for what, us in (("forward", times[0]), ("backward", times[1] - times[0])):
-                found.append(
-                    {
-                        "op": f"{op}, {what}, {q_heads} + {k_heads} heads of {size}",
-                        "m": tokens,
-                        "k": columns,
-                        "input_mb": tokens * columns * 2 / 1e6,
-                        "bytes_per_element": BYTES,
-                        "time_us": timing.summarize([us]).as_dict(),
-                        "copy_us": timing.summarize([copied]).as_dict(),
-                        "gb_per_s": moved / us / 1e3,
-                        "of_copy": copied / us,
-                    }
-                )
+                name = f"{op}, {what}, {q_heads} + {k_heads} heads of {size}"
+                found.append(against_copy.result(name, tokens, columns, BYTES, us, repeats))
         torch.cuda.empty_cache()
     return found
 
 
 def main() -> None:
     """`python benchmarks/ropes.py`: the rows by themselves."""
-    for row in measure(10):
-        print(
-            f"{row['op']:55} {row['m']:7} {row['input_mb']:6.0f} MB {row['time_us']['median']:8.1f}"
-            f" us {row['gb_per_s']:6.0f} GB/s {100 * row['of_copy']:5.1f}% of copy"
-        )
+    against_copy.show(measure(10), width=55)
 
 
 if __name__ == "__main__":

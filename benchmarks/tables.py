@@ -46,6 +46,20 @@ def spread(times: dict[str, float]) -> str:
     return f"{100 * (times['high'] / times['low'] - 1):.0f}%"
 
 
+STEP_COLUMNS = ("fwd us", "x bf16", "fwd+bwd us", "x bf16", "spread")
+
+
+def step_cells(row: Row) -> list[Any]:
+    """Those of STEP_COLUMNS: the forward and the whole step, each beside bf16's."""
+    return [
+        row["forward_us"]["median"],
+        ratio(row["forward_speedup"]),
+        row["step_us"]["median"],
+        ratio(row["step_speedup"]),
+        spread(row["step_us"]),
+    ]
+
+
 def pivot(
     corner: str,
     rows: list[Row],

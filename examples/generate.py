@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import devices
 import fp8
 from stdlib_text import VOCABULARY, Text, load_text
 
@@ -267,10 +268,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--tokens must be at least 2, got {options.tokens}")
     if options.model is not None and not options.model.is_dir():
         parser.error(f"--model must be a folder, got {options.model}")
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.size is None:
-        options.size = "cpu" if options.device == "cpu" else "gpu"
+    devices.choose(options)
     return options
 
 

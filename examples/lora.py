@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import devices
 import fp8
 from generate import JOBS, frozen_layers, threads, trained
 from stdlib_text import Text, load_text
@@ -69,10 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="rowwise", choices=fp8.RECIPES, metavar="RECIPE")
     parser.add_argument("--rank", type=int, default=8)
     options = parser.parse_args(arguments)
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.size is None:
-        options.size = "cpu" if options.device == "cpu" else "gpu"
+    devices.choose(options)
     return options
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import devices
 import fp8
 from byte_model import ByteModel, ModelSize, parameter_count
 from comparison import Batch, Schedule, Variant, evaluate, make_variant, train
@@ -77,15 +78,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             check_recipe(recipe)
         except ValueError:
             parser.error(f"unknown recipe {recipe!r}, known are {', '.join(fp8.RECIPES)}")
+    complete(parser, options, RECIPES)
+    return options
+
+
+def complete(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    recipes: dict[str, tuple[str, ...]],  # by type of device
+) -> None:
+    """Refuses too few steps, and sets what was not given and depends on the device."""
     if options.steps is not None and options.steps < 2:
         parser.error(f"--steps must be at least 2, got {options.steps}")
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    devices.choose(options)
     if options.recipes is None:
-        options.recipes = list(RECIPES[torch.device(options.device).type])
-    if options.size is None:
-        options.size = "cpu" if options.device == "cpu" else "gpu"
-    return options
+        options.recipes = list(recipes[torch.device(options.device).type])
 
 
 def in_a_block(module: nn.Module, name: str) -> bool:

@@ -27,7 +27,7 @@ import seed_report
 from byte_model import parameter_count
 from comparison import Batch, Schedule, Variant, evaluate, make_variant, train
 from stdlib_text import VOCABULARY, Text, load_text
-from train import HELD_OUT_BATCHES, verdict
+from train import HELD_OUT_BATCHES, complete, verdict
 from training_report import table, totals, write_csv, write_plot
 
 RECIPES = {
@@ -238,14 +238,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
-    if options.steps is not None and options.steps < 2:
-        parser.error(f"--steps must be at least 2, got {options.steps}")
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.recipes is None:
-        options.recipes = list(RECIPES[torch.device(options.device).type])
-    if options.size is None:
-        options.size = "cpu" if options.device == "cpu" else "gpu"
+    complete(parser, options, RECIPES)
     return options
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fault import EXPERTS, Fault
 
 GATING = f"{EXPERTS}/test_gating.py"
+FOUND = f"{EXPERTS}/test_gating_found.py"
 GRADIENTS = f"{EXPERTS}/test_gating_gradients.py"
 DEFAULTS = f"{EXPERTS}/test_experts_defaults.py"
 READS = "tests/python/module/test_convert_reads.py"
@@ -38,21 +39,21 @@ CONVERT = [
         "python/fp8/integrations/transformers/_probe.py",
         "if drew or origins.foreign or not",
         "if drew or not",
-        GATING,
+        FOUND,
     ),
     Fault(
         "the probe draws from the caller's generator",
         "python/fp8/integrations/transformers/_probe.py",
         "            torch.set_rng_state(generator)\n",
         "            pass\n",
-        GATING,
+        FOUND,
     ),
     Fault(
         "a hook on the activation is passed over",
         "python/fp8/integrations/transformers/_gating.py",
         "None if state.hooked else _find(module)",
         "_find(module)",
-        GATING,
+        FOUND,
     ),
     Fault(
         "what a closure holds may change unnoticed",
@@ -94,14 +95,14 @@ CONVERT = [
         "python/fp8/integrations/transformers/_probe.py",
         '        stack.enter_context(torch.device("cpu"))\n',
         "",
-        GATING,
+        FOUND,
     ),
     Fault(
         "fake tensors reach the probe",
         "python/fp8/integrations/transformers/_probe.py",
         "        stack.enter_context(_disable_current_modes())\n",
         "",
-        GATING,
+        FOUND,
     ),
     Fault(
         "a copy takes along what the original's gating was found from",

@@ -35,7 +35,7 @@ NUMERICS = [
         _WATCH,
         "            _thread.measuring = True\n",
         "            _thread.measuring = False\n",
-        f"{TOOLS}/test_numerics.py",
+        f"{TOOLS}/test_numerics_context.py",
     ),
     Fault(
         "a static scale is not the product's",

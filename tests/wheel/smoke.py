@@ -35,7 +35,7 @@ def check_files() -> None:
         "include/fp8/core.h",
         "share/cmake/FP8/FP8Config.cmake",
         "share/fp8/sources/CMakeLists.txt",
-        "share/fp8/sources/csrc/torch/registration/library.cpp",
+        "share/fp8/sources/csrc/torch/registration/schemas.cpp",
         "../fp8_rebuild.py",
         "py.typed",
     ):

@@ -64,6 +64,13 @@ struct UnitTile {
         col0(col + threadIdx.x % kColGroups * 8) {}
 };
 
+// The place of a tile for a pass that goes from below: the pass before it ended there, and part of
+// its input is in L2 still.
+template <typename Params>
+__device__ __forceinline__ UnitTile from_below(const Params& p, unsigned tile) {
+  return UnitTile(p.row_tiles - 1 - tile / p.col_tiles, tile % p.col_tiles);
+}
+
 // A thread's part of tiles: in shared memory, four rows of gate, dh and up. Codes of gate and up
 // lie in one quad, before dh, and the scales of the rows behind all quads.
 template <typename Reads>
@@ -79,10 +86,16 @@ class TileInputs {
   static constexpr int kBytes =  // of a block
       kQuadsOfBlock * 16 + (kCodes ? kRowsPerThread * kThreads * 8 : 0);
 
-  __device__ __forceinline__ TileInputs(const MlpBackwardArgs& args, uint4* shared)
+  // Begins to copy `first`, the first of the block's tiles.
+  __device__ __forceinline__ TileInputs(const MlpBackwardArgs& args, uint4* shared,
+                                        const UnitTile& first)
       : args_(args),
         own_(shared + threadIdx.x),
-        own_scales_(reinterpret_cast<float2*>(shared + kQuadsOfBlock) + threadIdx.x) {}
+        own_scales_(reinterpret_cast<float2*>(shared + kQuadsOfBlock) + threadIdx.x) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) copy(first, r);
+    __pipeline_commit();
+  }
 
   // Begins to copy row r of the thread's part of a tile; what lies at the edge where there is none.
   __device__ __forceinline__ void copy(const UnitTile& at, int r) const {
@@ -114,11 +127,6 @@ class TileInputs {
       if (args_.dh == nullptr) to += kQuads<T> * kThreads;
       copy8(args_.unit.up, args_.unit.ld);
     }
-  }
-  __device__ __forceinline__ void copy(const UnitTile& at) const {
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) copy(at, r);
-    __pipeline_commit();
   }
   // After all copies; dh is zeros where there is none.
   __device__ __forceinline__ UnitInputs<T> take(int r) const {
@@ -157,7 +165,7 @@ class TileInputs {
 };
 
 // f(tile, take) for each of the block's tiles, every gridDim.x-th: take(r) is row r of the thread's
-// part, once each, in order. `first` has been copied, or is on its way. place(tile): where it lies.
+// part, once each, in order. place(tile): where it lies; `inputs` were made with the first one's.
 template <typename Reads, typename Place, typename F>
 __device__ __forceinline__ void for_tiles(const TileInputs<Reads>& inputs, unsigned tiles,
                                           const Place& place, const F& f) {
@@ -210,8 +218,26 @@ __device__ __forceinline__ void store_rows(const Destination& to, int64_t row0, 
   }
 }
 
+// Codes of the three, transposed, where they are wanted. turning: of shared memory, which no thread
+// reads any more. `up` is not read where there is none.
+template <bool kGated>
+__device__ __forceinline__ void store_transposed(const MlpBackwardArgs& a, const UnitTile& at,
+                                                 const uint2 (&gate)[kRowsPerThread],
+                                                 const uint2 (&up)[kRowsPerThread],
+                                                 const uint2 (&h)[kRowsPerThread],
+                                                 uint32_t (&turning)[3][kTransposedWords]) {
+  const auto turn = [&](const Destination& to, const uint2(&codes)[kRowsPerThread], int place) {
+    if (to.data != nullptr) {
+      store_transposed_tile(to, to.ld, at.row, at.col, codes, turning[place]);
+    }
+  };
+  turn(a.gate_t, gate, 0);
+  if constexpr (kGated) turn(a.up_t, up, 1);
+  turn(a.h_t, h, 2);
+}
+
 // take(r): as for_tiles has it. see(results): called with what is there of each of the thread's
-// rows; it may change them. turning: of shared memory, which no thread reads any more.
+// rows; it may change them. turning: as store_transposed has it.
 template <typename T, typename Format, bool kGated, typename Act, typename Take, typename See>
 __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const UnitTile& at,
                                                const Take& take, const UnitMultipliers& multipliers,
@@ -237,14 +263,7 @@ __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const U
     store_rows(a.gate, at.row0, at.col0, gate);
     if constexpr (kGated) store_rows(a.up, at.row0, at.col0, up);
   }
-  const auto turn = [&](const Destination& to, const uint2(&codes)[kRowsPerThread], int place) {
-    if (to.data != nullptr) {
-      store_transposed_tile(to, to.ld, at.row, at.col, codes, turning[place]);
-    }
-  };
-  turn(a.gate_t, gate, 0);
-  if constexpr (kGated) turn(a.up_t, up, 1);
-  turn(a.h_t, h, 2);
+  store_transposed<kGated>(a, at, gate, up, h, turning);
 }
 
 // Blocks to a multiprocessor, as their registers allow. kFewerBlocks: of kernels that keep more of

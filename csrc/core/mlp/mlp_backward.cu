@@ -127,12 +127,8 @@ __global__ void __launch_bounds__(kThreads, kUnitCastBlocks<typename Reads::Elem
   __shared__ uint32_t scratch[2][kWarps];
   let_next_start();
   const MlpBackwardArgs& a = p.args;
-  // From below: the amax pass ended there, and part of its input is in L2 still.
-  const auto place = [&](unsigned tile) {
-    return UnitTile(p.row_tiles - 1 - tile / p.col_tiles, tile % p.col_tiles);
-  };
-  const TileInputs<Reads> inputs(a, slots);
-  inputs.copy(place(blockIdx.x));
+  const auto place = [&](unsigned tile) { return from_below(p, tile); };
+  const TileInputs<Reads> inputs(a, slots, place(blockIdx.x));
   wait_for_previous();
 
   const bool writes_scales = blockIdx.x == 0 && threadIdx.x == 0;

@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(kThreads, kFewerBlocksOf<Reads, Act>)
   const auto place = [&](unsigned tile) {
     return UnitTile(tile / p.col_tiles, tile % p.col_tiles);
   };
-  const TileInputs<Reads> inputs(a, slots);
-  inputs.copy(place(blockIdx.x));
+  const TileInputs<Reads> inputs(a, slots, place(blockIdx.x));
   wait_for_previous();
 
   const unsigned tiles = p.col_tiles * p.row_tiles;
@@ -191,8 +190,7 @@ __global__ void __launch_bounds__(kThreads, kFewerBlocksOf<Reads, Act>)
   const auto place = [&](unsigned tile) {
     return UnitTile(tile / p.col_tiles, tile % p.col_tiles);
   };
-  const TileInputs<Reads> inputs(a, slots);
-  inputs.copy(place(blockIdx.x));
+  const TileInputs<Reads> inputs(a, slots, place(blockIdx.x));
   for_tiles(inputs, static_cast<unsigned>(tiles), place, [&](unsigned tile, const auto& take) {
     cast_unit_tile<T, Format, kGated, Act>(a, place(tile), take, multipliers, turning,
                                            [](UnitResults<T>& d) {

@@ -160,11 +160,8 @@ __global__ void __launch_bounds__(kThreads, kAxisCastBlocks<Reads, Act>)
   __shared__ alignas(16) float col_multiplier[kColumnParts][kTileCols];
   let_next_start();
   const MlpBackwardArgs& a = p.args;
-  const auto place = [&](unsigned tile) {
-    return UnitTile(p.row_tiles - 1 - tile / p.col_tiles, tile % p.col_tiles);
-  };
-  const TileInputs<Reads> inputs(a, slots);
-  inputs.copy(place(blockIdx.x));
+  const auto place = [&](unsigned tile) { return from_below(p, tile); };
+  const TileInputs<Reads> inputs(a, slots, place(blockIdx.x));
   wait_for_previous();
 
   for_tiles(inputs, p.col_tiles * p.row_tiles, place, [&](unsigned tile, const auto& take) {
@@ -203,14 +200,7 @@ __global__ void __launch_bounds__(kThreads, kAxisCastBlocks<Reads, Act>)
       if constexpr (kGated) up[r] = by_column(1, d.up);
       h[r] = by_column(2, d.h);
     }
-    const auto turn = [&](const Destination& to, const uint2(&codes)[kRowsPerThread], int place) {
-      if (to.data != nullptr) {
-        store_transposed_tile(to, to.ld, at.row, at.col, codes, turning[place]);
-      }
-    };
-    turn(a.gate_t, gate, 0);
-    if constexpr (kGated) turn(a.up_t, up, 1);
-    turn(a.h_t, h, 2);
+    store_transposed<kGated>(a, at, gate, up, h, turning);
   });
 }
 

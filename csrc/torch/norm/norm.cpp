@@ -103,22 +103,29 @@ const auto& forward_op() {
   return op;
 }
 
+// y, and x + residual where there is one. A weight that is wider than x multiplies y afterwards.
+std::tuple<at::Tensor, at::Tensor> normed(const at::Tensor& x, const OptionalTensor& residual,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          double eps, NormForm form) {
+  const bool wider = scales_wider(form, x, weight);
+  auto [y, sum, mean, rstd] = forward_op().call(x, residual, wider ? std::nullopt : weight, bias,
+                                                eps, static_cast<int64_t>(form));
+  return {wider ? *weight * y : y, sum};
+}
+
 }  // namespace
 
 at::Tensor composite::rms_norm(const at::Tensor& x, const OptionalTensor& weight,
                                std::optional<double> eps, std::string_view form_name) {
   const NormForm form = norm_form("rms_norm", form_name);
   check_norm("rms_norm", x, std::nullopt, weight, std::nullopt);
-  if (scales_wider(form, x, weight)) return *weight * rms_norm(x, std::nullopt, eps, form_name);
-  return std::get<0>(forward_op().call(x, std::nullopt, weight, std::nullopt, norm_eps(eps),
-                                       static_cast<int64_t>(form)));
+  return std::get<0>(normed(x, std::nullopt, weight, std::nullopt, norm_eps(eps), form));
 }
 
 at::Tensor composite::layer_norm(const at::Tensor& x, const OptionalTensor& weight,
                                  const OptionalTensor& bias, double eps) {
   check_norm("layer_norm", x, std::nullopt, weight, bias);
-  return std::get<0>(forward_op().call(x, std::nullopt, weight, bias, eps,
-                                       static_cast<int64_t>(NormForm::kLayer)));
+  return std::get<0>(normed(x, std::nullopt, weight, bias, eps, NormForm::kLayer));
 }
 
 std::tuple<at::Tensor, at::Tensor> composite::add_rms_norm(const at::Tensor& x,
@@ -128,13 +135,7 @@ std::tuple<at::Tensor, at::Tensor> composite::add_rms_norm(const at::Tensor& x,
                                                            std::string_view form_name) {
   const NormForm form = norm_form("add_rms_norm", form_name);
   check_norm("add_rms_norm", x, residual, weight, std::nullopt);
-  if (scales_wider(form, x, weight)) {
-    auto [y, sum] = add_rms_norm(x, residual, std::nullopt, eps, form_name);
-    return {*weight * y, sum};
-  }
-  auto [y, sum, mean, rstd] = forward_op().call(x, residual, weight, std::nullopt, norm_eps(eps),
-                                                static_cast<int64_t>(form));
-  return {y, sum};
+  return normed(x, residual, weight, std::nullopt, norm_eps(eps), form);
 }
 
 std::tuple<at::Tensor, at::Tensor> composite::_norm_and_input(const at::Tensor& x,
@@ -142,11 +143,8 @@ std::tuple<at::Tensor, at::Tensor> composite::_norm_and_input(const at::Tensor& 
                                                               const OptionalTensor& bias,
                                                               double eps, int64_t form) {
   check_norm("_norm_and_input", x, std::nullopt, weight, bias);
-  if (scales_wider(static_cast<NormForm>(form), x, weight)) {
-    auto [y, same] = _norm_and_input(x, std::nullopt, std::nullopt, eps, form);
-    return {*weight * y, same};
-  }
-  return {std::get<0>(forward_op().call(x, std::nullopt, weight, bias, eps, form)), x};
+  const auto as_form = static_cast<NormForm>(form);
+  return {std::get<0>(normed(x, std::nullopt, weight, bias, eps, as_form)), x};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kernel::_norm_forward(

@@ -19,6 +19,11 @@ def refused(module: nn.Module, make: Callable[[], object]) -> str | None:
     return None
 
 
+def replaced(module: nn.Module) -> str | None:
+    """That a forward of its own was put on a module that was changed; None if none was."""
+    return "its forward was replaced on the instance" if has_own_forward(module) else None
+
+
 def change(module: nn.Module, kind: type[nn.Module]) -> None:
     if not has_own_forward(module):
         vars(module).pop("forward", None)  # that of the class it was: see has_own_forward

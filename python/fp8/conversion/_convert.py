@@ -17,11 +17,12 @@ from torch import nn
 from .._native.collectives import spare_collectives
 from ..integrations.transformers import _experts, _registration
 from ..nn import _histories
-from ..nn._calls import forget_call, has_own_forward
+from ..nn._calls import forget_call
 from ..nn._linear import Linear, check_static
 from ..nn._mlp import check_save
 from ..recipe import DEFAULT_GROUPED_RECIPE, Recipe, check_grouped_recipe, check_recipe
 from . import _fusions, _mlp_fusion
+from ._classes import replaced
 from ._expert_rules import FoundExperts, find_experts
 from ._rules import Found, find_conv1d, find_linears, label, left_alone
 
@@ -198,9 +199,7 @@ def revert(model: ModelT) -> ModelT:
 def _obstacle(module: Linear) -> str | None:
     if type(module) is not Linear:
         return f"its class is {type(module).__name__}, a subclass"
-    if has_own_forward(module):
-        return "its forward was replaced on the instance"
-    return None
+    return replaced(module)
 
 
 @contextmanager

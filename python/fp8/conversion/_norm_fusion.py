@@ -5,10 +5,10 @@ from typing import Any
 from torch import nn
 
 from .._native.progress import progress
-from ..nn._calls import has_own_forward
+from ..nn._fused_classes import made_class
 from ..nn._fused_norms import LAYER, SPEC, NormSpec, fused_class, original
 from ..nn._fused_norms import stale as _stale
-from ._classes import change, give_back, refused
+from ._classes import change, give_back, refused, replaced
 from ._fusions import Fusable
 from ._norm_key import Key, key_of
 from ._norm_probe import probe
@@ -38,14 +38,12 @@ def _refused(module: nn.Module) -> str | None:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the module has a fused class, or one that something made of that."""
-    return any(original(kind) is not None for kind in type(module).__mro__)
+    return made_class(type(module), original) is not None
 
 
 def stale(module: nn.Module) -> str | None:
     """Why a fused module runs its class's own forward, whatever its input; None if it does not."""
-    if has_own_forward(module):
-        return "its forward was replaced on the instance"
-    return _stale(module)
+    return replaced(module) or _stale(module)
 
 
 def apply(found: Fusable) -> None:

@@ -4,7 +4,7 @@
 from torch import nn
 
 from ..nn import _fused_residuals
-from ..nn._calls import has_own_forward
+from ..nn._fused_classes import made_class
 from ..nn._fused_residuals import (
     fused_class,
     norm_obstacle,
@@ -16,7 +16,7 @@ from ..nn._fused_residuals import (
 )
 from ..nn._fused_rope import without_stand_ins
 from ..nn._residual_places import Place
-from ._classes import change, give_back, innermost, refused
+from ._classes import change, give_back, innermost, refused, replaced
 from ._fusions import Fusable
 from ._norm_fusion import find as find_norms
 
@@ -54,15 +54,13 @@ def _rotates(kind: type[nn.Module]) -> bool:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the module has a fused class, or one that something made of that."""
-    return any(original(kind) is not None for kind in type(module).__mro__)
+    return made_class(type(module), original) is not None
 
 
 def stale(module: nn.Module) -> str | None:
     """Why a fused module runs its class's own forward, whatever its input; None if it does not."""
-    if has_own_forward(module):
-        return "its forward was replaced on the instance"
-    kind = next(k for k in type(module).__mro__ if original(k) is not None)
-    return _fused_residuals.stale(module, kind)
+    kind = made_class(type(module), original)
+    return replaced(module) or _fused_residuals.stale(module, kind)
 
 
 def unable(found: Fusable) -> str | None:

@@ -6,6 +6,7 @@ from torch import nn
 from .._native.progress import progress
 from ..nn import _fused_rope
 from ..nn._calls import has_own_forward
+from ..nn._fused_classes import made_class
 from ..nn._fused_rope import (
     fused_class,
     obstacle,
@@ -16,7 +17,7 @@ from ..nn._fused_rope import (
 )
 from ..nn._rope_spec import RopeSpec
 from ..nn._rotations import Rotation
-from ._classes import change, give_back, innermost, refused
+from ._classes import change, give_back, innermost, refused, replaced
 from ._fusions import Fusable
 
 
@@ -55,14 +56,12 @@ def _refused(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the module has a fused class, or one that something made of that."""
-    return any(original(kind) is not None for kind in type(module).__mro__)
+    return made_class(type(module), original) is not None
 
 
 def stale(module: nn.Module) -> str | None:
     """Why a fused module runs its class's own forward, whatever its input; None if it does not."""
-    if has_own_forward(module):
-        return "its forward was replaced on the instance"
-    return _fused_rope.stale(next(k for k in type(module).__mro__ if original(k) is not None))
+    return replaced(module) or _fused_rope.stale(made_class(type(module), original))
 
 
 def apply(found: Fusable) -> None:

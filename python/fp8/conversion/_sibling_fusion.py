@@ -3,7 +3,6 @@
 
 from torch import nn
 
-from ..nn._calls import has_own_forward
 from ..nn._fused_mlps import own_class as own_class_of_mlp
 from ..nn._fused_siblings import (
     NOTES,
@@ -16,7 +15,7 @@ from ..nn._fused_siblings import (
 )
 from ..nn._linear import Linear
 from ..nn._merged import MergedLinear
-from ._classes import change, give_back, refused
+from ._classes import change, give_back, refused, replaced
 from ._fusions import Fusable
 
 _LINEARS = (Linear, nn.Linear)
@@ -66,14 +65,14 @@ def stale(module: nn.Module) -> str | None:
     computed together."""
     if own_class_of_mlp(type(module)) is not None:
         return "it is one node as an mlp"
-    if has_own_forward(module):
-        return "its forward was replaced on the instance"
+    if (why := replaced(module)) is not None:
+        return why
     base = own_class(type(module)) or type(module)
     groups = groups_of(module, base)
-    why = [obstacle(tuple(group), [*group.values()], _notes(module)) for group in groups]
+    obstacles = [obstacle(tuple(group), [*group.values()], _notes(module)) for group in groups]
     if not groups:
         return "no two of its layers that read one tensor are in FP8"
-    return None if None in why else why[0]
+    return None if None in obstacles else obstacles[0]
 
 
 def unable(found: Fusable) -> str | None:

@@ -17,6 +17,14 @@ def made_from(kind: type, mark: str) -> type[nn.Module] | None:
     return found
 
 
+def made_class(
+    kind: type, original: Callable[[type], type[nn.Module] | None]
+) -> type[nn.Module] | None:
+    """What one fusion made among `kind` and the classes that it is made of; None if there is none.
+    original: of the fusion, the class that it made another of."""
+    return next((each for each in kind.__mro__ if original(each) is not None), None)
+
+
 class FusedClasses:
     """Those of one kind: one for each class and the forward that it had. make: makes one, with this
     mark."""

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ._calls import called_through
 from ._class_code import held, names_read
-from ._fused_classes import made_from, subclass
+from ._fused_classes import made_class, made_from, subclass
 
 _rms_norm = torch.ops.fp8.rms_norm.default
 _layer_norm = torch.ops.fp8.layer_norm.default
@@ -225,7 +225,7 @@ def _make(base: type[nn.Module]) -> type[nn.Module]:
 def stale(module: nn.Module) -> str | None:
     """Why no call of a fused module is fused, as far as its input has no part in it."""
     spec: NormSpec | None = vars(module).get(SPEC)
-    kind: Any = next(k for k in type(module).__mro__ if original(k) is not None)
+    kind: Any = made_class(type(module), original)
     if spec is None:
         return "made of a fused class; convert again"
     if not kind._fp8_intact():

@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from tiny_models import experts_of, make, routing
+from tiny_models import experts_of, make, relative, routing, transformers
 from torch import nn
 
 import fp8
@@ -32,3 +32,22 @@ def call(module):
     hidden = torch.randn(12, 64, generator=generator)
     torch.manual_seed(1)
     return hidden, *routing(12, 2, module.num_experts)
+
+
+def exact(module):
+    """An implementation of transformers that, like FP8's, goes through _apply_gate."""
+    functions = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS
+    return functions["batched_mm"](module, *call(module))
+
+
+def error(module):
+    return relative(module(*call(module)), exact(module))
+
+
+class Swish(nn.Module):
+    def __init__(self, beta=1.0):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)

@@ -8,29 +8,18 @@ import pickle
 
 import pytest
 import torch
+from family_sizes import SIZES, T5
 from sibling_models import convert, products
 
 import fp8
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+NO_DROPOUT = {
     "attention_dropout": 0.0,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "vocab_size": 96}
 BART |= {
     f"{part}_{size}": n
@@ -55,11 +44,9 @@ FAMILIES = {
 
 
 def make(family):
-    settings, auto = SIZES, transformers.AutoModelForCausalLM
+    settings, auto = SIZES | NO_DROPOUT, transformers.AutoModelForCausalLM
     if family == "t5":
-        settings = T5 | {"vocab_size": 96, "feed_forward_proj": "gated-silu"}
-        settings |= {"decoder_start_token_id": 0}
-        auto = transformers.AutoModelForSeq2SeqLM
+        settings, auto = T5, transformers.AutoModelForSeq2SeqLM
     elif family == "bart":
         settings, auto = BART, transformers.AutoModelForSeq2SeqLM
     elif family == "bert":

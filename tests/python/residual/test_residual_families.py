@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from family_sizes import HEADS, SIZES
 from reference import assert_same_bits
 from residual_layers import Calls, is_fused
 from torch.profiler import ProfilerActivity, profile
@@ -17,21 +18,7 @@ import fp8
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 OTHERS = {"norms", "rope", "mlp", "siblings"}
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 SEQUENTIAL = {"use_parallel_residual": False, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-HEADS = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 BOTH = ["join", "add"]
 FAMILIES = {  # sizes, calls in a layer

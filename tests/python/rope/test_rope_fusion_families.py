@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from family_sizes import HEADS, SIZES
 from reference import assert_same_bits
 from rope_modules import calls_of, is_fused
 
@@ -15,21 +16,6 @@ import fp8
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "use_cache": False,
-}
-HEADS = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
 GPTJ = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 DEEPSEEK = {
     "q_lora_rank": 16,
@@ -72,7 +58,8 @@ def make(family, **more):
     auto = transformers.AutoModelForCausalLM
     if family == "modernbert":
         auto = transformers.AutoModelForMaskedLM
-    config = transformers.AutoConfig.for_model(family, **(FAMILIES[family][0] | more))
+    settings = {"use_cache": False} | FAMILIES[family][0] | more
+    config = transformers.AutoConfig.for_model(family, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model = auto.from_config(config).train()
