@@ -64,6 +64,17 @@ struct UnitTile {
         col0(col + threadIdx.x % kColGroups * 8) {}
 };
 
+// A thread's part of a tile as copies have it: within the matrix, in numbers that take one
+// instruction to multiply.
+struct PartStart {
+  uint32_t row;
+  uint32_t col;
+
+  __device__ __forceinline__ PartStart(const UnitTile& at, const MlpUnitArgs& unit)
+      : row(static_cast<uint32_t>(at.row0)),
+        col(static_cast<uint32_t>(min(at.col0, unit.features - 8))) {}
+};
+
 // The place of a tile for a pass that goes from below: the pass before it ended there, and part of
 // its input is in L2 still.
 template <typename Params>
@@ -92,18 +103,24 @@ class TileInputs {
       : args_(args),
         own_(shared + threadIdx.x),
         own_scales_(reinterpret_cast<float2*>(shared + kQuadsOfBlock) + threadIdx.x) {
+    const PartStart start = start_of(first);
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) copy(first, r);
+    for (int r = 0; r < kRowsPerThread; ++r) copy(start, r);
     __pipeline_commit();
   }
 
+  __device__ __forceinline__ PartStart start_of(const UnitTile& at) const {
+    return PartStart(at, args_.unit);
+  }
   // Begins to copy row r of the thread's part of a tile; what lies at the edge where there is none.
-  __device__ __forceinline__ void copy(const UnitTile& at, int r) const {
-    const int64_t row = min(at.row0 + r, args_.unit.rows - 1);
-    const int64_t col = min(at.col0, args_.unit.features - 8);
+  __device__ __forceinline__ void copy(const PartStart& start, int r) const {
+    const uint32_t row = min(start.row + r, static_cast<uint32_t>(args_.unit.rows - 1));
+    const auto place_in = [&](int64_t ld) {
+      return static_cast<uint64_t>(row) * static_cast<uint32_t>(ld) + start.col;
+    };
     uint4* to = own_ + r * kQuadsPerRow * kThreads;
     const auto copy8 = [&](const void* from, int64_t ld) {
-      const T* eight = static_cast<const T*>(from) + row * ld + col;
+      const T* eight = static_cast<const T*>(from) + place_in(ld);
 #pragma unroll
       for (int quad = 0; quad < kQuads<T>; ++quad) {
         __pipeline_memcpy_async(to, reinterpret_cast<const uint4*>(eight) + quad, 16);
@@ -111,7 +128,7 @@ class TileInputs {
       }
     };
     if constexpr (kCodes) {
-      const int64_t place = row * args_.unit.ld + col;
+      const uint64_t place = place_in(args_.unit.ld);
       auto* halves = reinterpret_cast<uint2*>(to);
       float2* scales = own_scales_ + r * kThreads;
       __pipeline_memcpy_async(halves, static_cast<const uint8_t*>(args_.unit.gate) + place, 8);
@@ -171,10 +188,11 @@ __device__ __forceinline__ void for_tiles(const TileInputs<Reads>& inputs, unsig
                                           const Place& place, const F& f) {
   for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const unsigned next = tile + gridDim.x;
+    const PartStart start = inputs.start_of(place(min(next, tiles - 1)));
     __pipeline_wait_prior(0);
     f(tile, [&](int r) {
       const auto in = inputs.take(r);
-      if (next < tiles) inputs.copy(place(next), r);
+      if (next < tiles) inputs.copy(start, r);
       if (r == kRowsPerThread - 1) __pipeline_commit();
       return in;
     });
@@ -207,13 +225,19 @@ __device__ __forceinline__ float h_multiplier(const MlpBackwardArgs& a, bool wri
   return scale.quant_multiplier;
 }
 
+// How many of a thread's rows are below `rows`.
+__device__ __forceinline__ int rows_there(int64_t row0, int64_t rows) {
+  return static_cast<int>(min(max(rows - row0, int64_t{0}), int64_t{kRowsPerThread}));
+}
+
 __device__ __forceinline__ void store_rows(const Destination& to, int64_t row0, int64_t col,
                                            const uint2 (&codes)[kRowsPerThread]) {
   if (to.data == nullptr) return;
+  const int there = rows_there(row0, to.rows);
   uint8_t* out = static_cast<uint8_t*>(to.data) + row0 * to.ld + col;
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    if (row0 + r < to.rows) *reinterpret_cast<uint2*>(out) = codes[r];
+    if (r < there) *reinterpret_cast<uint2*>(out) = codes[r];
     out += to.ld;
   }
 }
@@ -246,11 +270,12 @@ __device__ __forceinline__ void cast_unit_tile(const MlpBackwardArgs& a, const U
   uint2 gate[kRowsPerThread];
   uint2 up[kRowsPerThread];
   uint2 h[kRowsPerThread];
+  const int there = at.col0 < a.unit.features ? rows_there(at.row0, a.unit.rows) : 0;
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const UnitInputs<T> in = take(r);
     UnitResults<T> d = unit_backward<T, kGated, Act>(in.gate, in.up, in.dh, a.unit);
-    const bool exists = at.row0 + r < a.unit.rows && at.col0 < a.unit.features;
+    const bool exists = r < there;
     if (exists) see(d);
     const int valid = exists ? 8 : 0;
     gate[r] = keep_first(encode8<Format>(d.gate, [&](int) { return multipliers.gate; }), valid);

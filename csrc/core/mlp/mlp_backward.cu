@@ -192,7 +192,9 @@ void mlp_backward(const MlpBackwardArgs& args, Stream stream) {
   }
   const DeviceInfo device = current_device(unit.device);
   const UnitTiles tiles = plan_unit_tiles(args);
-  require(tiles.cols * tiles.rows <= kMaxGridX, "mlp_backward expects fewer elements");
+  require(tiles.cols * tiles.rows <= kMaxGridX &&
+              std::max({unit.rows, unit.ld, args.dh_ld}) < kMaxGridX,
+          "mlp_backward expects fewer elements");
   BackwardParams params{.args = args,
                         .col_tiles = static_cast<unsigned>(tiles.cols),
                         .row_tiles = static_cast<unsigned>(tiles.rows)};

@@ -102,6 +102,26 @@ def test_a_conversion_that_fails_leaves_the_model_as_it_was():
     assert state(model) == before
 
 
+def test_a_conversion_that_is_interrupted_leaves_the_model_as_it_was(monkeypatch):
+    """In the middle of its changes: linears and one of two experts modules are converted."""
+    set_fp8, done = experts.set_fp8, []
+
+    def once(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args)
+        set_fp8(*args)
+
+    for model in (make("mixtral"), fp8.convert(make("mixtral"), "rowwise", filter=every)):
+        before = state(model)
+        done.clear()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(experts, "set_fp8", once)
+            fp8.convert(model, "tensorwise", filter=every)
+        assert done
+        assert state(model) == before
+
+
 def test_a_config_that_cannot_be_copied_leaves_the_model_as_it_was():
     class Config(transformers.MixtralConfig):
         def __copy__(self):
