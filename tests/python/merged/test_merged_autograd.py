@@ -102,19 +102,22 @@ def test_merged_results_of_inference_may_be_modified(device):
             assert q.stride() == (48, 1)
 
 
-def test_merged_small_results_keep_no_memory_of_others(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(96, 32, 16), (91, 30, 13)])  # rows on 16 bytes, and not
+def test_merged_small_results_keep_no_memory_of_others(device, dtype, widths):
     """As k and v beside q's many heads: v lives until the backward, q and k need not."""
-    x = torch.randn(32, 64, device=device, requires_grad=True)
-    weights = [torch.randn(n, 64, device=device) for n in (96, 32, 16)]
+    x = torch.randn(32, 64, device=device, dtype=dtype, requires_grad=True)
+    weights = [torch.randn(n, 64, device=device, dtype=dtype) for n in widths]
+    total = 32 * sum(widths) * dtype.itemsize
     q, k, v = fp8.ops.merged_linear(x, weights)
     for small in (k, v):
         assert small.is_contiguous()
         assert small.untyped_storage().nbytes() == small.nbytes
-    assert q.untyped_storage().nbytes() == 32 * 144 * 4
+    assert q.untyped_storage().nbytes() == total
     with torch.no_grad():  # nothing is kept
         for a, b in zip((q, k, v), fp8.ops.merged_linear(x, weights), strict=True):
             assert_same_bits(a.detach(), b)
-            assert b.untyped_storage().nbytes() == 32 * 144 * 4
+            assert b.untyped_storage().nbytes() == total
 
 
 def test_merged_gradients_are_taken_without_a_copy(device):
