@@ -16,7 +16,8 @@ CLASSES = ("gemm", "quantize", "attention", "other")
 # the products because FlashAttention's names hold types of CUTLASS.
 _NEEDLES = {
     "quantize": ("fp8::core", "fp84core"),  # also as mangled
-    "attention": ("flash", "fmha", "sdpa"),  # cuDNN's name holds sdpa
+    # cuDNN's name holds sdpa; cudnn::fusion are the small kernels around its backward.
+    "attention": ("flash", "fmha", "sdpa", "cudnn::fusion"),
     "gemm": ("gemm", "gemv", "nvjet", "sm90_xmma", "splitk", "cublas"),
 }
 

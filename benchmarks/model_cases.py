@@ -115,6 +115,8 @@ CASES = (
     ),
     ModelCase("llama", LLAMA, (*_EAGER, _TORCHAO, *_LIGER), sequences=4, context=2048),
     ModelCase("layer", LLAMA, (*_EAGER, "fp8 blockwise", _TORCHAO), layers=1, part="layer"),
+    ModelCase("layer", QWEN3_MOE, _MIXTURE, layers=1, part="layer"),
+    ModelCase("layer", MIXTRAL, _MIXTURE, layers=1, part="layer"),
     ModelCase("qwen3", QWEN3, (*_EAGER, "TE delayed", _TORCHAO, *_LIGER)),
     ModelCase("qwen3", QWEN3, _EAGER, sequences=4, context=2048),
     ModelCase("qwen3-moe", QWEN3_MOE, _MIXTURE),
