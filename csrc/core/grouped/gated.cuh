@@ -60,7 +60,8 @@ __device__ __forceinline__ GatePair<T> load_gate(const GateArgs& a, const T* row
   return load_halves(a, row, feature);
 }
 
-// kPlain: without a bias, gates before ups.
+// kPlain: silu without a bias, gates before ups, what most models have. Kernels of its own need
+// fewer registers.
 template <typename T, bool kPlain>
 struct GatedSource {
   using Element = T;
@@ -121,24 +122,42 @@ struct GatedSource {
     return finish(fetch(row, feature), valid);
   }
 
+  // f(std::integral_constant<Activation, ..>, std::bool_constant<..>): the activation, and whether
+  // the fast form of the sigmoid may compute the eight.
+  template <typename F>
+  __device__ __forceinline__ void in_its_form(const Values& v, const F& f) const {
+    const auto choose = [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      if constexpr (has_sigmoid(kActivation)) {
+        bool fast = true;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float x = sigmoid_argument<kActivation>(v.gate(i), args.alpha, args.limit);
+          fast = fast && !(x < kLeastFastSigmoid);
+        }
+        if (fast) return f(activation, std::true_type{});
+      }
+      f(activation, std::false_type{});
+    };
+    if constexpr (kPlain) {
+      choose(std::integral_constant<Activation, Activation::kSilu>{});
+    } else {
+      with_activation(args.activation, choose);
+    }
+  }
+
   // All eight are there: features come in sixteens.
   __device__ __forceinline__ Vec8<T> finish(const Raw& v, int /*valid*/) const {
     Vec8<T> h;
-    with_activation(args.activation, [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-      const auto compute = [&](bool* usual) {
+    in_its_form(v, [&](auto activation, auto fast) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const auto unit = [&](int i) {
-            return gated_unit<kActivation, false>(v.gate(i), v.up(i), args.alpha, args.limit,
-                                                  usual);
-          };
-          set_pair(h, j, unit(2 * j).h, unit(2 * j + 1).h);
-        }
-      };
-      bool usual = true;
-      compute(&usual);
-      if (has_sigmoid(kActivation) && !usual) compute(nullptr);
+      for (int j = 0; j < 4; ++j) {
+        const auto unit = [&](int i) {
+          return gated_unit<decltype(activation)::value, false, decltype(fast)::value>(
+              v.gate(i), v.up(i), args.alpha, args.limit);
+        };
+        set_pair(h, j, unit(2 * j).h, unit(2 * j + 1).h);
+      }
     });
     return h;
   }
@@ -147,7 +166,7 @@ struct GatedSource {
 // f(source) with the source of these arguments in elements of T.
 template <typename T, typename F>
 void with_gated_source(const GateArgs& args, const F& f) {
-  if (args.bias == nullptr && !args.interleaved) {
+  if (args.activation == Activation::kSilu && args.bias == nullptr && !args.interleaved) {
     f(GatedSource<T, true>{args});
   } else {
     f(GatedSource<T, false>{args});
