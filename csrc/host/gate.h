@@ -17,9 +17,9 @@ struct GatedUnit {
 };
 
 // From here on 1 + exp(-x) < 2^126.
-inline constexpr float kLeastFastSigmoid = -87.0F;
+inline constexpr float kLeastFast = -87.0F;
 
-// kFast: on a GPU, for x >= kLeastFastSigmoid and NaN, 1 / d takes three instructions and no
+// kFast: on a GPU, for x >= kLeastFast and NaN, 1 / d takes three instructions and no
 // branch; it is the quotient to the bit.
 template <bool kFast = false>
 FP8_HOST_DEVICE float sigmoid(float x) {

@@ -3,6 +3,7 @@
 // activation module would.
 #pragma once
 
+#include "core/device/fast_sigmoid.cuh"
 #include "core/grouped/device.cuh"
 #include "core/quantize/source.cuh"
 #include "host/gate.h"
@@ -44,24 +45,16 @@ __device__ __forceinline__ void interleave(const GatePair<T>& pair, Vec8<T>& low
   }
 }
 
-// Eight features from a row of gates, then ups.
-template <typename T>
-__device__ __forceinline__ GatePair<T> load_halves(const GateArgs& a, const T* row,
-                                                   int64_t feature) {
-  return {load8(row + feature, 8, true), load8(row + a.features + feature, 8, true)};
-}
-
-// From a row of any layout.
+// Eight features from a row of any layout.
 template <typename T>
 __device__ __forceinline__ GatePair<T> load_gate(const GateArgs& a, const T* row, int64_t feature) {
   if (a.interleaved) {
     return separate(load8(row + 2 * feature, 8, true), load8(row + 2 * feature + 8, 8, true));
   }
-  return load_halves(a, row, feature);
+  return {load8(row + feature, 8, true), load8(row + a.features + feature, 8, true)};
 }
 
-// kPlain: silu without a bias, gates before ups, what most models have. Kernels of its own need
-// fewer registers.
+// kPlain: without a bias, gates before ups.
 template <typename T, bool kPlain>
 struct GatedSource {
   using Element = T;
@@ -102,16 +95,27 @@ struct GatedSource {
     return {static_cast<const T*>(args.gate_up) + (exists ? index * width : 0), bias};
   }
 
-  __device__ __forceinline__ Values values(const Row& row, int64_t feature) const {
+  // Gates and ups, or two eights of both.
+  static constexpr int kParts = 2;
+  __device__ __forceinline__ const T* part(const Row& row, int which, int64_t feature) const {
+    if (kPlain || !args.interleaved) return row.values + which * args.features + feature;
+    return row.values + 2 * feature + 8 * which;
+  }
+  __device__ __forceinline__ Raw of_parts(const Row& row, int64_t feature,
+                                          const Vec8<T> (&parts)[kParts]) const {
     Values v;
     if constexpr (kPlain) {
-      v.values = load_halves(args, row.values, feature);
+      v.values = {parts[0], parts[1]};
     } else {
-      v.values = load_gate(args, row.values, feature);
+      v.values = args.interleaved ? separate(parts[0], parts[1]) : GatePair<T>{parts[0], parts[1]};
       v.has_bias = row.bias != nullptr;
       if (v.has_bias) v.bias = load_gate(args, row.bias, feature);
     }
     return v;
+  }
+  __device__ __forceinline__ Values values(const Row& row, int64_t feature) const {
+    return of_parts(row, feature,
+                    {load8(part(row, 0, feature), 8, true), load8(part(row, 1, feature), 8, true)});
   }
 
   __device__ __forceinline__ Raw fetch(const Row& row, int64_t feature) const {
@@ -130,20 +134,20 @@ struct GatedSource {
       constexpr Activation kActivation = decltype(activation)::value;
       if constexpr (has_sigmoid(kActivation)) {
         bool fast = true;
+        if constexpr (kPlain && kActivation == Activation::kSilu) {
+          fast = none_below_fast(v.values.gate);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float x = sigmoid_argument<kActivation>(v.gate(i), args.alpha, args.limit);
-          fast = fast && !(x < kLeastFastSigmoid);
+          for (int i = 0; i < 8; ++i) {
+            const float x = sigmoid_argument<kActivation>(v.gate(i), args.alpha, args.limit);
+            fast = fast && !(x < kLeastFast);
+          }
         }
         if (fast) return f(activation, std::true_type{});
       }
       f(activation, std::false_type{});
     };
-    if constexpr (kPlain) {
-      choose(std::integral_constant<Activation, Activation::kSilu>{});
-    } else {
-      with_activation(args.activation, choose);
-    }
+    with_activation(args.activation, choose);
   }
 
   // All eight are there: features come in sixteens.
@@ -166,7 +170,7 @@ struct GatedSource {
 // f(source) with the source of these arguments in elements of T.
 template <typename T, typename F>
 void with_gated_source(const GateArgs& args, const F& f) {
-  if (args.activation == Activation::kSilu && args.bias == nullptr && !args.interleaved) {
+  if (args.bias == nullptr && !args.interleaved) {
     f(GatedSource<T, true>{args});
   } else {
     f(GatedSource<T, false>{args});
