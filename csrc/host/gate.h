@@ -16,13 +16,16 @@ struct GatedUnit {
   float d_up;    // dh / dup
 };
 
-// usual: on a GPU, where it is given, 1 / d takes three instructions and no branch, and `usual`
-// becomes false where that is not the quotient to the bit.
-FP8_HOST_DEVICE inline float sigmoid(float x, [[maybe_unused]] bool* usual) {
+// From here on 1 + exp(-x) < 2^126.
+inline constexpr float kLeastFast = -87.0F;
+
+// kFast: on a GPU, for x >= kLeastFast and NaN, 1 / d takes three instructions and no
+// branch; it is the quotient to the bit.
+template <bool kFast = false>
+FP8_HOST_DEVICE float sigmoid(float x) {
   const float d = 1.0F + expf(-x);
 #ifdef __CUDA_ARCH__
-  if (usual != nullptr) {
-    *usual = *usual && !(d >= 0x1p126F);
+  if constexpr (kFast) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
     return __fmaf_rn(r, -__fmaf_rn(d, r, -1.0F), r);
@@ -36,18 +39,27 @@ FP8_HOST_DEVICE constexpr bool has_sigmoid(core::Activation activation) {
   return activation == core::Activation::kSilu || activation == core::Activation::kClampedSilu;
 }
 
-// alpha, limit: of kClampedSilu. usual: of sigmoid.
-template <core::Activation kActivation, bool kDerivatives>
+// What the sigmoid of a unit that has one is taken of. alpha, limit: of kClampedSilu, here and
+// below.
+template <core::Activation kActivation>
+FP8_HOST_DEVICE float sigmoid_argument(float gate, [[maybe_unused]] float alpha,
+                                       [[maybe_unused]] float limit) {
+  static_assert(has_sigmoid(kActivation));
+  if constexpr (kActivation == core::Activation::kSilu) return gate;
+  return alpha * (gate > limit ? limit : gate);
+}
+
+// kFast: of sigmoid.
+template <core::Activation kActivation, bool kDerivatives, bool kFast = false>
 FP8_HOST_DEVICE GatedUnit gated_unit(float gate, float up, [[maybe_unused]] float alpha,
-                                     [[maybe_unused]] float limit,
-                                     [[maybe_unused]] bool* usual = nullptr) {
+                                     [[maybe_unused]] float limit) {
   using core::Activation;
   float act = 0.0F;
   float d_act = 0.0F;
   float factor = up;
   float d_factor = 1.0F;
   if constexpr (kActivation == Activation::kSilu) {
-    const float s = sigmoid(gate, usual);
+    const float s = sigmoid<kFast>(gate);
     act = gate * s;
     if (kDerivatives) d_act = s * (1.0F + gate * (1.0F - s));
   } else if constexpr (kActivation == Activation::kGelu) {
@@ -66,7 +78,7 @@ FP8_HOST_DEVICE GatedUnit gated_unit(float gate, float up, [[maybe_unused]] floa
     // Clamps as torch does: NaN stays, and a value at the limit still has its gradient.
     const bool passes = !(gate > limit);
     const float clamped = passes ? gate : limit;
-    const float s = sigmoid(alpha * clamped, usual);
+    const float s = sigmoid<kFast>(sigmoid_argument<kActivation>(gate, alpha, limit));
     act = clamped * s;
     if (kDerivatives && passes) d_act = s * (1.0F + alpha * clamped * (1.0F - s));
     const bool inside = !(up > limit) && !(up < -limit);

@@ -16,6 +16,41 @@ __device__ __forceinline__ uint32_t first_slot(const uint4* shared) {
   return address;
 }
 
+// An eight at `address`, whose words of 16 bytes are `step` bytes apart. From memory on 16 bytes:
+// it is there after the caller's commit and wait_for_copies().
+template <typename T>
+__device__ __forceinline__ void copy_eight(uint32_t address, uint32_t step, const T* source) {
+#pragma unroll
+  for (int quad = 0; quad < kQuads<T>; ++quad) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address + quad * step),
+                 "l"(reinterpret_cast<const uint4*>(source) + quad)
+                 : "memory");
+  }
+}
+// Each call reads memory.
+template <typename T>
+__device__ __forceinline__ Vec8<T> read_eight(uint32_t address, uint32_t step) {
+  Vec8<T> v;
+#pragma unroll
+  for (int quad = 0; quad < kQuads<T>; ++quad) {
+    uint32_t* words = v.words + 4 * quad;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address + quad * step));
+  }
+  return v;
+}
+template <typename T>
+__device__ __forceinline__ void write_eight(uint32_t address, uint32_t step, const Vec8<T>& v) {
+#pragma unroll
+  for (int quad = 0; quad < kQuads<T>; ++quad) {
+    const uint32_t* words = v.words + 4 * quad;
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address + quad * step),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
+}
+
 // A thread's kVectors eights of a row. Zeros beyond the columns. kThreads: of the block, where that
 // is a constant; 0: blockDim.x. slot: the address of the thread's first word of a slot.
 template <typename T, int kVectors, int kThreads = 0>
@@ -35,13 +70,7 @@ struct NextRows {
   __device__ __forceinline__ void copy_async(uint32_t slot, const T* row) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (col(i) >= cols) continue;
-#pragma unroll
-      for (int quad = 0; quad < kQuads<T>; ++quad) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(word(slot, i, quad)),
-                     "l"(reinterpret_cast<const uint4*>(row + col(i)) + quad)
-                     : "memory");
-      }
+      if (col(i) < cols) copy_eight(word(slot, i), step(), row + col(i));
     }
   }
   // Any other, at once.
@@ -58,36 +87,23 @@ struct NextRows {
     for (int i = 0; i < kVectors; ++i) put(slot, i, v[i]);
   }
   __device__ __forceinline__ void put(uint32_t slot, int i, const Vec8<T>& v) const {
-#pragma unroll
-    for (int quad = 0; quad < kQuads<T>; ++quad) {
-      const uint32_t* words = v.words + 4 * quad;
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(word(slot, i, quad)),
-                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-                   : "memory");
-    }
+    write_eight(word(slot, i), step(), v);
   }
   __device__ __forceinline__ Vec8<T> take(uint32_t slot, int i) const {
     return col(i) < cols ? read(slot, i) : zero8<T>();
   }
-  // One that is there. Each call reads memory.
+  // One that is there.
   __device__ __forceinline__ Vec8<T> read(uint32_t slot, int i) const {
-    Vec8<T> v;
-#pragma unroll
-    for (int quad = 0; quad < kQuads<T>; ++quad) {
-      uint32_t* words = v.words + 4 * quad;
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(word(slot, i, quad)));
-    }
-    return v;
+    return read_eight<T>(word(slot, i), step());
   }
 
  private:
   static __device__ __forceinline__ uint32_t width() {
     return kThreads > 0 ? kThreads : blockDim.x;
   }
-  static __device__ __forceinline__ uint32_t word(uint32_t slot, int i, int quad) {
-    return slot + static_cast<uint32_t>(i * kQuads<T> + quad) * width() * sizeof(uint4);
+  static __device__ __forceinline__ uint32_t step() { return width() * sizeof(uint4); }
+  static __device__ __forceinline__ uint32_t word(uint32_t slot, int i) {
+    return slot + static_cast<uint32_t>(i * kQuads<T>) * step();
   }
   __device__ __forceinline__ int col(int i) const { return first_col + i * stride; }
 };

@@ -60,15 +60,16 @@ struct Results {
 
 // dot: dh . h is added to it.
 template <typename T, bool kPlain>
-__device__ __forceinline__ Results<T> results(const GateArgs& a,
+__device__ __forceinline__ Results<T> results(const GatedSource<T, kPlain>& source,
                                               const typename GatedSource<T, kPlain>::Values& v,
                                               const Vec8<T>& dh, float weight, float& dot) {
   Results<T> out;
-  with_activation(a.activation, [&](auto activation) {
+  source.in_its_form(v, [&](auto activation, auto fast) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const auto unit = [&](int i) {
-        return gated_unit<decltype(activation)::value, true>(v.gate(i), v.up(i), a.alpha, a.limit);
+        return gated_unit<decltype(activation)::value, true, decltype(fast)::value>(
+            v.gate(i), v.up(i), source.args.alpha, source.args.limit);
       };
       const GatedUnit low = unit(2 * j);
       const GatedUnit high = unit(2 * j + 1);
@@ -117,8 +118,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, kMinBlocks<T, kPlain, kShared>
     const int64_t in_h = at.row * a.features + feature;
     const Vec8<T> dh = load8(static_cast<const T*>(b.dh) + in_h, 8, true);
     const Results<T> found = results<T, kPlain>(
-        a, p.source.values({gate_up + at.row * 2 * a.features, row.bias}, feature), dh, weight,
-        dot);
+        p.source, p.source.values({gate_up + at.row * 2 * a.features, row.bias}, feature), dh,
+        weight, dot);
     if (first && b.weighted_h != nullptr) {
       store8(static_cast<T*>(b.weighted_h) + in_h, found.weighted_h);
     }

@@ -1,6 +1,6 @@
-// The gated activation between the two grouped matmuls, with quantization: the frames of row.cuh
-// and row_blocks.cuh over the rows of gated.cuh, one pass. Rows past the last offset are left
-// alone. Bound by bandwidth: 4 + 1 bytes a feature (bf16).
+// The gated activation between the two grouped matmuls, with quantization: the frames of
+// computed_row.cuh and row_blocks.cuh over the rows of gated.cuh, one pass. Rows past the last
+// offset are left alone. Bound by bandwidth: 4 + 1 bytes a feature (bf16).
 #include "core/grouped/gated.cuh"
 #include "core/quantize/computed_row.cuh"
 #include "core/quantize/row_blocks.cuh"
@@ -11,8 +11,8 @@ namespace {
 constexpr int kMaxVectors = 8;  // of eight features a thread, before a row has more threads
 constexpr int kBlockThreads = 128;
 // Blocks of 512 threads to a multiprocessor.
-template <typename T, bool kPlain>
-constexpr int kMinBlocks = sizeof(T) == 4 || !kPlain ? 1 : 2;
+template <typename Source>
+constexpr int kMinBlocks = Source::kIsPlain ? 2 : 1;
 
 struct GroupRows {
   static constexpr bool kPadded = false;
@@ -22,7 +22,7 @@ struct GroupRows {
   int64_t features;
 
   __device__ __forceinline__ bool has(int64_t /*row*/, bool exists) const { return exists; }
-  __device__ __forceinline__ int64_t cols() const { return features; }
+  __host__ __device__ __forceinline__ int64_t cols() const { return features; }
   __device__ __forceinline__ void put_scale(int64_t row, float value, unsigned block = 0) const {
     scale[block * rows + row] = value;
   }
@@ -63,8 +63,7 @@ void gate_forward(const GateForwardArgs& args, Stream stream) {
         if (args.granularity == Granularity::kBlock1x128) {
           launch_row_blocks<Format>(params, a.rows, a.features, stream);
         } else {
-          launch_computed_rows<Format, kMinBlocks<typename Source::Element, Source::kIsPlain>>(
-              params, a.rows, stream);
+          launch_computed_rows<Format, kMinBlocks<Source>>(params, a.rows, stream);
         }
       });
     });

@@ -3,6 +3,7 @@
 // activation module would.
 #pragma once
 
+#include "core/device/fast_sigmoid.cuh"
 #include "core/grouped/device.cuh"
 #include "core/quantize/source.cuh"
 #include "host/gate.h"
@@ -44,20 +45,13 @@ __device__ __forceinline__ void interleave(const GatePair<T>& pair, Vec8<T>& low
   }
 }
 
-// Eight features from a row of gates, then ups.
-template <typename T>
-__device__ __forceinline__ GatePair<T> load_halves(const GateArgs& a, const T* row,
-                                                   int64_t feature) {
-  return {load8(row + feature, 8, true), load8(row + a.features + feature, 8, true)};
-}
-
-// From a row of any layout.
+// Eight features from a row of any layout.
 template <typename T>
 __device__ __forceinline__ GatePair<T> load_gate(const GateArgs& a, const T* row, int64_t feature) {
   if (a.interleaved) {
     return separate(load8(row + 2 * feature, 8, true), load8(row + 2 * feature + 8, 8, true));
   }
-  return load_halves(a, row, feature);
+  return {load8(row + feature, 8, true), load8(row + a.features + feature, 8, true)};
 }
 
 // kPlain: without a bias, gates before ups.
@@ -101,16 +95,27 @@ struct GatedSource {
     return {static_cast<const T*>(args.gate_up) + (exists ? index * width : 0), bias};
   }
 
-  __device__ __forceinline__ Values values(const Row& row, int64_t feature) const {
+  // Gates and ups, or two eights of both.
+  static constexpr int kParts = 2;
+  __device__ __forceinline__ const T* part(const Row& row, int which, int64_t feature) const {
+    if (kPlain || !args.interleaved) return row.values + which * args.features + feature;
+    return row.values + 2 * feature + 8 * which;
+  }
+  __device__ __forceinline__ Raw of_parts(const Row& row, int64_t feature,
+                                          const Vec8<T> (&parts)[kParts]) const {
     Values v;
     if constexpr (kPlain) {
-      v.values = load_halves(args, row.values, feature);
+      v.values = {parts[0], parts[1]};
     } else {
-      v.values = load_gate(args, row.values, feature);
+      v.values = args.interleaved ? separate(parts[0], parts[1]) : GatePair<T>{parts[0], parts[1]};
       v.has_bias = row.bias != nullptr;
       if (v.has_bias) v.bias = load_gate(args, row.bias, feature);
     }
     return v;
+  }
+  __device__ __forceinline__ Values values(const Row& row, int64_t feature) const {
+    return of_parts(row, feature,
+                    {load8(part(row, 0, feature), 8, true), load8(part(row, 1, feature), 8, true)});
   }
 
   __device__ __forceinline__ Raw fetch(const Row& row, int64_t feature) const {
@@ -121,24 +126,42 @@ struct GatedSource {
     return finish(fetch(row, feature), valid);
   }
 
+  // f(std::integral_constant<Activation, ..>, std::bool_constant<..>): the activation, and whether
+  // the fast form of the sigmoid may compute the eight.
+  template <typename F>
+  __device__ __forceinline__ void in_its_form(const Values& v, const F& f) const {
+    const auto choose = [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      if constexpr (has_sigmoid(kActivation)) {
+        bool fast = true;
+        if constexpr (kPlain && kActivation == Activation::kSilu) {
+          fast = none_below_fast(v.values.gate);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float x = sigmoid_argument<kActivation>(v.gate(i), args.alpha, args.limit);
+            fast = fast && !(x < kLeastFast);
+          }
+        }
+        if (fast) return f(activation, std::true_type{});
+      }
+      f(activation, std::false_type{});
+    };
+    with_activation(args.activation, choose);
+  }
+
   // All eight are there: features come in sixteens.
   __device__ __forceinline__ Vec8<T> finish(const Raw& v, int /*valid*/) const {
     Vec8<T> h;
-    with_activation(args.activation, [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-      const auto compute = [&](bool* usual) {
+    in_its_form(v, [&](auto activation, auto fast) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const auto unit = [&](int i) {
-            return gated_unit<kActivation, false>(v.gate(i), v.up(i), args.alpha, args.limit,
-                                                  usual);
-          };
-          set_pair(h, j, unit(2 * j).h, unit(2 * j + 1).h);
-        }
-      };
-      bool usual = true;
-      compute(&usual);
-      if (has_sigmoid(kActivation) && !usual) compute(nullptr);
+      for (int j = 0; j < 4; ++j) {
+        const auto unit = [&](int i) {
+          return gated_unit<decltype(activation)::value, false, decltype(fast)::value>(
+              v.gate(i), v.up(i), args.alpha, args.limit);
+        };
+        set_pair(h, j, unit(2 * j).h, unit(2 * j + 1).h);
+      }
     });
     return h;
   }

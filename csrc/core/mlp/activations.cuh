@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "core/device/fast_sigmoid.cuh"
 #include "core/device/vectors.cuh"
 #include "fp8/core_mlp.h"
 
@@ -44,7 +45,6 @@ __device__ __forceinline__ float approximate_reciprocal(float d) {
 }
 
 constexpr float kLog2e = 1.44269504088896340736F;
-constexpr float kLeastFast = -87.0F;  // from here on 1 + exp(-x) < 2^126
 
 // 1 / (1 + exp(-x)) to the bit. Fast: without a branch, for x >= kLeastFast.
 template <bool kFast>
@@ -53,22 +53,6 @@ __device__ __forceinline__ float logistic(float x) {
   if constexpr (!kFast) return __fdiv_rn(1.0F, d);
   const float r = approximate_reciprocal(d);
   return __fmaf_rn(r, -__fmaf_rn(d, r, -1.0F), r);
-}
-
-// Whether all eight are kLeastFast at least; NaN as it comes.
-template <typename T>
-__device__ __forceinline__ bool none_below_fast(const Vec8<T>& x) {
-  if constexpr (sizeof(T) == 4) {
-    bool all = true;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) all = all && !(x.get(i) < kLeastFast);
-    return all;
-  } else {  // negative ones are greater the lower they are, as unsigned integers
-    constexpr uint32_t kLeast = std::is_same_v<T, __half> ? 0xD570U : 0xC2AEU;
-    const uint32_t words = __vmaxu2(__vmaxu2(x.words[0], x.words[1]),  //
-                                    __vmaxu2(x.words[2], x.words[3]));
-    return max(words >> 16, words & 0xFFFFU) <= kLeast;
-  }
 }
 
 struct Silu {

@@ -208,6 +208,14 @@ struct UnitSource {
     if constexpr (kGated) raw.up = load8(static_cast<const T*>(args.up) + at, 8, true);
     return raw;
   }
+  static constexpr int kParts = kGated ? 2 : 1;  // gate, up
+  __device__ __forceinline__ const T* part(int64_t row, int which, int64_t col) const {
+    return static_cast<const T*>(which == 0 ? args.gate : args.up) + row + col;
+  }
+  __device__ __forceinline__ Raw of_parts(int64_t /*row*/, int64_t /*col*/,
+                                          const Vec8<T> (&parts)[kParts]) const {
+    return {parts[0], parts[kParts - 1]};
+  }
   // All eight are there, or none: features come in sixteens.
   __device__ __forceinline__ Vec8<T> finish(const Raw& raw, int valid) const {
     return valid > 0 ? unit_forward<T, kGated, Act>(raw.gate, raw.up, args) : zero8<T>();

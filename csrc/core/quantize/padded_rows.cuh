@@ -16,7 +16,7 @@ struct PaddedRows {
   __device__ __forceinline__ bool has(int64_t row, bool /*exists*/) const {
     return row < data.rows;
   }
-  __device__ __forceinline__ int64_t cols() const { return data.ld; }
+  __host__ __device__ __forceinline__ int64_t cols() const { return data.ld; }
   __device__ __forceinline__ void put_scale(int64_t row, float value) const { scale[row] = value; }
   __device__ __forceinline__ int early(int64_t /*row*/) const { return 0; }
   __device__ __forceinline__ uint8_t* row(int64_t index, int /*early*/) const {
