@@ -30,7 +30,7 @@ PASSES = {
     ),
     "blockwise": (
         ("mlp blocks, forward", ("blockwise_kernel", "UnitSource"), 5),
-        ("mlp backward, values", ("unit_values_kernel",), 12),
+        ("mlp blocks, backward", ("unit_blocks_kernel",), 11),
     ),
 }
 
@@ -47,6 +47,7 @@ PASSES_OF_CODES = {
         ("mlp rows, backward of codes, cast", ("unit_axis_cast_kernel",), 9),
     ),
     "delayed": (("mlp backward of codes, delayed", ("unit_cast_delayed_kernel",), 9),),
+    "blockwise": (("mlp blocks, backward of codes", ("unit_blocks_kernel",), 9),),
 }
 
 

@@ -55,7 +55,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: blocks of a column forget that their scales are to be powers of two",
-        "csrc/core/quantize/blockwise.cuh",
+        "csrc/core/quantize/blockwise_tile.cuh",
         """static_cast<int>(threadIdx.x)),
                           Format::kMax, p.power_of_two);""",
         """static_cast<int>(threadIdx.x)),
@@ -113,7 +113,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: a block's rows get their neighbours' scales",
-        "csrc/core/quantize/blockwise.cuh",
+        "csrc/core/quantize/blockwise_tile.cuh",
         "__shfl_sync(0xFFFFFFFFU, of_row, r, 16)",
         "__shfl_sync(0xFFFFFFFFU, of_row, r ^ 1, 16)",
         QUANTIZE,
@@ -121,7 +121,7 @@ CUDA = [
     ),
     Fault(
         "CUDA: the halves of transposed words are not put in order",
-        "csrc/core/quantize/blockwise.cuh",
+        "csrc/core/quantize/blockwise_tile.cuh",
         "swizzle % 2 == 0 ? q :",
         "true ? q :",
         QUANTIZE,

@@ -16,6 +16,7 @@ SAVE = f"{MLP}/test_mlp_save_fp8.py"
 FUSION_SAVE = f"{MLP}/test_mlp_fusion_save.py"
 TILES = "csrc/core/mlp/backward_tile.cuh"
 UNIT = "csrc/core/mlp/unit.cuh"
+BLOCKS = "csrc/core/mlp/mlp_backward_blockwise.cu"
 
 MLPS = [
     Fault(
@@ -236,6 +237,22 @@ MLPS = [
         "word >> (16 * (pair % 2))",
         "word >> (16 * (pair % 1))",
         SAVE,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: halves of one gradient have their columns' blocks in matrices of their own",
+        BLOCKS,
+        ".scale_t_ld = args.joint ? 2 * features : features",
+        ".scale_t_ld = features",
+        f"{MLP}/test_mlp_values.py",
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: a thread's first row stands for all that it quantizes",
+        BLOCKS,
+        "for (int r = 0; r < kRows; ++r) v[r] = places.take(place, r);",
+        "for (int r = 0; r < kRows; ++r) v[r] = places.take(place, 0);",
+        f"{MLP}/test_mlp_values.py",
         gpu=True,
     ),
 ]

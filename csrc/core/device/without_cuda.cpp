@@ -33,6 +33,7 @@ size_t quantize_joined_workspace_bytes(const JoinedArgs&) { return 0; }
 size_t mlp_forward_workspace_bytes(const MlpForwardArgs&) { return 0; }
 size_t mlp_backward_workspace_bytes(const MlpBackwardArgs&) { return 0; }
 bool mlp_backward_takes_codes(const MlpUnitArgs&) { return false; }
+bool mlp_backward_makes_blocks(const MlpUnitArgs&) { return false; }
 int64_t route_workspace_words(const RouteArgs&) { return 0; }
 int64_t norm_workspace_floats(const NormBackwardArgs&) { return 0; }
 bool suits_joined(const JoinedArgs&) { return false; }

@@ -7,6 +7,7 @@
 
 #include "core/device/device.h"
 #include "core/device/dispatch.cuh"
+#include "core/mlp/backward_blockwise.h"
 #include "core/mlp/backward_tile.cuh"
 #include "core/mlp/plan.h"
 #include "core/mlp/screen.cuh"
@@ -172,6 +173,7 @@ void launch_amax(const BackwardParams& params, cudaStream_t stream) {
 bool mlp_backward_takes_codes(const MlpUnitArgs& unit) { return reads_codes(unit); }
 
 size_t mlp_backward_workspace_bytes(const MlpBackwardArgs& args) {
+  if (args.granularity == Granularity::kBlock1x128) return 0;
   const UnitAmaxPlan plan = plan_unit_amax(args.unit, current_device(args.unit.device).sm_count);
   if (args.granularity == Granularity::kRowwise) {
     return rowwise_workspace_words(args, plan) * sizeof(uint32_t);
@@ -186,15 +188,18 @@ void mlp_backward(const MlpBackwardArgs& args, Stream stream) {
   check_unit(unit);
   require(args.h_dtype == Dtype::kE4M3, "mlp_backward makes h in e4m3");
   require(on_16_bytes(args.dh) && args.dh_ld % 8 == 0, "mlp_backward expects aligned rows of dh");
-  require(args.dh == nullptr || args.workspace != nullptr, "mlp_backward expects a workspace");
   for (const Destination& to : {args.gate, args.up, args.gate_t, args.up_t, args.h_t}) {
     require(on_16_bytes(to.data) && to.ld % kPad == 0, "mlp_backward expects aligned rows");
   }
-  const DeviceInfo device = current_device(unit.device);
   const UnitTiles tiles = plan_unit_tiles(args);
   require(tiles.cols * tiles.rows <= kMaxGridX &&
               std::max({unit.rows, unit.ld, args.dh_ld}) < kMaxGridX,
           "mlp_backward expects fewer elements");
+  const DeviceInfo device = current_device(unit.device);
+  if (args.granularity == Granularity::kBlock1x128) {
+    return launch_backward_blockwise(args, device, stream);
+  }
+  require(args.dh == nullptr || args.workspace != nullptr, "mlp_backward expects a workspace");
   BackwardParams params{.args = args,
                         .col_tiles = static_cast<unsigned>(tiles.cols),
                         .row_tiles = static_cast<unsigned>(tiles.rows)};

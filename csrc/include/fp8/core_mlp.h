@@ -51,8 +51,8 @@ size_t mlp_forward_workspace_bytes(const MlpForwardArgs& args);
 void mlp_forward(const MlpForwardArgs& args, Stream stream);
 
 // From dh: the gradients of gate and up, and h again, in FP8 with a scale each; row-major and
-// transposed. One amax for gate and up where `joint`, of which there is one scale then. Two
-// launches, one where no gradient is asked for.
+// transposed. Tensorwise: one amax for gate and up where `joint`, of which there is one scale then.
+// Two launches, one where no gradient is asked for.
 struct MlpBackwardArgs {
   MlpUnitArgs unit;
   const void* dh = nullptr;  // [rows, features] in unit.dtype, optional without gradients
@@ -73,6 +73,9 @@ struct MlpBackwardArgs {
   // kRowwise: a scale for each row of gate and up ([rows written]; joint: gate_scale is of both),
   // and, in gate_t_scale, up_t_scale and h_scale, for each column ([features]); e4m3. Three
   // launches.
+  // kBlock1x128: the same for each 128 elements of a row or column, as Granularity lays them out;
+  // joint: features in multiples of 128, and gate's and up's scales as ranges of the joint matrix's
+  // have them. e4m3, without delay; one launch and no workspace.
   Granularity granularity = Granularity::kTensorwise;
   float* gate_t_scale = nullptr;
   float* up_t_scale = nullptr;
@@ -89,6 +92,8 @@ size_t mlp_backward_workspace_bytes(const MlpBackwardArgs& args);
 // Whether gate and up may be codes: of the unit that most models have. Others are dequantized
 // first.
 bool mlp_backward_takes_codes(const MlpUnitArgs& unit);
+// Whether its device has the shared memory that scales of blocks take.
+bool mlp_backward_makes_blocks(const MlpUnitArgs& unit);
 void mlp_backward(const MlpBackwardArgs& args, Stream stream);
 
 // The same without quantization: gradients of gate and up from dh, where it is given, and h. Each

@@ -3,67 +3,15 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "device_memory.h"
 #include "fp8/core_mlp.h"
+#include "mlp_problem.h"
 
 using namespace fp8::core;
 
 namespace {
-
-using Bits = std::vector<uint16_t>;  // bf16 or fp16
-
-float from_bf16(uint16_t bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value = 0;
-  std::memcpy(&value, &word, sizeof(value));
-  return value;
-}
-uint16_t to_bf16(float value) {  // rounded towards zero
-  uint32_t word = 0;
-  std::memcpy(&word, &value, sizeof(word));
-  return static_cast<uint16_t>(word >> 16);
-}
-Bits random_bf16(int64_t count, unsigned seed, float scale = 1) {
-  Bits bits(count);
-  const std::vector<float> values = random_matrix(count, seed);
-  for (int64_t i = 0; i < count; ++i) bits[i] = to_bf16(values[i] * scale);
-  return bits;
-}
-
-struct Values {
-  Bits d_gate, d_up, h;
-};
-
-// Of [rows, features]; up empty: plain.
-Values values_of(const Bits& gate, const Bits& up, const Bits& dh, int64_t features,
-                 Dtype dtype = Dtype::kBFloat16) {
-  const auto count = static_cast<int64_t>(gate.size());
-  const Buffer<uint16_t> g(gate);
-  const Buffer<uint16_t> u(up.empty() ? gate : up);
-  const Buffer<uint16_t> d(dh);
-  const Buffer<uint16_t> d_gate(count);
-  const Buffer<uint16_t> d_up(count);
-  const Buffer<uint16_t> h(count);
-  mlp_values({.unit = {.gate = g.data,
-                       .up = up.empty() ? nullptr : u.data,
-                       .dtype = dtype,
-                       .rows = count / features,
-                       .features = features,
-                       .ld = features},
-              .dh = d.data,
-              .dh_ld = features,
-              .d_gate = d_gate.data,
-              .d_up = up.empty() ? nullptr : d_up.data,
-              .d_ld = features,
-              .h = h.data,
-              .h_ld = features},
-             nullptr);
-  check(cudaDeviceSynchronize());
-  return {d_gate.host(), up.empty() ? Bits{} : d_up.host(), h.host()};
-}
 
 // The forward's h, alone: its formula is not that of a backward.
 Bits h_of(const Bits& gate, int64_t features, Dtype dtype) {

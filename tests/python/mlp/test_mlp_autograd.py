@@ -31,7 +31,7 @@ def test_mlp_frozen_parts(device, needed, save):
 
 
 @pytest.mark.parametrize("recipe", ["rowwise_gw_hp", "blockwise", "delayed"])
-@pytest.mark.parametrize("needed", [{"gate"}, {"up", "down"}, {"x"}], ids=_names)
+@pytest.mark.parametrize("needed", [{"gate"}, {"up", "down"}, {"x"}, {"down"}], ids=_names)
 def test_mlp_frozen_parts_of_recipes(device, needed, recipe):
     assert_same(problem(device, recipe=recipe), needed)
 

@@ -42,7 +42,7 @@ def test_mlp_save_fp8_activations(device, activation, form, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("shape", "features", "out"), [s for s in SHAPES if s[0][-1]], ids=str)
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "delayed"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "delayed"])
 def test_mlp_save_fp8_shapes(device, recipe, shape, features, out, form, poisoned_memory):
     assert_same_as_stored(problem(device, shape, features, out, form, recipe=recipe))
 

@@ -58,10 +58,12 @@ def test_mlp_recipes(device, recipe, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_mlp_activations(device, activation, form, dtype):
+@pytest.mark.parametrize(("recipe", "features"), [("tensorwise", 96), ("blockwise", 128)])
+def test_mlp_activations(device, recipe, features, activation, form, dtype):
     if form == "plain" and activation == "clamped_silu":
         pytest.skip("needs a gate")
-    assert_same(problem(device, form=form, activation=activation, dtype=dtype))
+    options = {"activation": activation, "dtype": dtype, "recipe": recipe}
+    assert_same(problem(device, features=features, form=form, **options))
 
 
 def test_mlp_clamped_rounds_both_products_of_a_sum(device):
@@ -77,6 +79,7 @@ SHAPES = (  # x, I, H
     ((2, 3, 20), 24, 9),
     ((7, 20), 33, 17),
     ((300, 128), 1040, 64),
+    ((140, 32), 256, 24),
     ((16,), 32, 16),
     ((0, 32), 48, 16),
     ((2, 0, 32), 48, 16),
@@ -109,9 +112,11 @@ def test_mlp_recompute(device, recipe, form):
     assert_same(problem(device, form=form, bias=True, recipe=recipe), save="recompute")
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise:power_of_two", "rowwise:power_of_two"])
-def test_mlp_power_of_two(device, recipe):
-    assert_same(problem(device, recipe=recipe))
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+@pytest.mark.parametrize(("form", "features"), [("separate", 96), ("merged", 128)])
+def test_mlp_power_of_two(device, recipe, form, features):
+    recipe = f"{recipe}:power_of_two"
+    assert_same(problem(device, features=features, form=form, recipe=recipe))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -163,15 +168,16 @@ def test_mlp_strides(device, recipe):
         assert_same_bits(fused.grads[name], composed.grads[name], name)
 
 
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
-def test_mlp_special_values(device, activation):
+def test_mlp_special_values(device, activation, recipe):
     """Gates from -Inf to Inf, NaN, zeros of both signs, subnormal: as eager activations have them.
     Static values of gate: x is one column of ones, so that gate(x) is the weight times a power of
     two, and up(x) is 1."""
     values = torch.cat([torch.linspace(-120, 120, 4001), torch.logspace(-38, 2, 400)])
     values = torch.cat([values, -values, torch.tensor([0.0, -0.0])]).bfloat16().to(device)
     features = values.numel() // 16 * 16
-    case = problem(device, (32, 16), features, 16, activation=activation, recipe="rowwise")
+    case = problem(device, (32, 16), features, 16, activation=activation, recipe=recipe)
     x = torch.zeros(32, 16, device=device, dtype=torch.bfloat16)
     x[:, 0] = 1
     case.leaves["x"] = x
