@@ -84,6 +84,8 @@ struct GatedSource {
     return index < grouped_rows(args.offsets, args.groups, args.rows) ? args.features : 0;
   }
 
+  __device__ __forceinline__ int64_t width() const { return args.features; }
+
   __device__ __forceinline__ Row row(int64_t index) const {
     const int64_t width = 2 * args.features;
     const bool exists = cols_of(index) > 0;
@@ -91,8 +93,8 @@ struct GatedSource {
     if (bias != nullptr && exists && args.offsets != nullptr) {
       bias += group_of(args.offsets, args.groups, index) * width;
     }
-    // A row that is not there is fetched, too: without a branch around it, fetches run ahead.
-    return {static_cast<const T*>(args.gate_up) + (exists ? index * width : 0), bias};
+    // A row that is nobody's lies in memory all the same.
+    return {static_cast<const T*>(args.gate_up) + min(index, args.rows - 1) * width, bias};
   }
 
   // Gates and ups, or two eights of both.

@@ -11,6 +11,9 @@
 //   of_parts(row, col, parts): what finish takes.
 //
 //   finish(raw, valid): the eight itself.
+//
+//   width(), if how many columns a row has must be read from memory: those that every row has
+//   there. Copies of them begin before.
 #pragma once
 
 #include <array>
@@ -41,6 +44,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, kMinBlocks) computed_row_kerne
   const auto source = p.source();
   const auto row = source.row(at.row);
   const auto cols = static_cast<int>(source.cols_of(at.row));
+  int width = cols;
+  if constexpr (requires { source.width(); }) width = static_cast<int>(source.width());
   const int stride = p.plan.threads_per_row * 8;
   const int first = at.thread * 8;
   // The ring, then the row.
@@ -49,7 +54,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kMinBlocks) computed_row_kerne
   const uint32_t ring = first_slot(shared);
   const uint32_t first_place = ring + kAhead * kParts * eight;
   const auto copy = [&](uint32_t to, int col) {
-    if (col < cols) {
+    if (col < width) {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) copy_eight(to + i * eight, step, source.part(row, i, col));
     }
