@@ -88,8 +88,8 @@ OPTIONS: tuple[str, ...] = tuple(_options)
 """The options of every recipe, in the order in which its string has them."""
 
 DEFAULT_GROUPED_RECIPE: str = _grouped_default
-"""Of grouped linears and experts, "rowwise": measured, it takes the least memory, is the fastest but
-where groups are small, and trains as bf16 does (docs/moe.md)."""
+"""Of grouped linears and experts, "rowwise": as measured, it takes the least memory, is the fastest
+but where groups are small, and trains as bf16 does (docs/moe.md)."""
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({name: Recipe(name) for name in _TABLE})
 """The recipes without options, by name. Dense linears take all of them:

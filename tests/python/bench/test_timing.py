@@ -69,7 +69,7 @@ def test_device_times_leads_for_a_time(cpu_as_gpu, monkeypatch):
         ("void pytorch_flash::flash_fwd_splitkv_combine_kernel<...>", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::Params)", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7", "attention"),
-        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*, unsigned)", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*)", "attention"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>", "other"),
         ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<...>", "other"),
         ("Memset (Device)", "other"),
