@@ -193,10 +193,8 @@ void mlp_backward(const MlpBackwardArgs& args, Stream stream) {
   }
   const UnitTiles tiles = plan_unit_tiles(args);
   require(tiles.cols * tiles.rows <= kMaxGridX, "mlp_backward expects fewer elements");
+  if (args.granularity == Granularity::kBlock1x128) return launch_backward_blockwise(args, stream);
   const DeviceInfo device = current_device(unit.device);
-  if (args.granularity == Granularity::kBlock1x128) {
-    return launch_backward_blockwise(args, device, stream);
-  }
   require(args.dh == nullptr || args.workspace != nullptr, "mlp_backward expects a workspace");
   BackwardParams params{.args = args,
                         .col_tiles = static_cast<unsigned>(tiles.cols),
