@@ -3,12 +3,10 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/device/device.h"
 #include "fp8/core_mlp.h"
 
 namespace fp8::core {
 
-void launch_backward_blockwise(const MlpBackwardArgs& args, const DeviceInfo& device,
-                               cudaStream_t stream);
+void launch_backward_blockwise(const MlpBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace fp8::core

@@ -9,9 +9,13 @@
 
 #include <cuda_pipeline_primitives.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
+
 #include "core/device/device.h"
 #include "core/device/dispatch.cuh"
-#include "core/mlp/launch_tiles.cuh"
+#include "core/device/shared_memory.h"
 #include "core/mlp/plan.h"
 #include "core/mlp/unit.cuh"
 #include "core/quantize/tile.cuh"
@@ -194,6 +198,22 @@ __device__ __forceinline__ void for_tiles(const TileInputs<Reads>& inputs, unsig
     });
     if (next < tiles) __syncthreads();  // this tile has left the shared memory that it turned in
   }
+}
+
+// A few tiles to a block: some multiprocessors are faster than others, and take more blocks then.
+constexpr int64_t kTilesOfBlock = 6;
+
+// Launches a kernel of such blocks. most_tiles: of a block, as long as the GPU is full.
+template <auto kKernel, typename Inputs, typename Params>
+void launch_tiles(int64_t tiles, int blocks_per_sm, const DeviceInfo& device, cudaStream_t stream,
+                  const Params& params, bool pdl, int64_t most_tiles = kTilesOfBlock) {
+  constexpr int kStaticBytes = 28 * 1024;  // tiles that turn, and scales
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  shared_memory_of(reinterpret_cast<const void*>(kKernel), known, kStaticBytes);
+  const int64_t at_a_time = static_cast<int64_t>(device.sm_count) * blocks_per_sm;
+  const int64_t each = std::clamp<int64_t>(ceil_div(tiles, at_a_time), 1, most_tiles);
+  launch(kKernel, static_cast<unsigned>(ceil_div(tiles, each)), kThreads, stream, params,
+         {.pdl = pdl, .shared_bytes = Inputs::kBytes});
 }
 
 // h's scale as the forward had it.

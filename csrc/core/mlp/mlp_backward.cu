@@ -195,10 +195,8 @@ void mlp_backward(const MlpBackwardArgs& args, Stream stream) {
   require(tiles.cols * tiles.rows <= kMaxGridX &&
               std::max({unit.rows, unit.ld, args.dh_ld}) < kMaxGridX,
           "mlp_backward expects fewer elements");
+  if (args.granularity == Granularity::kBlock1x128) return launch_backward_blockwise(args, stream);
   const DeviceInfo device = current_device(unit.device);
-  if (args.granularity == Granularity::kBlock1x128) {
-    return launch_backward_blockwise(args, device, stream);
-  }
   require(args.dh == nullptr || args.workspace != nullptr, "mlp_backward expects a workspace");
   BackwardParams params{.args = args,
                         .col_tiles = static_cast<unsigned>(tiles.cols),

@@ -93,9 +93,8 @@ __device__ __forceinline__ void store_square_scale(float* scale, int64_t row, in
 struct BlockTile {
   int64_t tile_row;  // in tiles
   int64_t tile_col;
-  int thread;  // threadIdx.x
-  int row_group;
-  int col_group;
+  int row_group = static_cast<int>(threadIdx.x) / kGroups;
+  int col_group = static_cast<int>(threadIdx.x) % kGroups;
   int64_t col0;  // of the tile
   int64_t col;   // of the thread
   int64_t row0;  // the same
@@ -103,12 +102,9 @@ struct BlockTile {
   int valid_rows;
 
   __device__ __forceinline__ BlockTile(unsigned tile, unsigned tiles_across, int64_t rows,
-                                       int64_t cols, unsigned of_thread = threadIdx.x)
+                                       int64_t cols)
       : tile_row(tile / tiles_across),
         tile_col(tile % tiles_across),
-        thread(static_cast<int>(of_thread)),
-        row_group(thread / kGroups),
-        col_group(thread % kGroups),
         col0(tile_col * kTile),
         col(col0 + col_group * 8),
         row0(tile_row * kTile + row_group * 8),
@@ -243,8 +239,8 @@ __device__ __forceinline__ void quantize_tile(const BlockwiseParams& p, int64_t 
   // 128 columns of 128 codes: eight lanes write one column's 128 bytes, 16 bytes each.
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int column = i * (kTile / 4) + at.thread / 8;
-    const int chunk = at.thread % 8;
+    const int column = i * (kTile / 4) + static_cast<int>(threadIdx.x) / 8;
+    const int chunk = static_cast<int>(threadIdx.x) % 8;
     const int64_t out_row = at.col0 + column;
     const int64_t out_col = at.tile_row * kTile + chunk * 16;
     if (out_row < p.data_t.rows && out_col < p.data_t.ld) {
