@@ -154,6 +154,17 @@ def test_layers_have_histories_of_their_own(device):
     assert is_delayed(layer, small)
 
 
+def test_an_input_that_two_calls_read_moves_both_histories(device):
+    """As q and k read one, each with a history of its own."""
+    x, weights = randn(32, 64, device=device), [randn(48, 64, device=device) for _ in range(2)]
+    histories = [make_history(device) for _ in range(3)]
+    shared = x.requires_grad_() * 1
+    for weight, history in zip(weights, histories, strict=False):
+        OPS.fused_linear(shared, weight, None, "delayed", history=history)
+    OPS.fused_linear(x.clone(), weights[1], None, "delayed", history=histories[2])
+    assert torch.equal(histories[1], histories[2]), "as if nobody had read it before"
+
+
 def test_a_layer_may_be_swapped(device):
     layer = layer_past_the_window(device)
     before = torch.__future__.get_swap_module_params_on_conversion()
