@@ -135,6 +135,7 @@ def test_grouped_main_grad_is_not_touched_without_a_gradient_of_the_weight(devic
     before = torch.randn(p.weight.shape, device=device)
     layer.weight.main_grad = before.clone()
     layer.weight.grad_added_to_main_grad = False
+    version = layer.weight.main_grad._version
     x = p.x.clone().requires_grad_()
     torch.autograd.grad(layer(x, p.offsets), x, p.dy)
     layer(x, p.offsets).backward(p.dy, inputs=[x, layer.bias])
@@ -145,6 +146,7 @@ def test_grouped_main_grad_is_not_touched_without_a_gradient_of_the_weight(devic
     assert layer.weight.grad is None
     assert layer.weight.grad_added_to_main_grad is False
     assert_same_bits(layer.weight.main_grad, before)
+    assert layer.weight.main_grad._version == version, "nor does it count as written"
 
 
 @pytest.mark.parametrize("zero_out", [False, True])
