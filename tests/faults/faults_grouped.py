@@ -75,13 +75,6 @@ GROUPS = [
         MAIN_GRAD,
     ),
     Fault(
-        "a grouped main_grad is written though nobody asked for the weight's gradient",
-        "csrc/torch/grouped/autograd.cpp",
-        "if (!wanted || found == ctx->saved_data.end()) return;",
-        "if (found == ctx->saved_data.end()) return;",
-        MAIN_GRAD,
-    ),
-    Fault(
         "no version counts the write of a grouped main_grad",
         "csrc/torch/grouped/autograd.cpp",
         "    count_write(main_grad);\n    return main_grad ? stand_in : dweight;\n",
