@@ -87,6 +87,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, kMinBlocks) computed_row_kerne
     }
     amax.update(v);
   }
+  // Copies of a row that is nobody's: no block ends with some on their way.
+  if constexpr (kShared) __pipeline_wait_prior(0);
   const uint32_t bits = row_max(amax.max_float_bits(), p.plan, at.slot, warp_amax);
   const GroupScale group = scale_from_amax(bits, Format::kMax, p.power_of_two);
 
