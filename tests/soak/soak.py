@@ -147,13 +147,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="20000 where there is a GPU, 2000 on a CPU")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"at most (default {SECONDS})"
+    )
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = options.steps or STEPS[device]
     torch.set_num_threads(1)  # the layers are small
     begin = time.monotonic()
-    soak = Soak(steps, options.seed, device)
+    soak = Soak(steps, options.seed, device, options.seconds)
     print(f"soak: {steps} steps of {len(soak.trainees)} models on {device}, seed {options.seed}")
     soak.run()
     repeated = 0
