@@ -12,9 +12,11 @@ from ..conversion._freeze import shared_weights, sharing_a_scale, unfit
 from ..conversion._rules import find_linears
 from ..nn._freezing import Codes, quantized_together
 from ..nn._frozen import FrozenLinear
+from ..nn._frozen_experts import FrozenExperts
 from ..nn._linear import Linear
 from ..nn._scales import Granularity, canonical, shape_of
 from ..recipe import check_recipe
+from ._experts_export import is_coded, parts_of
 
 FORMATS = ("compressed-tensors", "fp8")
 
@@ -42,7 +44,9 @@ def export_weights(model: nn.Module, *, format: str | None = None) -> Iterator[t
 
     Of a FrozenLinear its codes and scales; of an fp8.Linear the codes that its forward computes, to
     the bit, made when they are asked for: what an engine that samples for reinforcement learning is
-    to be given, half the bytes of bfloat16. Others as they are. Tensors that are the model's own
+    to be given, half the bytes of bfloat16. The same of FrozenExperts and of experts that
+    `fp8.convert` converted, one by one, as checkpoints have them: `experts.0.gate_proj.weight`,
+    `up_proj`, `down_proj`. Others as they are. Tensors that are the model's own
     are not copied: they change with the model.
 
     Args:
@@ -51,8 +55,9 @@ def export_weights(model: nn.Module, *, format: str | None = None) -> Iterator[t
             1], [1] or blocks) and "fp8" (`weight_scale_inv`, of blocks or 0-dim). None: a frozen
             layer's own; of others `weight_scale_inv` for blocks, else `weight_scale`.
 
-    Raises TypeError for a model that is no nn.Module, and ValueError for an unknown format, or a
-    scale that it cannot have ("fp8": one per row).
+    Raises TypeError for a model that is no nn.Module, and ValueError for an unknown format, a
+    scale that it cannot have ("fp8": one per row), or experts in blocks that lie across gate and up
+    (widths inside an expert that are no multiple of 128).
 
     Example:
         >>> for name, tensor in fp8.export_weights(model):
@@ -86,6 +91,15 @@ def items_of(model: nn.Module, format: str | None) -> tuple[list[Item], dict[str
             if isinstance(module, FrozenLinear):
                 own = ("weight", module.scale_name, module.input_scale_name)
             items += _coded(module, layer, get, dot, format)
+        elif is_coded(module):
+            own = ("gate_up_proj", "down_proj")
+            if isinstance(module, FrozenExperts):
+                own += tuple(name + module.scale_suffix for name in own)
+            for part in parts_of(module, prefix):
+                kind = part.granularity
+                layer = Layer(kind, kind, False, part.power_of_two)
+                layers[part.name] = layer
+                items += _coded(part.shape, layer, part.get, f"{part.name}.", format)
         passing = module._non_persistent_buffers_set
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or name in own or name in passing or id(tensor) in seen:
@@ -152,19 +166,20 @@ class _Together:
 
 
 def _coded(
-    module: nn.Linear,
+    of: nn.Linear | tuple[int, int],
     layer: Layer,
     get: Callable[[], Codes],
     dot: str,
     format: str | None,
 ) -> list[Item]:
-    """Codes, scale and the input's scale of a layer."""
-    rows, cols = module.out_features, module.in_features
+    """Codes, scale and the input's scale of a layer, or of a part of experts of these extents."""
+    module = of if isinstance(of, FrozenLinear) else None
+    rows, cols = of if isinstance(of, tuple) else (of.out_features, of.in_features)
     kind = layer.granularity
     names = ["weight_scale_inv" if kind == "blockwise" else "weight_scale", "input_scale"]
     shape = shape_of(kind, rows, cols)
     one: tuple[int, ...] = (1,)
-    if format is None and isinstance(module, FrozenLinear):
+    if format is None and module is not None:
         names = [module.scale_name, module.input_scale_name]
         shape = tuple(module.scales.shape)
         if module.static_scale is not None:
