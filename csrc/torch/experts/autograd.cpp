@@ -44,7 +44,7 @@ class ExpertsFrozen : public torch::autograd::Function<ExpertsFrozen> {
                              (wants_grad(gate_up_bias) ? needs::kGateUpBias : 0) |
                              (wants_grad(down_bias) ? needs::kDownBias : 0);
     const at::AutoDispatchBelowADInplaceOrView below;
-    const at::Tensor weights = top_k_weights.to(at::kFloat);
+    const at::Tensor weights = experts::in_float(top_k_weights);
     static const auto op =
         find<decltype(kernel::_experts_frozen_forward)>("fp8::_experts_frozen_forward");
     auto [y, gate_up_out, offsets, place, source] =

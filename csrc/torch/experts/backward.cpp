@@ -2,9 +2,10 @@
 // forward's own codes.
 //
 // dh = dy down: dy's rows times the scales of down's rows, quantized with a scale for each row,
-// times the transposed codes; with 128x128 blocks dy in blocks of 1x128, once a token, times the
-// transposed codes with their transposed scales. Then the activation's backward, and the same way
-// through gate_up. Each product makes a copy of its codes, transposed.
+// times the transposed codes. With a scale for each expert, or in 128x128 blocks, dy is quantized
+// as it is, once a token, with a scale for each row or in blocks of 1x128, and the scales go with
+// the transposed codes. Then the activation's backward, and the same way through gate_up. Each
+// product makes a copy of its codes, transposed.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -37,6 +38,10 @@ struct FrozenBackwardArgs {
   int64_t wanted;  // bits of `needs`
 
   bool needs(int64_t what) const { return (wanted & what) != 0; }
+  // Whether a scale of the weight is to be multiplied with rows before they are quantized.
+  bool of_rows(const at::Tensor& scale) const {
+    return !blocks && scale.numel() != routing.offsets.size(0);
+  }
 };
 
 struct FrozenGradients {  // undefined where not asked for
@@ -46,28 +51,30 @@ struct FrozenGradients {  // undefined where not asked for
   at::Tensor down_bias;
 };
 
-// rows [T * k, N] through a weight [E, N, K]: [T * k, K].
-at::Tensor through(const FrozenBackwardArgs& args, const at::Tensor& rows, const at::Tensor& codes,
-                   const at::Tensor& scale) {
-  const Side side = grouped::quantize_rows(
-      args.blocks ? rows : experts::times_scales(rows, scale, args.routing, args.experts),
-      args.recipe);
+at::Tensor multiply_frozen(const FrozenBackwardArgs& args, const Side& side,
+                           const at::Tensor& codes, const at::Tensor& scale) {
   return grouped::multiply_rows(side, experts::transposed_side(codes, scale, args.blocks),
                                 args.routing.offsets, args.dy.scalar_type(),
                                 args.recipe.fast_dgrad);
 }
 
+// rows [T * k, N] through a weight [E, N, K]: [T * k, K].
+at::Tensor through(const FrozenBackwardArgs& args, const at::Tensor& rows, const at::Tensor& codes,
+                   const at::Tensor& scale) {
+  const at::Tensor scaled =
+      args.of_rows(scale) ? experts::times_scales(rows, scale, args.routing, args.experts) : rows;
+  return multiply_frozen(args, grouped::quantize_rows(scaled, args.recipe), codes, scale);
+}
+
 // The gradient of down's input, before the routing weights.
 at::Tensor gradient_of_h(const FrozenBackwardArgs& args) {
   const int64_t top_k = args.experts.size(1);
-  if (!args.blocks) {
-    return through(args, grouped::copy_rows(args.dy, args.routing.place, top_k), args.down,
-                   args.down_scale);
+  const at::Tensor& place = args.routing.place;
+  if (args.of_rows(args.down_scale)) {
+    return through(args, grouped::copy_rows(args.dy, place, top_k), args.down, args.down_scale);
   }
-  const Side qdy = grouped::quantize_rows(args.dy, args.recipe, args.routing.place, top_k);
-  return grouped::multiply_rows(qdy, experts::transposed_side(args.down, args.down_scale, true),
-                                args.routing.offsets, args.dy.scalar_type(),
-                                args.recipe.fast_dgrad);
+  const Side qdy = grouped::quantize_rows(args.dy, args.recipe, place, top_k);
+  return multiply_frozen(args, qdy, args.down, args.down_scale);
 }
 
 // Through the activation: the gradient of gate_up's product; and the routing weights', without
@@ -137,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kernel::_experts_froz
   const FrozenBackwardArgs args{
       .dy = dy.contiguous(),
       .experts = top_k_index.contiguous(),
-      .weights = top_k_weights.to(at::kFloat).contiguous(),
+      .weights = experts::in_float(top_k_weights).contiguous(),
       .gate_up = gate_up,
       .gate_up_scale = gate_up_scale,
       .down = down,

@@ -48,7 +48,10 @@ Side experts::transposed_side(const at::Tensor& codes, const at::Tensor& scale, 
   if (blocks) {
     return {turned, scale.transpose(1, 2).contiguous(), Granularity::kBlock128x128, features};
   }
-  return {turned, at::ones({groups, features}, scale.options()), Granularity::kRowwise, features};
+  const at::Tensor of_rows =
+      scale.numel() == groups ? scale.reshape({groups, 1}).expand({groups, features}).contiguous()
+                              : at::ones({groups, features}, scale.options());
+  return {turned, of_rows, Granularity::kRowwise, features};
 }
 
 at::Tensor experts::times_scales(const at::Tensor& rows, const at::Tensor& scale,
@@ -81,7 +84,7 @@ kernel::_experts_frozen_forward(const at::Tensor& given_x, const at::Tensor& top
   const at::Tensor x = as_matrix(given_x);
   const at::ScalarType dtype = x.scalar_type();
   const at::Tensor experts = top_k_index.contiguous();
-  const at::Tensor weights = top_k_weights.to(at::kFloat).contiguous();
+  const at::Tensor weights = experts::in_float(top_k_weights).contiguous();
   const int64_t top_k = experts.size(1);
   const int64_t groups = gate_up.size(0);
   const int64_t features = down.size(2);

@@ -87,6 +87,12 @@ bool checked_blocks(const at::Tensor& x, const at::Tensor& top_k_index,
                     const OptionalTensor& down_bias,
                     std::optional<std::string_view> input_granularity);
 
+// Without a call where nothing is to be done: schema checks take an operator that returns its input
+// for a mistake.
+inline at::Tensor in_float(const at::Tensor& t) {
+  return t.scalar_type() == at::kFloat ? t : t.to(at::kFloat);
+}
+
 // How x and dy are quantized beside such weights, and how products accumulate.
 Recipe recipe_of(bool blocks, bool power_of_two);
 
@@ -95,14 +101,14 @@ Recipe recipe_of(bool blocks, bool power_of_two);
 Side given_side(const at::Tensor& codes, const at::Tensor& scale, bool blocks);
 
 // The same transposed, [E, K, N], for a product over out-features: a copy of the codes. Scales of
-// blocks go with it; of those of rows its left operand has taken care (times_scales), and here they
-// are ones.
+// blocks and of experts go with it; of those of rows its left operand has taken care
+// (times_scales), and here they are ones.
 Side transposed_side(const at::Tensor& codes, const at::Tensor& scale, bool blocks);
 
 // Rows times the scales of the out-features of their experts: [T * k, N]. Gradients in fp16 may be
 // as small as that format goes: in fp32 then.
 at::Tensor times_scales(const at::Tensor& rows,   // [T * k, N]
-                        const at::Tensor& scale,  // [E] or [E, N]
+                        const at::Tensor& scale,  // [E, N], or with a third dimension of 1
                         const grouped::Routing& routing,
                         const at::Tensor& experts);  // [T, k] int64
 

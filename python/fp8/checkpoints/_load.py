@@ -21,9 +21,9 @@ from ..conversion._freeze_experts import set_codes
 from ..integrations.transformers._names import renaming_of
 from ..nn._freezing import Codes
 from ..nn._frozen import FrozenLinear, freeze_in_place
-from ..nn._frozen_stack import Stack, empty_stack, put
-from ..nn._scales import Granularity, to_float32
-from ._experts_plan import ExpertsCodes, Slice
+from ..nn._frozen_stack import Stack, empty_stack, put, put_scale, scale_shape
+from ..nn._scales import Granularity, blocks_of, to_float32
+from ._experts_plan import ALL, ExpertsCodes, Slice
 from ._folder import Checkpoint, open_checkpoint
 from ._layers import FrozenWeight, input_scale_of, squeezed
 from ._plan import Plan, Target, make_plan
@@ -183,6 +183,8 @@ class Source:
     def codes(self, weight: FrozenWeight, device: torch.device, static: bool = True) -> Codes:
         """The tensors of a layer, on `device`."""
         scale = self._scale(weight.scale, device)
+        if weight.granularity == "blockwise":
+            scale = scale.reshape(blocks_of(*weight.shape))
         name = input_scale_of(weight) if static else None
         input_scale = None if name is None else self._scale(name, device).reshape(())
         data = self.read(weight.codes).to(device, copy=True)
@@ -219,11 +221,28 @@ class Source:
 
     def _stack(self, slices: list[Slice], kind: Granularity, device: torch.device) -> Stack:
         last = slices[-1]
+        if last.expert == ALL:
+            codes = self.read(last.source).to(device, copy=True)
+            return self.with_scales(codes, slices, kind)
         stack = empty_stack(kind, (last.expert + 1, last.first + last.shape[0], last.shape[1]), device)
         for part in slices:
             assert part.weight is not None
             own = self.codes(part.weight, device, static=False)
             put(stack, part.expert, part.first, own.weight, own.scale)
+        return stack
+
+    def with_scales(self, codes: Tensor, slices: list[Slice], kind: Granularity) -> Stack:
+        """Codes [E, N, K] that are there, with their scales from the files."""
+        shape = scale_shape(kind, tuple(codes.shape))
+        stack = Stack(codes, torch.empty(shape, dtype=torch.float32, device=codes.device), kind)
+        for part in slices:
+            assert part.weight is not None
+            scale = self._scale(part.weight.scale, codes.device)
+            if part.expert == ALL:
+                own = scale_shape(part.weight.granularity, tuple(codes.shape))
+                stack.scales.copy_(scale.reshape(own).expand(shape))
+                continue
+            put_scale(stack, part.expert, part.first, part.shape[0], scale)
         return stack
 
     def tell_input(self, layer: nn.Linear, weight: FrozenWeight) -> None:

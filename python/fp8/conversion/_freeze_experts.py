@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..integrations.transformers import _experts
@@ -49,6 +50,14 @@ def unfit_experts(module: nn.Module) -> str | None:
     return None
 
 
+def is_interleaved(module: nn.Module) -> bool:
+    """Whether the rows of gate and up alternate, as gpt-oss has them."""
+    if isinstance(module, FrozenExperts):
+        return module.gate_form[1]
+    gate = gate_of(module)
+    return gate is not None and gate.interleaved
+
+
 def experts_recipe_of(module: nn.Module, recipe: Recipe | None) -> Recipe:
     """By which one an experts module is frozen: its own, if it was converted and none is asked for;
     else the one that is asked for, if experts take it, or "rowwise"."""
@@ -73,12 +82,19 @@ def freeze_experts(module: nn.Module, recipe: Recipe) -> None:
     set_codes(module, gate_up, down, recipe.power_of_two)
 
 
-def set_codes(module: nn.Module, gate_up: Stack, down: Stack, power_of_two: bool) -> None:
-    """Make an experts module (of `unfit_experts`, or frozen) hold these codes."""
+def set_codes(
+    module: nn.Module,
+    gate_up: Stack,
+    down: Stack,
+    power_of_two: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Make an experts module that fits (`unfit_experts`), or a frozen one, hold these codes. dtype:
+    what it computes in; None for that of its weights."""
     if isinstance(module, FrozenExperts):
         form = GateForm(*module.gate_form)
-        freeze_experts_in_place(module, gate_up, down, form, power_of_two)
-        return
-    gate: Any = gate_of(module)
-    _experts.drop_settings(module)
-    freeze_experts_in_place(module, gate_up, down, GateForm(*gate), power_of_two)
+    else:
+        gate: Any = gate_of(module)
+        form = GateForm(*gate)
+        _experts.drop_settings(module)
+    freeze_experts_in_place(module, gate_up, down, form, power_of_two, dtype)

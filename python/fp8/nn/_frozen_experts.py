@@ -342,15 +342,16 @@ def freeze_experts_in_place(
     down: Stack,
     form: GateForm,
     power_of_two: bool,
-    dropped: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Turn an experts module of transformers, or a frozen one, into the frozen one that has these
-    codes. dropped: attributes of its former life."""
-    frozen = isinstance(module, FrozenExperts)
-    dtype = module.compute_dtype if frozen else module._parameters["down_proj"].dtype  # type: ignore
-    biases = (module._parameters.get(f"{name}_bias") for name in WEIGHTS)
-    gate_up_bias, down_bias = biases
-    for name in (*dropped, "forward", CALLED):
+    codes. dtype: its compute_dtype; None for that of the weights that it has."""
+    if dtype is None and isinstance(module, FrozenExperts):
+        dtype = module.compute_dtype
+    elif dtype is None:
+        dtype = module._parameters["down_proj"].dtype  # type: ignore[union-attr]
+    gate_up_bias, down_bias = (module._parameters.get(f"{name}_bias") for name in WEIGHTS)
+    for name in ("forward", CALLED):
         vars(module).pop(name, None)
     module.__class__ = FrozenExperts
     hold(

@@ -115,13 +115,18 @@ def put(stack: Stack, expert: int, first: int, codes: Tensor, scale: Tensor) -> 
     [n, 1]; or of blocks, where `first` is a multiple of 128."""
     rows = codes.size(0)
     stack.codes[expert, first : first + rows].view(torch.uint8).copy_(codes.view(torch.uint8))
+    put_scale(stack, expert, first, rows, scale)
+
+
+def put_scale(stack: Stack, expert: int, first: int, rows: int, scale: Tensor) -> None:
+    """The same of the scale alone, of so many rows."""
     if stack.granularity == "blockwise":
-        own = stack.scales[expert, first // 128 : first // 128 + scale.size(0)]
+        own = stack.scales[expert, first // 128 : -(-(first + rows) // 128)]
     elif stack.granularity == "rowwise":
         own = stack.scales[expert, first : first + rows]
     else:
         own = stack.scales[expert]
-    own.copy_(scale.reshape(-1, 1) if scale.numel() > 1 and scale.dim() < 2 else scale)
+    own.copy_(scale.reshape(own.shape) if scale.numel() == own.numel() else scale.reshape(()))
 
 
 def part(stack: Stack, expert: int, first: int, rows: int) -> tuple[Tensor, Tensor]:
