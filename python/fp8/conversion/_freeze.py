@@ -26,7 +26,13 @@ from ..recipe import Recipe, check_recipe
 from . import _mlp_fusion, _sibling_fusion
 from ._convert import check_model
 from ._expert_rules import find_experts
-from ._freeze_experts import experts_recipe_of, freeze_experts, not_frozen_experts, unfit_experts
+from ._freeze_experts import (
+    experts_recipe_of,
+    freeze_experts,
+    is_converted,
+    not_frozen_experts,
+    unfit_experts,
+)
 from ._readers import dtype_readers
 from ._rules import Found, find_linears, label
 
@@ -60,11 +66,10 @@ def freeze(
     bfloat16, float16 or float32 or that are sharded, layers whose input is cast to the dtype of
     their weight (T5's `wo`), children of fp8.GatedMLP, fp8.MLP and fp8.MergedLinear, and experts
     whose gate `fp8.ops.moe_experts` does not have, or of widths that are no multiples of 16. By
-    default `lm_head`, routers and layers whose weight is read
-    past their forward too; and, in a model with fp8.Linear layers, those that `fp8.convert` left in
-    high precision. The sizes for which training gains do not count: half the memory is half the
-    memory. Norms and rotations that convert fused stay fused; MLPs and layers of one input
-    are computed layer by layer from then on.
+    default `lm_head`, routers and layers whose weight is read past their forward too; and, in a
+    converted model, what `fp8.convert` left in high precision. The sizes for which training gains do
+    not count: half the memory is half the memory. Norms and rotations that convert fused stay fused;
+    MLPs and layers of one input are computed layer by layer from then on.
 
     Args:
         model: any module; it may itself be a linear.
@@ -141,7 +146,7 @@ def not_frozen(
     others = shared_weights(model) | _in_blocks(model)
     for module, where in dtype_readers(model).items():
         others[module] = f"{where} casts to the dtype of its weight"
-    converted = any(isinstance(linear.module, Linear) for linear in linears)
+    converted = is_converted(model)
     reasons: dict[nn.Linear, str] = {}
     for linear in linears:
         module = linear.module

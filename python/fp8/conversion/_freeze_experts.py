@@ -21,9 +21,7 @@ def not_frozen_experts(
 ) -> dict[nn.Module, str]:
     """Which experts modules of a model freeze leaves alone by default, and why. shared: modules
     whose parameters others have too."""
-    converted = any(isinstance(m, Linear) for m in model.modules()) or any(
-        _experts.in_fp8(found.module) for found in mixtures
-    )
+    converted = is_converted(model)
     reasons = {}
     for found in mixtures:
         why = unfit_experts(found.module) or shared.get(found.module)
@@ -32,6 +30,11 @@ def not_frozen_experts(
         if why is not None:
             reasons[found.module] = why
     return reasons
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether anything computes in FP8 with a weight that is not: what does not, was left so."""
+    return any(isinstance(m, Linear) or _experts.in_fp8(m) for m in model.modules())
 
 
 def unfit_experts(module: nn.Module) -> str | None:
