@@ -217,7 +217,9 @@ class Source:
 
     def power_of_two(self, codes: ExpertsCodes) -> bool:
         """What the files say of the input of experts, if they do."""
-        return self.inputs.get(codes.gate_up[0].source.rpartition(".")[0], (None, False))[1]
+        first = codes.gate_up[0]
+        layer = first.source if first.expert == ALL else first.source.rpartition(".")[0]
+        return self.inputs.get(layer, (None, False))[1]
 
     def _stack(self, slices: list[Slice], kind: Granularity, device: torch.device) -> Stack:
         last = slices[-1]
