@@ -19,6 +19,7 @@ import bench_accumulate
 import bench_block
 import bench_breakdown
 import bench_decode
+import bench_experts
 import bench_fsdp
 import bench_grouped
 import bench_host
@@ -43,6 +44,7 @@ TABLES = {
     "quantize": bench_quantize.table,
     "matmul": bench_matmul.table,
     "decode": bench_decode.table,
+    "experts": bench_experts.table,
     "host": bench_host.table,
     "sizes": bench_sizes.table,
     "moe": bench_moe.table,

@@ -23,7 +23,7 @@ class Part(NamedTuple):
     """One projection of one expert, or of all."""
 
     name: str
-    shape: tuple[int, ...]  # [N, K], or [E, N, K]
+    shape: tuple[int, int] | tuple[int, int, int]  # [N, K], or [E, N, K]
     granularity: Granularity
     power_of_two: bool
     get: Callable[[], Codes]
@@ -53,14 +53,17 @@ def parts_of(module: nn.Module, prefix: str, names: tuple[str, str, str]) -> Ite
         inner, hidden = _experts.products_of(module)[1]
         get = partial(_of_converted, module, recipe)
     if is_interleaved(module):
-        for weight, shape in (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))):
+        for weight, shape in (
+            ("gate_up_proj", (2 * inner, hidden)),
+            ("down_proj", (hidden, inner)),
+        ):
             whole = partial(_of_all, module, weight)
             yield Part(dot + weight, (experts, *shape), kind, power_of_two, whole)
         return
     if kind == "blockwise" and inner % 128:
         raise ValueError(
-            f"fp8: {prefix or '(model)'} has blocks of 128 x 128 that lie across gate and up, which "
-            f"are {inner} rows each: a checkpoint has them apart. Take the recipe 'rowwise'"
+            f"fp8: {prefix or '(model)'} has blocks of 128 x 128 that lie across gate and up, "
+            f"which are {inner} rows each: a checkpoint has them apart. Take the recipe 'rowwise'"
         )
     for expert in range(experts):
         for name, (weight, place) in zip(names, _PARTS, strict=True):

@@ -19,7 +19,6 @@ from ..nn._scales import Granularity
 from ._layers import CODES, FrozenWeight, frozen_weight
 from ._safetensors import Entry
 
-
 ALL = -1
 """The number of every expert at once."""
 

@@ -102,10 +102,10 @@ def items_of(model: nn.Module, format: str | None) -> tuple[list[Item], dict[str
                 kind = part.granularity
                 layer = Layer(kind, kind, False, part.power_of_two)
                 layers[part.name] = layer
-                if len(part.shape) == 3:
-                    items += _merged(part, format)
-                else:
+                if len(part.shape) == 2:
                     items += _coded(part.shape, layer, part.get, f"{part.name}.", format)
+                else:
+                    items += _merged(part, format)
         passing = module._non_persistent_buffers_set
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or name in own or name in passing or id(tensor) in seen:

@@ -128,9 +128,7 @@ def load(
         _fill(plan, Source(checkpoint, reader, place), static_inputs, progress)
     unfuse(model)
     return Loaded(
-        frozen=tuple(
-            dict.fromkeys(plan.names[m] for m in (*plan.frozen, *plan.frozen_experts))
-        ),
+        frozen=tuple(dict.fromkeys(plan.names[m] for m in (*plan.frozen, *plan.frozen_experts))),
         dequantized=(
             *plan.dequantized,
             *(n for n, (_, parts) in plan.experts.items() if _any(parts)),
@@ -226,7 +224,9 @@ class Source:
         if last.expert == ALL:
             codes = self.read(last.source).to(device, copy=True)
             return self.with_scales(codes, slices, kind)
-        stack = empty_stack(kind, (last.expert + 1, last.first + last.shape[0], last.shape[1]), device)
+        stack = empty_stack(
+            kind, (last.expert + 1, last.first + last.shape[0], last.shape[1]), device
+        )
         for part in slices:
             assert part.weight is not None
             own = self.codes(part.weight, device, static=False)

@@ -86,7 +86,7 @@ def make_plan(
             )
         else:
             slices |= {f"{prefix}.{name}" if prefix else name: p for name, p in own.items()}
-    for target, names in _targets(model, {**plan.frozen, **plan.frozen_experts}).items():
+    for target, names in _targets(model, [*plan.frozen, *plan.frozen_experts]).items():
         found = next((name for name in names if name in tensors), None)
         if found is not None:
             _check_shape(found, tensors[found].shape, target.shape)

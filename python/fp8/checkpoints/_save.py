@@ -49,8 +49,8 @@ def save(
 
     Raises TypeError for a model that is no nn.Module; ValueError for an unknown format, a scale
     that it cannot have, a model without FP8 weights or with tensors on the meta device;
-    NotImplementedError for transformers' merged experts in high precision; FileExistsError where the folder has
-    safetensors files already. Then nothing was written.
+    NotImplementedError for transformers' merged experts in high precision; FileExistsError where
+    the folder has safetensors files already. Then nothing was written.
 
     Example:
         >>> fp8.save(fp8.freeze(model, "blockwise"), "folder", format="fp8")

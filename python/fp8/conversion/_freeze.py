@@ -67,9 +67,9 @@ def freeze(
     their weight (T5's `wo`), children of fp8.GatedMLP, fp8.MLP and fp8.MergedLinear, and experts
     whose gate `fp8.ops.moe_experts` does not have, or of widths that are no multiples of 16. By
     default `lm_head`, routers and layers whose weight is read past their forward too; and, in a
-    converted model, what `fp8.convert` left in high precision. The sizes for which training gains do
-    not count: half the memory is half the memory. Norms and rotations that convert fused stay fused;
-    MLPs and layers of one input are computed layer by layer from then on.
+    converted model, what `fp8.convert` left in high precision. The sizes for which training gains
+    do not count: half the memory is half the memory. Norms and rotations that convert fused stay
+    fused; MLPs and layers of one input are computed layer by layer from then on.
 
     Args:
         model: any module; it may itself be a linear.
@@ -124,8 +124,8 @@ def freeze(
         codes = quantized_together(group, recipes[group[0]])
         for module, own in zip(group, codes, strict=True):
             freeze_in_place(module, own)
-    for module in experts:
-        freeze_experts(module, experts_recipe_of(module, recipe))
+    for mixture in experts:
+        freeze_experts(mixture, experts_recipe_of(mixture, recipe))
     unfuse(model)
     frozen = (FrozenLinear, FrozenExperts)
     if not any(isinstance(module, frozen) for module in model.modules()):

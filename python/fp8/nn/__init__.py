@@ -1,5 +1,6 @@
 """Modules that compute in FP8: `Linear`, `FrozenLinear` and `FrozenExperts` whose weights are FP8
-too, `GroupedLinear` for groups of rows, and the blocks `GatedMLP` and `MLP`; and `RMSNorm`, fused."""
+too, `GroupedLinear` for groups of rows, and the blocks `GatedMLP` and `MLP`; and `RMSNorm`,
+fused."""
 
 from ._frozen import FrozenLinear
 from ._frozen_experts import FrozenExperts

@@ -30,9 +30,7 @@ def check_granularity(granularity: object, name: str = "fp8.FrozenLinear") -> No
     """Raises ValueError, in the name of a class, for an unknown one."""
     known = ("tensorwise", "rowwise", "blockwise")
     if granularity not in known:
-        raise ValueError(
-            f"{name}: expected a granularity of {known}, got {granularity!r}"
-        )
+        raise ValueError(f"{name}: expected a granularity of {known}, got {granularity!r}")
 
 
 def input_granularity_of(codes: Codes) -> Granularity:

@@ -1,5 +1,4 @@
-"""`fp8.FrozenExperts`: the experts of a mixture whose weights are FP8, codes and scales, and nothing
-else.
+"""`fp8.FrozenExperts`: the experts of a mixture whose weights are FP8, codes and scales alone.
 
 As `FrozenLinear` is for a linear layer. All experts are one module, as in transformers' models,
 whose names for the weights it has; `fp8.freeze` and `fp8.load` turn such a module into this one.
@@ -75,10 +74,15 @@ class FrozenExperts(nn.Module):
 
     __module__ = "fp8.nn"  # what pickles name
 
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    gate_up_proj_bias: Tensor | None
+    down_proj_bias: Tensor | None
+    num_experts: int
     granularity: Granularity = "rowwise"
     scale_suffix: str = "_scale"
     """What follows a weight's name in that of its scale."""
-    gate_form: tuple[str, bool, float, float] = tuple(GateForm())
+    gate_form: tuple[str, bool, float, float] = ("silu", False, 1.702, 7.0)
     """activation, interleaved, alpha and limit."""
     power_of_two: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
@@ -185,9 +189,7 @@ class FrozenExperts(nn.Module):
         hold(new, *together(*stacks), biases[0], biases[1], compute_dtype, form, power_of_two)
         return new
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H] for [T, H], [T, k] and [T, k]."""
         if is_compiling():
             self._mark_traced()
@@ -332,7 +334,9 @@ def hold(
     module._parameters.update(parameters)
     module.num_experts = gate_up.codes.size(0)
     module.granularity, module.scale_suffix = gate_up.granularity, suffix
-    module.gate_form, module.power_of_two = tuple(form), power_of_two
+    activation, interleaved, alpha, limit = form  # a plain tuple, for pickles
+    module.gate_form = (activation, interleaved, alpha, limit)
+    module.power_of_two = power_of_two
     module.compute_dtype = compute_dtype
 
 

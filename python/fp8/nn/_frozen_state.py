@@ -29,16 +29,12 @@ def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return result.view(tensor.dtype)
 
 
-def as_bytes(
-    parameters: dict[str, Any], names: Collection[str] = ("weight",)
-) -> dict[str, Any]:
+def as_bytes(parameters: dict[str, Any], names: Collection[str] = ("weight",)) -> dict[str, Any]:
     """Parameters of a layer for a pickle: codes, under these names, as uint8."""
     return _seen_as(torch.uint8, torch.float8_e4m3fn, parameters, names)
 
 
-def from_bytes(
-    parameters: dict[str, Any], names: Collection[str] = ("weight",)
-) -> dict[str, Any]:
+def from_bytes(parameters: dict[str, Any], names: Collection[str] = ("weight",)) -> dict[str, Any]:
     """What `as_bytes` was given."""
     return _seen_as(torch.float8_e4m3fn, torch.uint8, parameters, names)
 
@@ -99,9 +95,7 @@ def fit(layer: "FrozenLinear", state_dict: dict[str, Any], prefix: str) -> str |
     return None
 
 
-def fit_experts(
-    module: "FrozenExperts", state_dict: dict[str, Any], prefix: str
-) -> str | None:
+def fit_experts(module: "FrozenExperts", state_dict: dict[str, Any], prefix: str) -> str | None:
     """The same for both weights of an fp8.FrozenExperts."""
     for name in ("gate_up_proj", "down_proj"):
         where, scale_name = f"fp8.FrozenExperts: '{prefix}{name}'", f"{prefix}{name}"

@@ -120,7 +120,7 @@ def test_load_into_frozen_experts(tmp_path):
         for part, n, k in (("gate", 256, 384), ("up", 256, 384), ("down", 384, 256)):
             name = f"{EXPERTS}.{expert}.{part}_proj.weight"
             high[name] = torch.zeros(n, k, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="experts of .* are in high precision, .* fp8.freeze"):
+    with pytest.raises(ValueError, match=r"experts of .* are in high precision, .* fp8.freeze"):
         fp8.load(fp8.freeze(mixture(**WIDE)), write(tmp_path / "high", high))
 
 

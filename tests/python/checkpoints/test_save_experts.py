@@ -121,7 +121,7 @@ def test_interleaved_experts_are_saved_merged():
 def test_saved_experts_errors(tmp_path):
     model = make()
     fp8.freeze(model, filter=lambda module, name: "self_attn" in name)
-    with pytest.raises(NotImplementedError, match="merged experts in high precision.*fp8.freeze"):
+    with pytest.raises(NotImplementedError, match=r"merged experts in high precision.*fp8.freeze"):
         fp8.save(model, tmp_path)
     with pytest.raises(ValueError, match=r"experts.0.gate_proj has a scale per row, which .*'fp8'"):
         fp8.save(fp8.freeze(make(), "rowwise", filter=only_experts), tmp_path, "fp8")
@@ -152,5 +152,7 @@ def test_load_refuses_merged_codes_that_mean_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"_scale': expected \[4, 96, 1\].*got \[4, 95, 1\]"):
         fp8.load(make("gpt_oss"), write(tmp_path / "b", wrong))
     target = make("gpt_oss", intermediate_size=64)
-    with pytest.raises(ValueError, match=r"expected codes \[4, 128, 256\] for experts .* got \[4, 96"):
+    with pytest.raises(
+        ValueError, match=r"expected codes \[4, 128, 256\] for experts .* got \[4, 96"
+    ):
         fp8.load(target, write(tmp_path / "c", tensors))

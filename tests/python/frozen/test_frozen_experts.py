@@ -223,13 +223,15 @@ def test_frozen_experts_says_what_it_takes():
     make_it = fp8.FrozenExperts.from_codes
     with pytest.raises(TypeError, match=r"gate_up: expected codes \[E, N, K\] in float8_e4m3fn"):
         make_it(up.float(), scale, down, other)
-    with pytest.raises(ValueError, match=r"down: expected a scale per expert \[3, 1, 1\], .*\[3, 7"):
+    with pytest.raises(
+        ValueError, match=r"down: expected a scale per expert \[3, 1, 1\], .*\[3, 7"
+    ):
         make_it(up, scale, down, torch.ones(3, 7))
     with pytest.raises(TypeError, match="gate_up_scale: expected a scale in float32"):
         make_it(up, scale.double(), down, other)
     with pytest.raises(ValueError, match=r"gate_up \[E, 2 I, H\] and down .* got \[3, 256, 144\]"):
         make_it(up, scale, down[:, :, :64], other)
-    with pytest.raises(ValueError, match="fp8.FrozenExperts: expected a granularity of .*'rows'"):
+    with pytest.raises(ValueError, match=r"fp8.FrozenExperts: expected a granularity of .*'rows'"):
         fp8.FrozenExperts(3, 64, 32, granularity="rows")
     with pytest.raises(ValueError, match="multiples of 16, got 60 and 32"):
         fp8.FrozenExperts(3, 60, 32)

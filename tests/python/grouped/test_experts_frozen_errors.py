@@ -77,12 +77,10 @@ def test_experts_frozen_error_gradients():
     with pytest.raises(ValueError, match=OP + "without requires_grad.*moe_experts"):
         fp8.ops.experts_frozen(*p._replace(down_scale=scale).args())
     with pytest.raises(NotImplementedError, match=OP + "jvp"):
-        torch.func.jvp(
-            lambda x: fp8.ops.experts_frozen(*p._replace(x=x).args()), (p.x,), (p.x,)
-        )
+        torch.func.jvp(lambda x: fp8.ops.experts_frozen(*p._replace(x=x).args()), (p.x,), (p.x,))
     y = fp8.ops.experts_frozen(*with_leaves(p, leaves))
     (dx,) = torch.autograd.grad(y.sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative for .*_experts_frozen_backward is not"):
+    with pytest.raises(RuntimeError, match=r"derivative for .*_experts_frozen_backward is not"):
         dx.sum().backward()
 
 

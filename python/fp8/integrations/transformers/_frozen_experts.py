@@ -1,7 +1,7 @@
 """Experts whose weights are FP8, through `from_pretrained`: what _frozen_quantizer.py does of them.
 
-transformers itself merges the codes of single experts, as it merges numbers; their scales, which may
-be of no shape that it can merge, are read here when it is done.
+transformers itself merges the codes of single experts, as it merges numbers; their scales, which
+may be of no shape that it can merge, are read here when it is done.
 """
 
 from collections.abc import Iterable
@@ -60,11 +60,11 @@ def settle(
     if not isinstance(module, FrozenExperts) or not merged:
         source.freeze_experts(module, codes)
         return
-    stacks = [
+    up, down = (
         source.with_scales(module._parameters[name].detach(), slices, codes.granularity)  # type: ignore
         for name, slices in zip(WEIGHTS, (codes.gate_up, codes.down), strict=True)
-    ]
-    set_codes(module, *stacks, source.power_of_two(codes))
+    )
+    set_codes(module, up, down, source.power_of_two(codes))
 
 
 def quantize(module: nn.Module, name: str, weight: Tensor, recipe: Recipe) -> dict[str, Tensor]:
@@ -90,4 +90,4 @@ def finish(modules: Iterable[tuple[nn.Module, Recipe, torch.dtype]]) -> None:
                 stacks.append(quantized_stack(parameters[name].to(dtype), turned, recipe))
             else:
                 stacks.append(Stack(parameters[name].detach(), scales.detach(), recipe.granularity))
-        set_codes(module, *stacks, recipe.power_of_two, dtype)
+        set_codes(module, stacks[0], stacks[1], recipe.power_of_two, dtype)
