@@ -27,7 +27,7 @@ M_VALUES = (1, 4, 8, 16, 32, 64, 8192)
 SQNR_ROWS = 64
 
 
-def graph_of(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def _graph(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A replay of it, and where its result lies."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -64,7 +64,7 @@ def measure_layer(m: int, k: int, n: int, repeats: int) -> list[Row]:
     exact = x[:SQNR_ROWS].double() @ weight.double().t()
     calls = variants(x, weight)  # which have the operands, that replays read
     with torch.no_grad():
-        graphs = {name: graph_of(run) for name, run in calls.items()}
+        graphs = {name: _graph(run) for name, run in calls.items()}
     times = timing.device_times({name: run for name, (run, _) in graphs.items()}, repeats)
     bound = copy_us(n * k, repeats) if m <= SQNR_ROWS else None
     return [

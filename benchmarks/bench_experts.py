@@ -19,7 +19,6 @@ from typing import NamedTuple
 import tables
 import timing
 import torch
-from bench_decode import graph_of
 from passes import copy_us
 from runs import Row, import_fp8, main
 from torch import Tensor
@@ -55,6 +54,19 @@ def composed(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: T
     y = y * weights.reshape(-1)[order, None].to(y.dtype)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     return y[back].view(tokens, top_k, -1).sum(1)
+
+
+def graph_of(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A replay of it, and where its result lies."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    return graph.replay, y
 
 
 def variants(

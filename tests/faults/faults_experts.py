@@ -56,7 +56,7 @@ FROZEN_EXPERTS = [
         "csrc/torch/experts/check.cpp",
         '? *input_granularity == "blockwise"',
         "? is_grid(gate_up, gate_up_scale) && is_grid(down, down_scale)",
-        OPERATOR,
+        ERRORS,
     ),
     Fault(
         "the routing weights' gradient lacks down's bias",

@@ -156,7 +156,7 @@ def test_gemms_alone_are_the_products_of_a_step(cpu_as_gpu, monkeypatch, recipe)
 
 
 def test_decode(run, monkeypatch):
-    monkeypatch.setattr(bench_decode, "graph_of", lambda work: (work, work()))
+    monkeypatch.setattr(bench_decode, "_graph", lambda work: (work, work()))
     monkeypatch.setattr(bench_decode, "copy_us", lambda moved, repeats: 1.0)
     monkeypatch.setattr(bench_decode, "LAYERS", ((64, 96),))
     monkeypatch.setattr(bench_decode, "M_VALUES", (1, 80))
