@@ -25,7 +25,7 @@ FROZEN_EXPERTS = [
     Fault(
         "scales of blocks are not transposed with the codes of experts",
         FORWARD,
-        "{turned, scale.transpose(1, 2).contiguous(), Granularity::kBlock128x128, features};",
+        "{turned, without_gaps(scale.transpose(1, 2)), Granularity::kBlock128x128, features};",
         "{turned, scale.reshape({groups, scale.size(2), scale.size(1)}), "
         "Granularity::kBlock128x128, features};",
         OPERATOR,

@@ -20,6 +20,18 @@ using core::Granularity;
 using grouped::Gate;
 using grouped::Routing;
 
+namespace {
+
+// Scales of blocks without gaps. Products take the distance of their rows from a stride, and an
+// extent of 1 may have any in a tensor that is contiguous: where it is another, a copy.
+at::Tensor without_gaps(const at::Tensor& scale) {
+  return scale.is_contiguous() && scale.stride(1) == scale.size(2)
+             ? scale
+             : scale.clone(at::MemoryFormat::Contiguous);
+}
+
+}  // namespace
+
 Recipe experts::recipe_of(bool blocks, bool power_of_two) {
   Recipe recipe =
       grouped_recipe_at(grouped_recipe_id("experts_frozen", blocks ? "blockwise" : "rowwise"));
@@ -32,7 +44,7 @@ Side experts::given_side(const at::Tensor& codes, const at::Tensor& scale, bool 
   const int64_t rows = codes.size(1);
   const at::Tensor lying = grouped::contiguous(codes);
   if (blocks) {
-    return {lying, scale.contiguous(), Granularity::kBlock128x128, rows};
+    return {lying, without_gaps(scale), Granularity::kBlock128x128, rows};
   }
   const at::Tensor of_rows =
       scale.numel() == groups ? scale.reshape({groups, 1}).expand({groups, rows}) : scale;
@@ -46,7 +58,7 @@ Side experts::transposed_side(const at::Tensor& codes, const at::Tensor& scale, 
   const at::Tensor turned =
       codes.view(at::kByte).transpose(1, 2).contiguous().view(codes.scalar_type());
   if (blocks) {
-    return {turned, scale.transpose(1, 2).contiguous(), Granularity::kBlock128x128, features};
+    return {turned, without_gaps(scale.transpose(1, 2)), Granularity::kBlock128x128, features};
   }
   const at::Tensor of_rows =
       scale.numel() == groups ? scale.reshape({groups, 1}).expand({groups, features}).contiguous()
