@@ -31,6 +31,14 @@ FROZEN_EXPERTS = [
         OPERATOR,
     ),
     Fault(
+        "scales of experts are read with the strides of an extent of 1",
+        FORWARD,
+        "scale.is_contiguous() && scale.stride(1) == scale.size(2)",
+        "scale.is_contiguous()",
+        OPERATOR,
+        gpu=True,
+    ),
+    Fault(
         "rows times small scales of experts vanish in fp16",
         FORWARD,
         "rows.scalar_type() == at::kHalf ? at::kFloat : rows.scalar_type();",

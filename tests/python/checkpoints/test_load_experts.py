@@ -57,6 +57,23 @@ def files(granularity: str, **more) -> dict[str, torch.Tensor]:
 WIDE = {"moe_intermediate_size": 256, "hidden_size": 384}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", ["tensorwise", "rowwise", "blockwise"])
+def test_load_holds_the_codes_of_experts_once(granularity, tmp_path):
+    """Of parameters on the meta device: memory of what they become, and of one tensor."""
+    folder = write(tmp_path, files(granularity, **WIDE, num_experts=16))
+    target = mixture(**WIDE, num_experts=16).cuda()
+    target.get_submodule(EXPERTS).to("meta")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fp8.load(target, folder, device="cuda")
+    peak = torch.cuda.max_memory_allocated() - before
+    experts = sum(p.nbytes for p in target.get_submodule(EXPERTS).parameters())
+    assert experts > 4 * 2**20
+    assert peak <= experts + 2**20  # of the linears, one tensor, and rounding
+
+
 @pytest.mark.parametrize("granularity", ["tensorwise", "rowwise", "blockwise"])
 @pytest.mark.parametrize("meta", [False, True], ids=["", "meta"])
 def test_load_freezes_experts(granularity, meta, tmp_path):

@@ -233,6 +233,30 @@ def test_experts_frozen_codes_of_any_storage(device, granularity):
     assert_same_bits(others["x"], grads["x"])
 
 
+@pytest.mark.parametrize(("hidden", "features"), [(128, 256), (256, 64), (128, 64)])
+def test_experts_frozen_scales_whose_extent_of_one_has_any_stride(device, hidden, features):
+    """A tensor is contiguous whatever an extent of 1 has for a stride: a transposed one too. Of
+    hidden 128 those of gate_up are [E, n, 1], of 64 features [E, 1, n]; the backward turns them."""
+    p = problem("blockwise", hidden=hidden, features=features, device=device)
+
+    def strided(scale, stride):
+        shape, whole = scale.shape, scale.clone(memory_format=torch.contiguous_format)
+        strides = [s if n > 1 else stride for n, s in zip(shape, whole.stride(), strict=True)]
+        odd = whole.as_strided(shape, strides)
+        assert odd.is_contiguous()
+        return odd
+
+    y, dy, grads = run(p)
+    check(p, y, dy, grads)
+    for stride in (1, 5):
+        given = p._replace(
+            gate_up_scale=strided(p.gate_up_scale, stride), down_scale=strided(p.down_scale, stride)
+        )
+        again, _, others = run(given)
+        assert_same_bits(again, y)
+        assert_same_bits(others["x"], grads["x"])
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("wanted", ["x", "weights", "gate_up_bias", "down_bias"])
 def test_experts_frozen_one_gradient_alone(device, wanted, granularity):
