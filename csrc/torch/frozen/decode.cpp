@@ -1,9 +1,6 @@
-// linear_frozen of few rows on compute capability 9.0 by core::decode, where FP8_DECODE=1 asks for
-// it: in one launch that quantizes x too, or, of more rows, in two that overlap.
+// linear_frozen of few rows on compute capability 9.0 by core::decode: in one launch that quantizes
+// x too, or, of more rows, in two that overlap.
 #include <ATen/ATen.h>
-
-#include <cstdlib>
-#include <cstring>
 
 #include "fp8/core_decode.h"
 #include "torch/common/cuda_context.h"
@@ -13,19 +10,6 @@
 
 namespace fp8 {
 
-namespace {
-
-// FP8_DECODE, read once.
-bool is_on() {
-  static const bool on = [] {
-    const char* text = std::getenv("FP8_DECODE");
-    return text != nullptr && std::strcmp(text, "1") == 0;
-  }();
-  return on;
-}
-
-}  // namespace
-
 using core::Granularity;
 
 std::optional<at::Tensor> frozen::decode(const at::Tensor& x, const at::Tensor& weight,
@@ -34,8 +18,7 @@ std::optional<at::Tensor> frozen::decode(const at::Tensor& x, const at::Tensor& 
                                          const OptionalTensor& input_scale, bool power_of_two) {
   const int64_t k = weight.size(1);
   const int64_t m = x.numel() / k;
-  if (!is_on() || !x.is_cuda() || !core::has_cuda() || m > core::kMaxDecodeRows)
-    return std::nullopt;
+  if (!x.is_cuda() || !core::has_cuda() || m > core::kMaxDecodeRows) return std::nullopt;
   // One scale that is not given would depend on all rows.
   if (form.input == Granularity::kTensorwise && !input_scale) return std::nullopt;
   core::DecodeArgs args{.m = m,
