@@ -135,8 +135,8 @@ def test_rows_of_a_grouped_layer(device, recipe):
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
 @torch.no_grad()
 def test_values_are_those_of_other_sums(device, recipe):
-    """What the codes stand for, multiplied in double precision. Hopper's sums: see
-    frozen/test_decode.py."""
+    """What the codes stand for, multiplied in double precision. Hopper's tensor cores lose 2^-14 of
+    a running sum in each step of 32, over all of K where they accumulate fast (bounds.py)."""
     shapes, _ = cases(device)
     for k, n in shapes:
         for dtype in (torch.bfloat16, torch.float32):
@@ -151,9 +151,9 @@ def test_values_are_those_of_other_sums(device, recipe):
             }[recipe]
             values = fp8.ops.dequantize(*quantize(x), torch.float32).double()
             exact = values @ layer.dequantize(torch.float32).double().t() + linear.bias.double()
-            # fast accumulation over all of K: 14 bits, of which errors add up
             rounding = 2.0**-8 if dtype is torch.bfloat16 else 0.0
-            limit = (1e-5 if device == "cpu" else 4e-3) + rounding
+            steps = k / 32 if recipe == "rowwise" else 4
+            limit = 1e-5 + rounding + (0 if device == "cpu" else 1e-3 + steps * 2.0**-14)
             assert float((y - exact).norm() / exact.norm()) < limit, (k, n, dtype)
 
 
