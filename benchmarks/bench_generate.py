@@ -47,7 +47,15 @@ def torchao_rows(model: nn.Module) -> nn.Module:
 
 def weights_gib(model: nn.Module) -> float:
     """Of what a layer reads: codes and scales, or numbers."""
-    return sum(parameter.nbytes for parameter in model.parameters()) / memory.GIB
+    return sum(nbytes(parameter) for parameter in model.parameters()) / memory.GIB
+
+
+def nbytes(tensor: Tensor) -> int:
+    """A peer's tensor is one of tensors, and says the size that it had before."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(nbytes(getattr(tensor, name)) for name in names)
 
 
 def set_decode(model: nn.Module, decode: bool) -> None:

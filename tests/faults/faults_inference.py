@@ -89,6 +89,21 @@ INFERENCE = [
         gpu=True,
     ),
     Fault(
+        "a decode takes rows that matmul multiplies faster",
+        "csrc/host/decode_plan.h",
+        "problem.one_scale || (problem.blocks && weight > kDecodeMostBlocks) ? 32",
+        "problem.blocks && weight > kDecodeMostBlocks ? 32",
+        "ctest test_decode_plan",
+    ),
+    Fault(
+        "a decode with one scale for each operand does not know that",
+        "csrc/core/matmul/decode_core.cpp",
+        "args.weight_scale_row_stride == 0",
+        "false",
+        DECODE,
+        gpu=True,
+    ),
+    Fault(
         "freeze's decode is not heard",
         "python/fp8/conversion/_freeze.py",
         "            if not decode:\n",

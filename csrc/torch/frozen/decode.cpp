@@ -28,6 +28,14 @@ std::optional<at::Tensor> frozen::decode(const at::Tensor& x, const at::Tensor& 
                         .granularity = form.input,
                         .power_of_two = power_of_two,
                         .device = x.device().index()};
+  args.weight_scale = weight_scale.const_data_ptr<float>();
+  if (form.weight == Granularity::kBlock128x128) {
+    args.weight_scale_row_stride = weight_scale.stride(0);
+    args.weight_scale_col_stride = weight_scale.stride(1);
+  } else if (weight_scale.numel() > 1) {  // [N], [N, 1] or [1, N]
+    const bool is_row = weight_scale.dim() == 2 && weight_scale.size(0) == 1;
+    args.weight_scale_row_stride = weight_scale.stride(is_row ? 1 : 0);
+  }
   if (!core::suits_decode(args)) return std::nullopt;
   memory::drop_gone_inputs();
 
@@ -38,14 +46,6 @@ std::optional<at::Tensor> frozen::decode(const at::Tensor& x, const at::Tensor& 
   const at::Tensor codes = ready_codes(weight, args.n);
   args.weight = codes.const_data_ptr();
   args.ldw = codes.stride(0);
-  args.weight_scale = weight_scale.const_data_ptr<float>();
-  if (form.weight == Granularity::kBlock128x128) {
-    args.weight_scale_row_stride = weight_scale.stride(0);
-    args.weight_scale_col_stride = weight_scale.stride(1);
-  } else if (weight_scale.numel() > 1) {  // [N], [N, 1] or [1, N]
-    const bool is_row = weight_scale.dim() == 2 && weight_scale.size(0) == 1;
-    args.weight_scale_row_stride = weight_scale.stride(is_row ? 1 : 0);
-  }
   const at::Tensor biases = bias ? bias->contiguous() : at::Tensor();
   if (bias) args.bias = biases.const_data_ptr();
   at::Tensor workspace;

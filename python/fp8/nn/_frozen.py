@@ -71,7 +71,7 @@ class FrozenLinear(nn.Linear):
     "rowwise" or "tensorwise", the latter with a static scale. May be set."""
     power_of_two: bool = False
     decode: bool = True
-    """Whether few rows (up to 64, on Hopper) are multiplied by a kernel made for them, see
+    """Whether few rows (up to 32 or 64, on Hopper) are multiplied by a kernel made for them, see
     `fp8.ops.linear_frozen`. Faster; the bits are those of other sums. May be set."""
     compute_dtype: torch.dtype = torch.bfloat16
     """What the layer is part of: dtype of the bias and, as a rule, of x. PEFT reads it."""

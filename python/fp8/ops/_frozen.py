@@ -38,8 +38,10 @@ def linear_frozen(
             None: blockwise with blocks, tensorwise with an input_scale, else rowwise.
         power_of_two: scales of x, and of dy in the backward, are powers of two.
         decode: multiply up to 64 rows by a kernel made for few, on compute capability 9.0, with a
-            weight of 2^20 elements or more and unless x has one dynamic scale. Codes and scales are
-            the same; sums are added in another order.
+            weight of 2^20 elements or more and unless x has one dynamic scale; up to 32 rows where
+            x and weight have one scale each, or blocks and more than 2^25 elements of weight. Codes
+            and scales are the same; sums are added in another order, and up to there a row has the
+            same bits whatever the others are.
 
     Returns: [..., N] in x's dtype; where `fused_linear` would quantize x and weight so, its bits,
     but for few rows with decode. Differentiable once, in x and bias, and nothing of x is saved. dx

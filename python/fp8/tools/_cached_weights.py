@@ -48,9 +48,10 @@ def cached_weights(model: nn.Module, *, captures: bool = False) -> Iterator[None
     weights without any it quantizes still, so call the model once inside the context, then
     capture. Replays take no notice of the weights then, inside the context or after it: they read
     what the last call outside of a capture has made, in any such context, on a stream that the
-    replay has waited for. After a change, make one: the graph need not be captured again. The codes
-    stay in memory as long as the parameters. For inference: a captured training step would train on
-    codes that do not change.
+    replay has waited for. A bias has no codes: replays read it as it is. So after a change make a
+    call, before the next replay; the graph need not be captured again. The codes stay in memory as
+    long as the parameters. For inference: a captured training step would train on codes that do
+    not change.
 
     Args:
         model: any module; those in it that compute in FP8.

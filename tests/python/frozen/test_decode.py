@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ FORMS = (  # of the weight, of x; a static scale of x is "static"
     ("rowwise", "static"),
     ("blockwise", "blockwise"),
 )
-ROWS = (1, 2, 4, 5, 7, 8, 9, 16, 17, 32, 33, 63, 64)
+ROWS = (1, 2, 4, 5, 7, 8, 9, 16, 17, 32, 33, 63, 64)  # most that the kernel takes, see most_rows
 # K, N: whole tiles; odd N, and rows of blocks that end within one; K that is no multiple of a
 # stage, of 128, of 16; x that is not kept in shared memory
 SHAPES = ((1024, 1024), (2064, 1001), (1040, 6152), (1003, 1100), (14336, 304))
@@ -33,6 +34,23 @@ def _needs_hopper(request):
     gpu = request.node.get_closest_marker("gpu") is not None
     if gpu and torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("a kernel for compute capability 9.0")
+
+
+def most_rows(of_weight, of_x, elements=0):
+    """More are faster by cuBLASLt."""
+    one_scale = (of_weight, of_x) == ("tensorwise", "static")
+    return 32 if one_scale or (of_weight == "blockwise" and elements > 2**25) else 64
+
+
+def kernels(call):
+    """Names of those that it launches."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as recorded:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return [event.name for event in recorded.events() if event.device_type == cuda]
 
 
 def run(p, rows, of_x, **options):
@@ -62,7 +80,7 @@ def test_decode_values(of_weight, of_x, dtype, poisoned_memory):
     for k, n in SHAPES:
         p = problem(((64,), k, n), of_weight, dtype, bias=True, device="cuda")
         exact, size = expected(p, of_x)
-        for rows in (1, 5, 8, 13, 32, 64):
+        for rows in (1, 5, 8, 13, 32, most_rows(of_weight, of_x)):
             y = run(p, rows, of_x).double()
             error = (y - exact[:rows]).abs()
             assert bool((error <= (1e-3 + rounding) * size[:rows] + 2.0**-24).all()), (k, n, rows)
@@ -75,10 +93,25 @@ def test_decode_values(of_weight, of_x, dtype, poisoned_memory):
 def test_decode_rows_have_the_same_bits_for_any_number_of_them(of_weight, of_x):
     for k, n in SHAPES:
         p = problem(((64,), k, n), of_weight, device="cuda", bias=True)
-        all_rows = run(p, 64, of_x)
-        for rows in ROWS:
+        most = most_rows(of_weight, of_x)
+        all_rows = run(p, most, of_x)
+        for rows in (rows for rows in ROWS if rows <= most):
             assert_same_bits(run(p, rows, of_x), all_rows[:rows], f"K={k} N={n} M={rows}")
             assert_same_bits(run(p, rows, of_x), run(p, rows, of_x), f"again, M={rows}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("of_weight", "of_x"), FORMS)
+@pytest.mark.parametrize(("k", "n"), [(1024, 1024), (4096, 8320)])
+def test_rows_beyond_which_there_is_no_decode(of_weight, of_x, k, n):
+    p = problem(((65,), k, n), of_weight, device="cuda", bias=True)
+    most = most_rows(of_weight, of_x, k * n)
+    assert_same_bits(run(p, most, of_x)[:1], run(p, 1, of_x))
+    ordinary = run(p, most + 1, of_x, decode=False)
+    assert_same_bits(run(p, most + 1, of_x), ordinary)
+    for rows in (1, most, most + 1):
+        by_decode = [name for name in kernels(partial(run, p, rows, of_x)) if "decode_" in name]
+        assert bool(by_decode) == (rows <= most), (rows, by_decode)
 
 
 @pytest.mark.gpu
@@ -229,18 +262,12 @@ def test_decode_in_a_ring_that_turns_often():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "kernels"), [(2, 1), (64, 2)])
-def test_launches_of_a_decode(rows, kernels):
+@pytest.mark.parametrize(("rows", "launches"), [(2, 1), (64, 2)])
+def test_launches_of_a_decode(rows, launches):
     p = problem(((64,), 4096, 1024), "rowwise", device="cuda", bias=True)
     run(p, rows, "rowwise")
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as recorded:
-        run(p, rows, "rowwise")
-        torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    names = [event.name for event in recorded.events() if event.device_type == cuda]
-    assert len(names) == kernels, names
+    names = kernels(lambda: run(p, rows, "rowwise"))
+    assert len(names) == launches, names
     assert "decode_kernel" in names[-1], names
 
 

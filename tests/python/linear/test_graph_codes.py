@@ -56,10 +56,12 @@ def kernels(run):
     return len([event for event in recorded.events() if event.device_type == cuda])
 
 
-def negate(model):
+def negate(model, dims=(1, 2)):
+    """Weights have two dimensions, biases one."""
     with torch.no_grad():
-        for weight in model.parameters():
-            torch._foreach_neg_([weight])
+        for parameter in model.parameters():
+            if parameter.dim() in dims:
+                torch._foreach_neg_([parameter])
 
 
 @pytest.mark.gpu
@@ -99,7 +101,7 @@ def test_a_call_brings_a_graph_up_to_date(recipe, kind):
         on_another_stream(lambda: output(model, x))
         before = output(model, x)
         graph, y = captured(model, x)
-        negate(model)
+        negate(model, dims=(2,))
         graph.replay()
         assert_same_bits(y, before)  # stale, as it was said to be
         changed = output(model, x)
@@ -114,6 +116,30 @@ def test_a_call_brings_a_graph_up_to_date(recipe, kind):
             assert_same_bits(y, changed)
             assert_same_bits(output(copy.deepcopy(model), x), changed)
         negate(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["linear", "merged"])
+@torch.no_grad()
+def test_a_graph_reads_the_bias_as_it_is(kind):
+    """It has no codes. Beside a weight that changed too it is the new one with old codes."""
+    model = model_of("rowwise", kind=kind)
+    x = torch.randn(128, SIZE, device="cuda", dtype=torch.bfloat16)
+    with fp8.cached_weights(model, captures=True):
+        on_another_stream(lambda: output(model, x))
+        graph, y = captured(model, x)
+        before = output(model, x)
+        negate(model, dims=(1,))
+        graph.replay()
+        changed = output(model, x)
+        assert not torch.equal(changed, before)
+        assert_same_bits(y, changed)
+        negate(model, dims=(2,))
+        graph.replay()
+        assert_same_bits(y, changed)
+        output(model, x)
+        graph.replay()
+        assert_same_bits(y, output(copy.deepcopy(model), x))
 
 
 @pytest.mark.gpu
