@@ -2,7 +2,7 @@
 
     python benchmarks/bench_decode.py --quick
 
-`frozen` has a weight that is FP8 (fp8.FrozenLinear's operator), up to 64 rows by the decode kernel,
+`frozen` has a weight that is FP8 (fp8.FrozenLinear's operator), few rows by the decode kernel,
 or without it; `batch invariant` is inside fp8.batch_invariant(), and its price is its time over
 that of the same layer outside. `fused` quantizes the weight in each replay, `product` is scaled_mm
 on operands that are ready: what quantizing x costs is the difference to `frozen` without decode.

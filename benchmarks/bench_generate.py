@@ -4,7 +4,7 @@
 
 Random weights, a cache of fixed size that is full. `graph` replays a CUDA graph of the step, eager
 is bound by the host. bf16's lm_head and embedding are everybody's. fp8: frozen layers (fp8.freeze),
-up to 64 rows by the decode kernel, or without it, or inside fp8.batch_invariant().
+by the decode kernel, or without it, or inside fp8.batch_invariant().
 """
 
 from __future__ import annotations
