@@ -30,6 +30,11 @@ class Kernel(NamedTuple):
     name: str
     us: float
     is_kernel: bool = True  # else a copy or a fill by the driver
+    start: float = 0.0  # us, since some moment
+
+    @property
+    def end(self) -> float:
+        return self.start + self.us
 
 
 def classify(name: str) -> str:
@@ -55,13 +60,14 @@ def kind(name: str) -> str:
 
 
 def parse(trace: dict) -> list[Kernel]:
-    """GPU work in a trace in Chrome's format: kernels, copies and fills."""
+    """GPU work in a trace in Chrome's format, in its order: kernels, copies and fills."""
     categories = ("kernel", "gpu_memcpy", "gpu_memset")
-    return [
-        Kernel(event["name"], float(event["dur"]), event["cat"] == "kernel")
+    found = [
+        Kernel(event["name"], float(event["dur"]), event["cat"] == "kernel", float(event["ts"]))
         for event in trace["traceEvents"]
         if event.get("ph") == "X" and event.get("cat") in categories
     ]
+    return sorted(found, key=lambda kernel: kernel.start)
 
 
 def per_step(

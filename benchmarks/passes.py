@@ -19,6 +19,7 @@ INPUT_MB = (67, 235, 940)  # of gates and ups, or of rows
 
 # Elements of each.
 WEIGHTS = (2 * FEATURES * HIDDEN * EXPERTS, FEATURES * HIDDEN * EXPERTS)
+DENSE_WEIGHTS = (2 * FEATURES * HIDDEN, 2 * FEATURES * HIDDEN)
 
 
 class Pass(NamedTuple):
@@ -29,12 +30,12 @@ class Pass(NamedTuple):
     bytes_per_element: int
     features: int = FEATURES  # of the step that it is taken from
     row_elements: int = 2 * FEATURES  # of what the size is given for
+    then: str = ""  # in the name of a second kernel, with whose end the pass ends
 
 
 # With top_k = 1 a token has one row. Rows to their experts: in a step of few features, where their
 # size is that of the others. Columns: of the gradients and inputs of both products for the weight
-# gradients, and of both weights for the input gradients, whose maxima the pass over their rows
-# leaves.
+# gradients; those of the weights for the input gradients have their maxima from the pass over rows.
 PASSES = (
     Pass(
         "rows to their experts",
@@ -48,28 +49,37 @@ PASSES = (
     Pass("gated rows, backward", ("gate_backward",), lambda m: (m * FEATURES,), 14),
     Pass("weights, rows and maxima of columns", ("group_rows",), lambda _: WEIGHTS, 3),
     Pass(
-        "columns of groups, amax",
+        "columns of groups",
         ("group_amax",),
         lambda m: (2 * m * FEATURES, m * FEATURES, m * HIDDEN, m * HIDDEN),
-        2,
-    ),
-    Pass(
-        "columns of groups, cast",
-        ("group_cast",),
-        lambda m: (2 * m * FEATURES, m * FEATURES, m * HIDDEN, m * HIDDEN, *WEIGHTS),
-        3,
+        5,
+        then="group_cast",
     ),
 )
-TWIN = ("row_kernel", "MatrixRows")
+# What they are held against: passes over a matrix, between the products of two dense linears. Rows:
+# where no gradient is asked for. Both: of the first one's output, forward and backward.
+ROWS = Pass(
+    "rows of a matrix",
+    ("row_kernel", "MatrixRows"),
+    lambda m: (2 * m * FEATURES, m * HIDDEN, *DENSE_WEIGHTS),
+    3,
+)
+BOTH = Pass(
+    "rows and columns of a matrix",
+    ("statistics_kernel",),
+    lambda m: (2 * m * FEATURES, 2 * m * FEATURES, *DENSE_WEIGHTS),
+    6,
+    then="cast_kernel",
+)
+
+
+def normal(*size: int) -> torch.Tensor:
+    made = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    return (made * size[-1] ** -0.5).requires_grad_()
 
 
 def step_of(rows: int, features: int):
     """A training step of experts on `rows` tokens, each with one expert."""
-
-    def normal(*size: int) -> torch.Tensor:
-        made = torch.randn(size, device="cuda", dtype=torch.bfloat16)
-        return (made * size[-1] ** -0.5).requires_grad_()
-
     gate_up, down = normal(EXPERTS, 2 * features, HIDDEN), normal(EXPERTS, HIDDEN, features)
     x = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16).requires_grad_()
     index = torch.randint(0, EXPERTS, (rows, 1), device="cuda")
@@ -85,6 +95,24 @@ def step_of(rows: int, features: int):
     return step
 
 
+def dense_step(rows: int, training: bool):
+    """Two linears, one after the other, with [rows, 2 * FEATURES] in between."""
+    linear = torch.ops.fp8.fused_linear
+    first, second = normal(2 * FEATURES, HIDDEN), normal(HIDDEN, 2 * FEATURES)
+    x = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    dy = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> None:
+        for leaf in (x, first, second):
+            leaf.grad = None
+        with torch.set_grad_enabled(training):
+            y = linear(linear(x, first, None, "rowwise"), second, None, "rowwise")
+        if training:
+            y.backward(dy)
+
+    return step
+
+
 def total_us(kernels: list[kernel_times.Kernel], needles: tuple[str, ...], steps: int) -> float:
     """Of one of `steps` steps. Raises RuntimeError where no kernel has such a name (any more)."""
     found = [k.us for k in kernels if all(needle in k.name for needle in needles)]
@@ -93,14 +121,31 @@ def total_us(kernels: list[kernel_times.Kernel], needles: tuple[str, ...], steps
     return sum(found) / steps
 
 
+def durations(kernels: list[kernel_times.Kernel], p: Pass) -> list[float]:
+    """us of each of the pass, the longest first. Two launches of one pass overlap, so that their
+    times do not add up: from the first one's start to the second one's end."""
+    found = []
+    for i, kernel in enumerate(kernels):
+        if not all(needle in kernel.name for needle in p.needles):
+            continue
+        if p.then:
+            second = next((k for k in kernels[i + 1 : i + 3] if p.then in k.name), None)
+            if second is None:
+                continue
+            found.append(second.end - kernel.start)
+        else:
+            found.append(kernel.us)
+    return sorted(found, reverse=True)
+
+
 def launch_us(
     kernels: list[kernel_times.Kernel], p: Pass, launches: tuple[int, ...], steps: int
 ) -> float:
     """Of a launch of launches[0] elements, on average over `steps` steps: of the longest, or of
     those that come after as many longer ones as there are larger sizes. Raises RuntimeError where a
-    step has another number of launches."""
-    found = sorted((k.us for k in kernels if all(n in k.name for n in p.needles)), reverse=True)
-    if len(found) != len(launches) * steps:
+    step has fewer launches."""
+    found = durations(kernels, p)
+    if len(found) < len(launches) * steps:
         raise RuntimeError(f"{p.op}: {len(found)} launches, not {len(launches)} in each step")
     larger = sum(size > launches[0] for size in launches)
     return statistics.fmean(found[larger * steps :][: launches.count(launches[0]) * steps])
@@ -116,12 +161,10 @@ def copy_us(moved: int, repeats: int) -> float:
     return statistics.median(k.us for k in copies)
 
 
-def step_kernels(rows: int, features: int, repeats: int) -> list[kernel_times.Kernel]:
-    step = step_of(rows, features)
+def profiled(step: Callable[[], None], repeats: int) -> list[kernel_times.Kernel]:
     for _ in range(2):
         step()
     found = kernel_times.profile(step, repeats)
-    del step
     torch.cuda.empty_cache()
     return found
 
@@ -149,21 +192,20 @@ def measure(repeats: int, sizes: tuple[int, ...] = INPUT_MB) -> list[dict]:
     found: list[dict] = []
     for input_mb in sizes:
         steps: dict[tuple[int, int], list[kernel_times.Kernel]] = {}
-        timed = []
-        for p in PASSES:
-            rows = round(input_mb * 1e6 / (2 * p.row_elements))
-            key = rows, p.features
-            if key not in steps:
-                steps[key] = step_kernels(*key, repeats)
-            launches = p.launches(rows)
-            moved = (launches[0] * p.bytes_per_element,)
-            timed.append((p.op, rows, launch_us(steps[key], p, launches, repeats), moved))
         rows = round(input_mb * 1e6 / (4 * FEATURES))
-        x = torch.randn(rows, 2 * FEATURES, device="cuda", dtype=torch.bfloat16)
-        torch.ops.fp8.quantize_rowwise(x)
-        dense = kernel_times.profile(lambda x=x: torch.ops.fp8.quantize_rowwise(x), repeats)
-        timed.append(("rows of a matrix", rows, total_us(dense, TWIN, repeats), (3 * x.numel(),)))
-        del x
-        for op, rows, us, moved in timed:
-            found.append(result(op, rows, input_mb, us, moved, repeats))
+        dense = [
+            (p, rows, profiled(dense_step(rows, training), repeats))
+            for p, training in ((ROWS, False), (BOTH, True))
+        ]
+        of_experts = []
+        for p in PASSES:
+            key = round(input_mb * 1e6 / (2 * p.row_elements)), p.features
+            if key not in steps:
+                steps[key] = profiled(step_of(*key), repeats)
+            of_experts.append((p, key[0], steps[key]))
+        for p, m, kernels in of_experts + dense:
+            launches = p.launches(m)
+            moved = (launches[0] * p.bytes_per_element,)
+            us = launch_us(kernels, p, launches, repeats)
+            found.append(result(p.op, m, input_mb, us, moved, repeats))
     return found

@@ -6,6 +6,22 @@ from fault import DELAYED, GROUPED, LAYOUT, MLP, QUANTIZE, RECOMPUTATION, Fault
 
 CUDA = [
     Fault(
+        "CUDA: of the column tiles of a block, the second has the scales of the first",
+        "csrc/core/grouped/columns.cu",
+        "multiplier[i * kTileCols + col_group * 8 + j]",
+        "multiplier[col_group * 8 + j]",
+        GROUPED,
+        gpu=True,
+    ),
+    Fault(
+        "CUDA: the maxima of a group's columns lack a warp's last rows",
+        "csrc/core/grouped/columns.cu",
+        "const int part_rows = static_cast<int>(kTileRows) / static_cast<int>(p.amax_parts);",
+        "const int part_rows = static_cast<int>(kTileRows) / static_cast<int>(p.amax_parts) - 4;",
+        GROUPED,
+        gpu=True,
+    ),
+    Fault(
         "CUDA: a delayed scale is the window's, whatever the tensor",
         "csrc/core/quantize/settle_delayed.cuh",
         "if (!cast_otherwise(p.tile_guess, tiles, settled.used)) return;",

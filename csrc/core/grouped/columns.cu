@@ -6,7 +6,9 @@
 // integer atomicMax (a maximum has no order, so the bits are the same on every run), then cast and
 // transpose as in core/quantize/cast.cu. A weight's maxima may be known, from the pass over its
 // rows (core/quantize/rowwise.cu): then one launch. A tile of a ragged group is found in the tile
-// table; its rows may be gathered through `source`. Bound by bandwidth: 2 + 2 + 1 bytes an element.
+// table; its rows may be gathered through `source`. Bound by bandwidth: 2 + 2 + 1 bytes an element;
+// where groups are small their tiles are not full, and what each block waits for, the table, x and
+// the maxima, counts more than its bytes: so a block takes several.
 #include "core/device/device.h"
 #include "core/grouped/device.cuh"
 #include "core/quantize/tile.cuh"
@@ -18,10 +20,17 @@ static_assert(kTileRows == kGroupTileRows);
 
 struct ColumnsParams {
   GroupColumnsArgs args;
-  int64_t col_tiles;
+  unsigned amax_parts;      // warps to a tile: 1 or kRowParts
+  unsigned amax_chunks;     // blocks to a row of tiles
+  unsigned cast_chunks;     // the same
   int64_t tiles_per_group;  // uniform
   bool vectorized;
 };
+
+// Column tiles of a block that casts, where there are at least kManyTiles tiles to a
+// multiprocessor.
+constexpr int kCastTiles = 4;
+constexpr int64_t kManyTiles = 32;
 
 struct Tile {
   int64_t row;
@@ -50,36 +59,48 @@ __device__ __forceinline__ Tile find_tile(const ColumnsParams& p, int64_t index)
           done == 0};
 }
 
-// A thread's part of a tile, whose rows may be gathered.
+// Rows that may be gathered.
 template <typename T>
-__device__ __forceinline__ void load_rows(const ColumnsParams& p, const Tile& tile, int row_group,
-                                          int64_t col, int valid_cols,
-                                          Vec8<T> (&v)[kRowsPerThread]) {
-  const int done = row_group * kRowsPerThread;
-  const GatheredSource<T> source{
-      {static_cast<const T*>(p.args.x), INT64_MAX, p.args.cols, p.args.ld, p.vectorized},
-      p.args.source,
-      p.args.copies};
-  load_tile(source, tile.row + done, tile.rows - done, col, valid_cols, v);
+__device__ __forceinline__ GatheredSource<T> gathered(const ColumnsParams& p) {
+  return {{static_cast<const T*>(p.args.x), INT64_MAX, p.args.cols, p.args.ld, p.vectorized},
+          p.args.source,
+          p.args.copies};
 }
+
+// A warp takes maxima alone, lane l of columns 8 * (l % 8) and on: no barrier, and loads of
+// kRowsInFlight rows a lane on their way, however few rows a group has. Where tiles are many, a
+// warp has one, a block as many column tiles as warps; where they are few, kRowParts warps share
+// one.
+constexpr int kRowsInFlight = 4;
+constexpr int kRowParts = 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) group_amax_kernel(const ColumnsParams p) {
-  __shared__ uint32_t warp_amax[kWarps][kTileCols];
-  let_next_start();
-  const Tile tile = find_tile(p, blockIdx.x / p.col_tiles);
-  if (tile.group < 0 || tile.rows == 0) return;
-  const int64_t col0 = static_cast<int64_t>(blockIdx.x % p.col_tiles) * kTileCols;
-  const int col_group = threadIdx.x % kColGroups;
-  Vec8<T> v[kRowsPerThread];
-  const int64_t col = col0 + col_group * 8;
-  load_rows(p, tile, static_cast<int>(threadIdx.x) / kColGroups, col, of_eight(p.args.cols - col),
-            v);
+  const unsigned chunk = blockIdx.x % p.amax_chunks;
+  const Tile tile = find_tile(p, blockIdx.x / p.amax_chunks);
+  const unsigned warp = chunk * kWarps + threadIdx.x / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t col = static_cast<int64_t>(warp / p.amax_parts) * kTileCols + lane % kColGroups * 8;
+  constexpr int kLanesOfColumn = 32 / kColGroups;
+  const int part_rows = static_cast<int>(kTileRows) / static_cast<int>(p.amax_parts);
+  const int first = static_cast<int>(warp % p.amax_parts) * part_rows;
+  const int end = tile.group >= 0 && col < p.args.cols ? min(tile.rows, first + part_rows) : 0;
+  const int valid_cols = of_eight(p.args.cols - col);
+  const GatheredSource<T> source = gathered<T>(p);
   PackedAmax<T> amax;
   amax.clear();
+  for (int row = first + lane / kColGroups; row < end; row += kRowsInFlight * kLanesOfColumn) {
+    Vec8<T> v[kRowsInFlight];
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) amax.update(v[r]);
-    // The four row groups of a warp: lanes that differ in bits 3 and 4.
+    for (int r = 0; r < kRowsInFlight; ++r) {
+      const int own = row + r * kLanesOfColumn;
+      v[r] = source.load(source.row(tile.row + (own < end ? own : 0)), col,
+                         own < end ? valid_cols : 0);
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsInFlight; ++r) amax.update(v[r]);
+  }
+  let_next_start();  // not before: blocks of the cast that wait would take the place of these
 #pragma unroll
   for (int offset = kColGroups; offset < 32; offset *= 2) {
     Vec8<T> other;
@@ -89,40 +110,51 @@ __global__ void __launch_bounds__(kThreads) group_amax_kernel(const ColumnsParam
     }
     amax.update(other);
   }
-  if (threadIdx.x % 32 < kColGroups) {
+  if (first >= end || lane >= kColGroups) return;
+  uint32_t* const to = p.args.amax + tile.group * p.args.cols + col;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      warp_amax[threadIdx.x / 32][col_group * 8 + j] = amax.float_bits(j);
-    }
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t bits = amax.float_bits(j);
+    if (bits != 0 && j < valid_cols) atomicMax(to + j, bits);
   }
-  __syncthreads();
-  const int64_t own_col = col0 + threadIdx.x;
-  if (threadIdx.x >= kTileCols || own_col >= p.args.cols) return;
-  uint32_t bits = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) bits = max(bits, warp_amax[w][threadIdx.x]);
-  if (bits != 0) atomicMax(p.args.amax + tile.group * p.args.cols + own_col, bits);
 }
 
-template <typename T, typename Format>
-__global__ void __launch_bounds__(kThreads) group_cast_kernel(const ColumnsParams p) {
-  __shared__ alignas(16) uint32_t transposed[kTransposedWords];
-  __shared__ float multiplier[kTileCols];
+// kTiles column tiles of a block, one after the other: the loads of the next are on their way while
+// one is written.
+template <typename T, typename Format, int kTiles>
+__global__ void __launch_bounds__(kThreads, kTiles > 1 && sizeof(T) < 4 ? 4 : 1)
+    group_cast_kernel(const ColumnsParams p) {
+  constexpr int kBuffers = kTiles > 1 ? 2 : 1;
+  __shared__ alignas(16) uint32_t transposed[kBuffers][kTransposedWords];
+  __shared__ float multiplier[kTiles * kTileCols];
   let_next_start();
-  const Tile tile = find_tile(p, blockIdx.x / p.col_tiles);
+  const unsigned chunk = blockIdx.x % p.cast_chunks;
+  const Tile tile = find_tile(p, blockIdx.x / p.cast_chunks);
   if (tile.group < 0) {
     wait_for_previous();
     return;
   }
-  const int64_t col0 = static_cast<int64_t>(blockIdx.x % p.col_tiles) * kTileCols;
-  const int row_group = threadIdx.x / kColGroups;
-  const int col_group = threadIdx.x % kColGroups;
-  const int64_t col = col0 + col_group * 8;
-  Vec8<T> v[kRowsPerThread];
-  const int valid_cols = of_eight(p.args.cols - col);
-  load_rows(p, tile, row_group, col, valid_cols, v);
+  const int64_t col0 = static_cast<int64_t>(chunk) * (kTiles * kTileCols);
+  const int row0 = static_cast<int>(threadIdx.x) / kColGroups * kRowsPerThread;
+  const int col_group = static_cast<int>(threadIdx.x) % kColGroups;
+  const GatheredSource<T> source = gathered<T>(p);
+  const T* rows[kRowsPerThread];
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    rows[r] = source.row(tile.row + (row0 + r < tile.rows ? row0 + r : 0));
+  }
+  Vec8<T> next[kRowsPerThread];
+  const auto load = [&](int64_t col) {
+    const int valid_cols = of_eight(p.args.cols - col);
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      next[r] = source.load(rows[r], col, row0 + r < tile.rows ? valid_cols : 0);
+    }
+  };
+  load(col0 + col_group * 8);
   wait_for_previous();  // for the maxima; x was complete before
-  if (threadIdx.x < kTileCols) {
+  static_assert(kTiles * kTileCols <= kThreads);
+  if (threadIdx.x < kTiles * kTileCols) {
     const int64_t c = col0 + threadIdx.x;
     const int64_t place = tile.group * p.args.cols + c;
     const uint32_t bits = c < p.args.cols ? __ldcg(p.args.amax + place) : 0;
@@ -131,16 +163,26 @@ __global__ void __launch_bounds__(kThreads) group_cast_kernel(const ColumnsParam
     if (tile.first && c < p.args.cols) p.args.scale_t[place] = group.scale;
   }
   __syncthreads();
-  uint2 codes[kRowsPerThread];
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    codes[r] =
-        keep_first(encode8<Format>(v[r], [&](int j) { return multiplier[col_group * 8 + j]; }),
-                   row_group * kRowsPerThread + r < tile.rows ? valid_cols : 0);
-  }
   const Destination to{static_cast<uint8_t*>(p.args.data_t) + tile.column, p.args.cols,
                        p.args.ld_t};
-  store_transposed_tile(to, tile.columns, 0, col0, codes, transposed);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const int64_t tile_col = col0 + i * kTileCols;
+    if (tile_col >= p.args.cols) return;
+    const int64_t col = tile_col + col_group * 8;
+    Vec8<T> v[kRowsPerThread];
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) v[r] = next[r];
+    if (i + 1 < kTiles) load(col + kTileCols);
+    uint2 codes[kRowsPerThread];
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      codes[r] = encode8<Format>(
+          v[r], [&](int j) { return multiplier[i * kTileCols + col_group * 8 + j]; });
+      codes[r] = keep_first(codes[r], row0 + r < tile.rows ? of_eight(p.args.cols - col) : 0);
+    }
+    store_transposed_tile(to, tile.columns, 0, tile_col, codes, transposed[i % kBuffers]);
+  }
 }
 
 }  // namespace
@@ -149,26 +191,42 @@ void quantize_group_columns(const GroupColumnsArgs& args, Stream stream) {
   require(args.cols > 0 && args.groups > 0, "quantize_group_columns expects columns and groups");
   require(on_16_bytes(args.data_t) && args.ld_t % 16 == 0 && on_16_bytes(args.tiles),
           "quantize_group_columns expects 16-byte aligned destinations");
+  const DeviceInfo device = current_device();
   const int64_t tiles_per_group = ceil_div(args.ld_t, kTileRows);
+  const int64_t tiles = args.tiles != nullptr ? args.tile_count : args.groups * tiles_per_group;
+  const int64_t col_tiles = ceil_div(args.cols, kTileCols);
+  const bool many = tiles * col_tiles >= device.sm_count * kManyTiles;
+  const int64_t parts = many ? 1 : kRowParts;
+  const int64_t cast_tiles = many ? kCastTiles : 1;
   const ColumnsParams params{
       .args = args,
-      .col_tiles = ceil_div(args.cols, kTileCols),
+      .amax_parts = static_cast<unsigned>(parts),
+      .amax_chunks = static_cast<unsigned>(ceil_div(col_tiles * parts, kWarps)),
+      .cast_chunks = static_cast<unsigned>(ceil_div(col_tiles, cast_tiles)),
       .tiles_per_group = tiles_per_group,
       .vectorized = on_16_bytes(args.x) && args.ld * dtype_bytes(args.x_dtype) % 16 == 0};
-  const int64_t tiles = args.tiles != nullptr ? args.tile_count : args.groups * tiles_per_group;
-  const int64_t blocks = tiles * params.col_tiles;
-  require(blocks > 0 && blocks <= kMaxGridX, "quantize_group_columns has too many tiles");
+  require(tiles > 0 && tiles * params.cast_chunks <= kMaxGridX,
+          "quantize_group_columns has too many tiles");
   if (!args.amax_is_known) {
     FP8_CUDA_CHECK(cudaMemsetAsync(
         args.amax, 0, static_cast<size_t>(args.groups * args.cols) * sizeof(uint32_t), stream));
   }
   dispatch_input(args.x_dtype, [&](auto input) {
     using T = typename decltype(input)::type;
-    const auto grid = static_cast<unsigned>(blocks);
-    if (!args.amax_is_known) launch(group_amax_kernel<T>, grid, kThreads, stream, params);
+    if (!args.amax_is_known) {
+      launch(group_amax_kernel<T>, static_cast<unsigned>(tiles * params.amax_chunks), kThreads,
+             stream, params);
+    }
+    const LaunchOptions overlapping{.pdl = !args.amax_is_known && has_hopper_launches(device)};
+    const auto grid = static_cast<unsigned>(tiles * params.cast_chunks);
     dispatch_format(args.dtype, [&](auto format) {
-      launch(group_cast_kernel<T, typename decltype(format)::type>, grid, kThreads, stream, params,
-             {.pdl = !args.amax_is_known && has_hopper_launches(current_device())});
+      using Format = typename decltype(format)::type;
+      if (many) {
+        launch(group_cast_kernel<T, Format, kCastTiles>, grid, kThreads, stream, params,
+               overlapping);
+      } else {
+        launch(group_cast_kernel<T, Format, 1>, grid, kThreads, stream, params, overlapping);
+      }
     });
   });
 }

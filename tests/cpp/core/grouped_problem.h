@@ -20,9 +20,10 @@ struct Problem {
 
 inline Problem problems() {
   // One of each; groups that are empty; more groups than threads of a block; rows as long as a
-  // block's registers hold and longer.
+  // block's registers hold and longer; tiles so many that a block takes several.
   return GENERATE(Problem{1, 1, 1, 16}, Problem{40, 2, 5, 48}, Problem{300, 3, 300, 80},
-                  Problem{520, 2, 3, 2064}, Problem{9, 4, 2, 33 * 1024});
+                  Problem{520, 2, 3, 2064}, Problem{9, 4, 2, 33 * 1024},
+                  Problem{600, 3, 130, 1936});
 }
 
 // Experts of slots, sentinels among them, and where a stable sort puts the slots.

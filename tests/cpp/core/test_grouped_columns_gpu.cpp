@@ -77,9 +77,13 @@ TEST_CASE("groups' columns are quantized and transposed", "[grouped]") {
 }
 
 TEST_CASE("groups of equal extent are transposed", "[grouped]") {
-  const int64_t groups = 3;
-  const auto [rows, cols] =
-      GENERATE(std::pair<int64_t, int64_t>{16, 16}, std::pair{144, 80}, std::pair{1040, 208});
+  struct Extent {
+    int64_t groups;
+    int64_t rows;
+    int64_t cols;
+  };
+  const auto [groups, rows, cols] =
+      GENERATE(Extent{3, 16, 16}, Extent{3, 144, 80}, Extent{3, 1040, 208}, Extent{280, 16, 1040});
   const std::vector<float> host = random_matrix(groups * rows * cols, 14);
   const bool known = GENERATE(false, true);  // by the pass over rows, which this one follows
   const Buffer<float> x(host);

@@ -15,11 +15,18 @@ pytestmark = pytest.mark.gpu
 OPS = torch.ops.fp8
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+MANY_TILES = [*(index * 37 % 150 for index in range(130)), 1000]  # of 128 rows by 64 columns
+
+
+@pytest.mark.parametrize(
+    ("counts", "k"),
+    [*((counts, 208) for counts in ROUTINGS.values()), (MANY_TILES, 1936)],
+    ids=[*ROUTINGS, "many tiles"],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_grouped_operands_have_the_bits_of_the_cpu(routing, dtype, poisoned_memory):
+def test_grouped_operands_have_the_bits_of_the_cpu(counts, k, dtype, poisoned_memory):
     """x's transposed copy with its padding, its scales, and where groups lie in it."""
-    p = reference.problem(ROUTINGS[routing], 208, 32, dtype, spare=9)
+    p = reference.problem(counts, k, 32, dtype, spare=9)
     expected = OPS._grouped_forward(p.x, p.weight, p.offsets, None, ROWWISE, True)[1:4]
     on_gpu = [t.cuda() for t in p]
     actual = OPS._grouped_forward(on_gpu[0], on_gpu[1], on_gpu[2], None, ROWWISE, True)[1:4]
