@@ -20,6 +20,7 @@ import bench_block
 import bench_breakdown
 import bench_decode
 import bench_fsdp
+import bench_generate
 import bench_grouped
 import bench_host
 import bench_linear
@@ -43,6 +44,7 @@ TABLES = {
     "quantize": bench_quantize.table,
     "matmul": bench_matmul.table,
     "decode": bench_decode.table,
+    "generate": bench_generate.table,
     "host": bench_host.table,
     "sizes": bench_sizes.table,
     "moe": bench_moe.table,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_block
+import sections_inference
 import sections_model
 import tables
 from runs import Row
@@ -20,6 +21,8 @@ TITLES = {
     "moe": "Experts",
     "grouped": "Grouped products",
     "linear": "Single layers",
+    "generate": "One token of a whole model",
+    "decode": "Layers of few tokens",
     "accumulate": "Gradient accumulation",
     "breakdown": "Where the time goes",
     "quantize": "Quantize operators",
@@ -239,6 +242,8 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "moe": moe,
     "grouped": grouped,
     "linear": linear,
+    "generate": sections_inference.generate,
+    "decode": sections_inference.decode,
     "accumulate": accumulate,
     "breakdown": breakdown,
     "quantize": quantize,

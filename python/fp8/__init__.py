@@ -36,6 +36,7 @@ from .nn import MLP, FrozenLinear, GatedMLP, GroupedLinear, Linear, MergedLinear
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
     autotune,
+    batch_invariant,
     cached_weights,
     calibrate,
     info,
@@ -64,6 +65,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "autotune",
+    "batch_invariant",
     "cached_weights",
     "calibrate",
     "cmake_prefix_path",

@@ -12,6 +12,7 @@
 
 #include "torch/common/cuda_context.h"
 #include "torch/common/tensors.h"
+#include "torch/quantize/graph_codes.h"
 
 namespace fp8 {
 namespace {
@@ -30,6 +31,15 @@ struct Identity {
   uint64_t capture = 0;  // of a CUDA graph; 0 outside
 
   bool operator==(const Identity&) const = default;
+  bool same_place(const Identity& other) const {
+    return stream == other.stream && capture == other.capture;
+  }
+  // All else.
+  bool same_values(Identity other) const {
+    other.stream = stream;
+    other.capture = capture;
+    return *this == other;
+  }
 };
 
 // Nothing for tensors that cannot be told apart from their past: no version counter, or strides of
@@ -119,6 +129,7 @@ struct JoinedPart {
 struct CachedWeight {
   at::Tensor weight;  // keeps the key alive
   int contexts = 0;
+  int captures = 0;            // of them, in which graphs may read what was made before
   std::optional<Identity> id;  // of what the operand was made of
   Operand operand;
   uint64_t state = 0;  // another one for each entry, and whenever the weight may have changed
@@ -149,6 +160,30 @@ struct Weights {
     return found == map.end() ? nullptr : &found->second;
   }
 };
+
+// What a context does with a weight that is asked for.
+enum class Use : uint8_t {
+  kRemembered,  // uses what it has, or makes it and keeps it
+  kForGraphs,   // uses what was made before this capture; the graph reads it from now on
+  kNone,        // makes it for this call alone
+};
+
+// known: what an operand was made of, if there is one; current: the weight has not changed since;
+// covers: it is all that is asked for.
+Use use_of(const std::optional<Identity>& known, const Identity& now, bool current, bool covers,
+           bool captures) {
+  if (now.capture != 0 && (!known || known->capture != now.capture)) {
+    if (captures && current && covers && known->capture == 0) return Use::kForGraphs;
+    TORCH_WARN_ONCE(
+        "fp8.cached_weights: a CUDA graph captured inside quantizes the weights in each replay. It "
+        "reads codes that were made before with fp8.cached_weights(model, captures=True) and one "
+        "call of the model before the capture; after fp8.freeze(model) weights are codes");
+    return known ? Use::kNone : Use::kRemembered;
+  }
+  // Made on another stream: not safe to read here. What belongs to a graph serves nobody else.
+  const bool elsewhere = current && !known->same_place(now) && known->capture == now.capture;
+  return elsewhere ? Use::kNone : Use::kRemembered;
+}
 
 std::optional<Identity> identify_weight(const at::Tensor& weight, const QuantizeRequest& request) {
   return weight.dim() == 3 ? identify_stack(weight, request) : identify(weight, request);
@@ -232,13 +267,21 @@ Operand operand::remembered_weight(const at::Tensor& weight, const QuantizeReque
   std::optional<Identity> id;
   if (cached != nullptr) id = identify_weight(weight, request);
   if (!id) return make_weight(weight, request);
-  const bool other_place =  // made on another stream, or not in this graph: not safe to read here
-      cached->id && (cached->id->stream != id->stream || cached->id->capture != id->capture);
-  if (other_place) return make_weight(weight, request);
+  const bool captures = cached->captures > 0;
+  const bool current = cached->id && cached->id->same_values(*id);
+  const Use use = use_of(cached->id, *id, current, covers(cached->operand, request), captures);
+  if (use == Use::kNone) return make_weight(weight, request);
+  if (use == Use::kForGraphs) {
+    graph_codes::keep(cached->weight, /*joined=*/false, cached->operand);
+    return cached->operand;
+  }
   if (cached->id != id) cached->operand = {};
   if (!covers(cached->operand, request)) {
     add_sides(cached->operand, request,
               [&](const QuantizeRequest& missing) { return make_weight(weight, missing); });
+    if (captures && id->capture == 0) {
+      graph_codes::renew(cached->weight, /*joined=*/false, cached->operand);
+    }
   }
   cached->id = id;
   return cached->operand;
@@ -262,13 +305,28 @@ Operand operand::remembered_weights(at::TensorList weights, const QuantizeReques
     if (first == nullptr) first = known.find(weight);
     parts.push_back({weight.unsafeGetTensorImpl(), cached->state, *id});
   }
-  const Identity& now = parts.front().id;
-  const bool other_place =  // as in remembered_weight
-      !first->joined.empty() && (first->joined.front().id.stream != now.stream ||
-                                 first->joined.front().id.capture != now.capture);
-  if (other_place) return make(request);
+  const bool current = std::equal(parts.begin(), parts.end(), first->joined.begin(),
+                                  first->joined.end(), [](const auto& now, const auto& known) {
+                                    return now.weight == known.weight && now.state == known.state &&
+                                           now.id.same_values(known.id);
+                                  });
+  std::optional<Identity> known_id;
+  if (!first->joined.empty()) known_id = first->joined.front().id;
+  const bool captures = first->captures > 0;
+  const Use use =
+      use_of(known_id, parts.front().id, current, covers(first->joined_operand, request), captures);
+  if (use == Use::kNone) return make(request);
+  if (use == Use::kForGraphs) {
+    graph_codes::keep(first->weight, /*joined=*/true, first->joined_operand);
+    return first->joined_operand;
+  }
   if (first->joined != parts) first->joined_operand = {};
-  if (!covers(first->joined_operand, request)) add_sides(first->joined_operand, request, make);
+  if (!covers(first->joined_operand, request)) {
+    add_sides(first->joined_operand, request, make);
+    if (captures && parts.front().id.capture == 0) {
+      graph_codes::renew(first->weight, /*joined=*/true, first->joined_operand);
+    }
+  }
   first->joined = std::move(parts);
   return first->joined_operand;
 }
@@ -277,7 +335,10 @@ void memory::forget_weights(const std::vector<at::Tensor>& changed) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   const auto forget = [&](CachedWeight& cached) {
-    cached = {.weight = cached.weight, .contexts = cached.contexts, .state = ++weights.last_state};
+    cached = {.weight = cached.weight,
+              .contexts = cached.contexts,
+              .captures = cached.captures,
+              .state = ++weights.last_state};
   };
   for (const at::Tensor& weight : changed) {
     const auto found = weights.map.find(weight.unsafeGetTensorImpl());
@@ -287,7 +348,7 @@ void memory::forget_weights(const std::vector<at::Tensor>& changed) {
   for (auto& entry : weights.map) forget(entry.second);
 }
 
-void memory::cache_weights(const std::vector<at::Tensor>& added) {
+void memory::cache_weights(const std::vector<at::Tensor>& added, bool captures) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   for (const at::Tensor& weight : added) {
@@ -295,16 +356,19 @@ void memory::cache_weights(const std::vector<at::Tensor>& added) {
     if (cached.contexts == 0) cached.state = ++weights.last_state;
     cached.weight = weight;
     ++cached.contexts;
+    if (captures) ++cached.captures;
   }
   weights.count.store(static_cast<int>(weights.map.size()), std::memory_order_relaxed);
 }
 
-void memory::uncache_weights(const std::vector<at::Tensor>& removed) {
+void memory::uncache_weights(const std::vector<at::Tensor>& removed, bool captures) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   for (const at::Tensor& weight : removed) {
     const auto found = weights.map.find(weight.unsafeGetTensorImpl());
-    if (found != weights.map.end() && --found->second.contexts == 0) weights.map.erase(found);
+    if (found == weights.map.end()) continue;
+    if (captures) --found->second.captures;
+    if (--found->second.contexts == 0) weights.map.erase(found);
   }
   weights.count.store(static_cast<int>(weights.map.size()), std::memory_order_relaxed);
 }
