@@ -208,4 +208,12 @@ NORM = [
         GPU,
         gpu=True,
     ),
+    Fault(
+        "dx of LayerNorm's long rows is made of dy in place of its product with the weight",
+        "csrc/core/norm/backward_rows.cuh",
+        ": mul(dy.get(j), w.get(j));",
+        ": dy.get(j);",
+        GPU,
+        gpu=True,
+    ),
 ]
