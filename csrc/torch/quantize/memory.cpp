@@ -3,63 +3,49 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <mutex>
 #include <optional>
 #include <unordered_map>
 #include <vector>
 
-#include "torch/common/cuda_context.h"
 #include "torch/common/tensors.h"
 #include "torch/quantize/graph_codes.h"
+#include "torch/quantize/left_amax.h"
+#include "torch/quantize/remembered.h"
 
 namespace fp8 {
 namespace {
 
 // What must be equal for a quantized tensor to be that of `x` still.
 struct Identity {
-  const void* data = nullptr;
-  uint32_t version = 0;
+  memory::Place place;
   int64_t rows = 0;
   int64_t cols = 0;
   at::ScalarType dtype = at::kFloat8_e4m3fn;
   core::Granularity granularity = core::Granularity::kTensorwise;
   bool power_of_two = false;
   bool delayed = false;
-  const void* stream = nullptr;
-  uint64_t capture = 0;  // of a CUDA graph; 0 outside
 
   bool operator==(const Identity&) const = default;
-  bool same_place(const Identity& other) const {
-    return stream == other.stream && capture == other.capture;
-  }
-  // All else.
+  // But for where it can be read.
   bool same_values(Identity other) const {
-    other.stream = stream;
-    other.capture = capture;
+    other.place.stream = place.stream;
+    other.place.capture = place.capture;
     return *this == other;
   }
 };
 
-// Nothing for tensors that cannot be told apart from their past: no version counter, or strides of
-// their own (x.data = x.data.t() changes nothing else).
 std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& request) {
-  if (x.is_inference() || x.numel() == 0 || !x.is_contiguous()) return std::nullopt;
-  Identity id{.data = x.const_data_ptr(),
-              .version = x.unsafeGetTensorImpl()->version_counter().current_version(),
-              .rows = x.numel() / x.size(-1),
-              .cols = x.size(-1),
-              .dtype = request.dtype,
-              .granularity = request.granularity,
-              .power_of_two = request.power_of_two,
-              .delayed = request.scaling.delayed};
-  if (x.is_cuda()) {
-    const core::Stream stream = cuda::current_stream(x);
-    id.stream = stream;
-    id.capture = core::capture_id(stream);
-  }
-  return id;
+  const std::optional<memory::Place> place = memory::place_of(x);
+  if (!place) return std::nullopt;
+  return Identity{.place = *place,
+                  .rows = x.numel() / x.size(-1),
+                  .cols = x.size(-1),
+                  .dtype = request.dtype,
+                  .granularity = request.granularity,
+                  .power_of_two = request.power_of_two,
+                  .delayed = request.scaling.delayed};
 }
 
 // Of a stack of weights, which may be the transposed view of what is stored. A view that was made
@@ -68,7 +54,7 @@ std::optional<Identity> identify_stack(const at::Tensor& stack, const QuantizeRe
   if (stack.is_inference()) return std::nullopt;
   std::optional<Identity> id =
       identify(is_stored_transposed(stack) ? stack.transpose(1, 2) : stack, request);
-  if (id) id->version = stack.unsafeGetTensorImpl()->version_counter().current_version();
+  if (id) id->place.version = stack.unsafeGetTensorImpl()->version_counter().current_version();
   return id;
 }
 
@@ -86,34 +72,31 @@ thread_local int eager_depth = 0;
 // --- inputs: the last two, weakly ---
 
 struct RememberedInput {
-  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
+  memory::WeakTensor tensor;
   Identity id;
   Operand operand;
 };
 
-struct Inputs {
-  std::mutex mutex;
-  std::array<std::optional<RememberedInput>, 2> slots;
-  std::atomic<int> filled{0};
-  size_t next = 0;
+// Never destroyed: at process exit CUDA may be gone before the tensors.
+memory::LastTwo<RememberedInput>& inputs() {
+  static auto* last = new memory::LastTwo<RememberedInput>;
+  return *last;
+}
 
-  // Never destroyed: at process exit CUDA may be gone before the tensors.
-  static Inputs& instance() {
-    static auto* inputs = new Inputs;
-    return *inputs;
+void nothing(const RememberedInput& /*input*/) {}
+
+// With the amax that the norm left which made x, where it did.
+Operand make_input(const at::Tensor& x, const QuantizeRequest& request,
+                   const memory::Place& place) {
+  if (request.granularity != core::Granularity::kTensorwise) {
+    return operand::make(as_matrix(x), request);
   }
-  template <typename Condition>
-  void drop_if(const Condition& condition) {
-    if (filled.load(std::memory_order_relaxed) == 0) return;
-    const std::lock_guard lock(mutex);
-    for (auto& slot : slots) {
-      if (slot && condition(*slot)) {
-        slot.reset();
-        filled.fetch_sub(1, std::memory_order_relaxed);
-      }
-    }
-  }
-};
+  const at::Tensor amax = memory::left_amax(x, place);
+  if (!amax.defined()) return operand::make(as_matrix(x), request);
+  QuantizeRequest known = request;
+  known.scaling = Scaling::known_amax(amax, request.scaling.delayed);
+  return operand::make(as_matrix(x), known);
+}
 
 // --- weights: those of the open contexts ---
 
@@ -172,8 +155,8 @@ enum class Use : uint8_t {
 // covers: it is all that is asked for.
 Use use_of(const std::optional<Identity>& known, const Identity& now, bool current, bool covers,
            bool captures) {
-  if (now.capture != 0 && (!known || known->capture != now.capture)) {
-    if (captures && current && covers && known->capture == 0) return Use::kForGraphs;
+  if (now.place.capture != 0 && (!known || known->place.capture != now.place.capture)) {
+    if (captures && current && covers && known->place.capture == 0) return Use::kForGraphs;
     TORCH_WARN_ONCE(
         "fp8.cached_weights: a CUDA graph captured inside quantizes the weights in each replay. It "
         "reads codes that were made before with fp8.cached_weights(model, captures=True) and one "
@@ -181,7 +164,8 @@ Use use_of(const std::optional<Identity>& known, const Identity& now, bool curre
     return known ? Use::kNone : Use::kRemembered;
   }
   // Made on another stream: not safe to read here. What belongs to a graph serves nobody else.
-  const bool elsewhere = current && !known->same_place(now) && known->capture == now.capture;
+  const bool elsewhere =
+      current && !now.place.reads(known->place) && known->place.capture == now.place.capture;
   return elsewhere ? Use::kNone : Use::kRemembered;
 }
 
@@ -222,40 +206,37 @@ void add_sides(Operand& operand, const QuantizeRequest& request, const Make& mak
 memory::EagerScope::EagerScope() { ++eager_depth; }
 memory::EagerScope::~EagerScope() { --eager_depth; }
 
+bool memory::remembers() { return eager_depth > 0; }
+
 void memory::drop_gone_inputs() {
-  Inputs::instance().drop_if([](const RememberedInput& input) { return input.tensor.expired(); });
+  inputs().drop_if([](const RememberedInput& input) { return input.tensor.expired(); }, nothing);
+  drop_gone_amaxes();
 }
 
 void memory::drop_inputs() {
-  Inputs::instance().drop_if([](const RememberedInput&) { return true; });
+  inputs().drop_if([](const RememberedInput&) { return true; }, nothing);
+  drop_amaxes();
 }
 
 Operand operand::remembered_input(const at::Tensor& x, const QuantizeRequest& request) {
   memory::drop_gone_inputs();
   std::optional<Identity> id;
   const bool dynamic = request.scaling.source == Scaling::Source::kOwnAmax;
-  if (eager_depth > 0 && dynamic && !is_view_of_leaf(x)) {
+  if (memory::remembers() && dynamic && !is_view_of_leaf(x)) {
     id = identify(x, request);
   }
   if (!id) return make(as_matrix(x), request);
-  Inputs& inputs = Inputs::instance();
-  const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
-  {
-    const std::lock_guard lock(inputs.mutex);
-    for (const auto& slot : inputs.slots) {
-      if (slot && slot->tensor._unsafe_get_target() == impl && slot->id == *id &&
-          covers(slot->operand, request)) {
-        return slot->operand;
-      }
-    }
+  Operand known;
+  const auto suits = [&](const RememberedInput& input) {
+    return input.id == *id && covers(input.operand, request);
+  };
+  if (inputs().find(x, suits, [&](const RememberedInput& input) { known = input.operand; })) {
+    return known;
   }
-  Operand made = make(as_matrix(x), request);
-  const std::lock_guard lock(inputs.mutex);
-  auto& slot = inputs.slots[inputs.next];
-  inputs.next = (inputs.next + 1) % inputs.slots.size();
-  if (!slot) inputs.filled.fetch_add(1, std::memory_order_relaxed);
-  slot = RememberedInput{decltype(RememberedInput::tensor)(x.getIntrusivePtr()), *id, made};
-  slot->operand.launched = false;  // not when it is used again
+  const Operand made = make_input(x, request, id->place);
+  known = made;
+  known.launched = false;  // not when it is used again
+  inputs().add({memory::weak(x), *id, known}, nothing);
   return made;
 }
 
@@ -279,7 +260,7 @@ Operand operand::remembered_weight(const at::Tensor& weight, const QuantizeReque
   if (!covers(cached->operand, request)) {
     add_sides(cached->operand, request,
               [&](const QuantizeRequest& missing) { return make_weight(weight, missing); });
-    if (captures && id->capture == 0) {
+    if (captures && id->place.capture == 0) {
       graph_codes::renew(cached->weight, /*joined=*/false, cached->operand);
     }
   }
@@ -323,7 +304,7 @@ Operand operand::remembered_weights(at::TensorList weights, const QuantizeReques
   if (first->joined != parts) first->joined_operand = {};
   if (!covers(first->joined_operand, request)) {
     add_sides(first->joined_operand, request, make);
-    if (captures && parts.front().id.capture == 0) {
+    if (captures && parts.front().id.place.capture == 0) {
       graph_codes::renew(first->weight, /*joined=*/true, first->joined_operand);
     }
   }
