@@ -22,6 +22,10 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "matmul": (("m", "k", "n", "variant"), ("speedup",)),
     "decode": (("m", "k", "n", "variant"), ("speedup",)),
     "experts": (("mixture", "tokens", "variant"), ("speedup",)),
+    "generate": (
+        ("model", "layers", "batch", "context", "variant"),
+        ("speedup", "weights_ratio"),
+    ),
     "host": (("variant", "bias"), ("step_ratio",)),
     "sizes": (("m", "k", "n", "variant"), ("step_speedup",)),
     "grouped": (("name", "rows", "routing", "product", "variant"), ("speedup",)),
@@ -31,7 +35,7 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "moe": (("model", "tokens", "variant"), ("step_speedup", "forward_speedup", "peak_ratio")),
 }
-SMALLER_IS_BETTER = {"step_ratio", "peak_ratio"}
+SMALLER_IS_BETTER = {"step_ratio", "peak_ratio", "weights_ratio"}
 TOLERANCE = 0.07
 TOLERANCES = {"host": 0.15}  # other processes share the host
 THEIRS = ("bf16", "torch", "TE", "GEMMs", "ATen")  # how the names begin of what is not ours

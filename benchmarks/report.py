@@ -21,6 +21,7 @@ import bench_breakdown
 import bench_decode
 import bench_experts
 import bench_fsdp
+import bench_generate
 import bench_grouped
 import bench_host
 import bench_linear
@@ -45,6 +46,7 @@ TABLES = {
     "matmul": bench_matmul.table,
     "decode": bench_decode.table,
     "experts": bench_experts.table,
+    "generate": bench_generate.table,
     "host": bench_host.table,
     "sizes": bench_sizes.table,
     "moe": bench_moe.table,

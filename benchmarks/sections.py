@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_block
+import sections_inference
 import sections_model
 import tables
 from runs import Row
@@ -21,6 +22,8 @@ TITLES = {
     "experts": "Experts at inference",
     "grouped": "Grouped products",
     "linear": "Single layers",
+    "generate": "One token of a whole model",
+    "decode": "Layers of few tokens",
     "accumulate": "Gradient accumulation",
     "breakdown": "Where the time goes",
     "quantize": "Quantize operators",
@@ -267,6 +270,8 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "experts": experts,
     "grouped": grouped,
     "linear": linear,
+    "generate": sections_inference.generate,
+    "decode": sections_inference.decode,
     "accumulate": accumulate,
     "breakdown": breakdown,
     "quantize": quantize,

@@ -12,6 +12,7 @@
 #include "fp8/version.h"
 #include "host/tuning.h"
 #include "torch/matmul/autotune.h"
+#include "torch/matmul/batch_invariant.h"
 #include "torch/quantize/whole_gpu.h"
 
 namespace py = pybind11;
@@ -72,6 +73,11 @@ PYBIND11_MODULE(_C, m) {
         "The problems that were met since: (problem, first us, chosen us, source).");
   m.def("autotune_file", &autotune_file, py::arg("gpu"),
         "The file with what was measured on this model of GPU; empty where no folder is known.");
+  m.def("batch_invariant_enabled", &fp8::batch_invariant::enabled,
+        "Whether a row's product must not depend on the other rows.");
+  m.def("batch_invariant_open", &fp8::batch_invariant::open_scope,
+        "It must not until batch_invariant_close; scopes nest.");
+  m.def("batch_invariant_close", &fp8::batch_invariant::close_scope, "Closes such a scope.");
   m.def("whole_gpu_launches", &fp8::whole_gpu_launches,
         "Whether a quantization may wait until the whole GPU is free for it.");
   m.def("spare_collectives", &fp8::spare_collectives,

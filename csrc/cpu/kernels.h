@@ -16,4 +16,8 @@ void dequantize(const core::DequantizeArgs& args);
 void decode(const void* codes, core::Dtype dtype, int64_t rows, int64_t cols, int64_t ld,
             float* out);
 
+// out += a b^T: a [m, k], b [n, k], out [m, n] contiguous. Of an element the products of 128
+// columns are added in their order, and such sums in theirs: neither m nor n changes its bits.
+void multiply(const float* a, const float* b, int64_t m, int64_t n, int64_t k, float* out);
+
 }  // namespace fp8::cpu

@@ -75,6 +75,14 @@ FP8_CLONES void add_columns(const float* x, int64_t count, float* sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
 }
 
+FP8_CLONES void products(const float* x, const float* w, int64_t count, float* out) {
+  float sums[kProductTile] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    for (int j = 0; j < kProductTile; ++j) sums[j] += x[i] * w[i * kProductTile + j];
+  }
+  for (int j = 0; j < kProductTile; ++j) out[j] += sums[j];
+}
+
 }  // namespace
 
 void widen(const void* x, core::Dtype dtype, int64_t count, float* out) {
@@ -105,6 +113,10 @@ void infinite_to_nan(float* x, int64_t count) {
 }
 
 void add_to(const float* x, int64_t count, float* column_sum) { add_columns(x, count, column_sum); }
+
+void add_products(const float* x, const float* w, int64_t count, float* out) {
+  products(x, w, count, out);
+}
 
 void encode(const float* x, float multiplier, core::Dtype dtype, int64_t count, uint8_t* out) {
   dtype == core::Dtype::kE4M3 ? encode_e4m3(x, multiplier, count, out)

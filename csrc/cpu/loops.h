@@ -21,4 +21,8 @@ void encode(const float* x, float multiplier, core::Dtype dtype, int64_t count, 
 void encode_columns(const float* x, const float* multipliers, core::Dtype dtype, int64_t count,
                     uint8_t* out);
 
+// out[j] += the sum over i, in that order, of x[i] * w[i * kProductTile + j], j < kProductTile
+inline constexpr int kProductTile = 32;
+void add_products(const float* x, const float* w, int64_t count, float* out);
+
 }  // namespace fp8::cpu

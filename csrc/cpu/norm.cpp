@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <atomic>
 #include <vector>
 
 #include "cpu/grouped_rows.h"
@@ -79,10 +80,12 @@ void forward(const core::NormForwardArgs& args) {
   const auto extent = static_cast<float>(norm.cols);
   const Floats factor = factors(norm);
   const Floats bias = parameter(args.norm.bias, norm, 0.0F);
+  std::atomic<uint32_t> amax{0};
   at::parallel_for(0, norm.rows, grain(norm.cols), [&](int64_t begin, int64_t end) {
     RowSum sum(core::plan_norm(norm.cols));
     Floats x(norm.cols);
     Floats other(args.residual != nullptr ? norm.cols : 0);
+    uint32_t of_rows = 0;
     for (int64_t row = begin; row < end; ++row) {
       read(args.x, norm.dtype, offset_of(args.x_rows, row), norm.cols, x.data());
       if (args.residual != nullptr) {
@@ -110,8 +113,14 @@ void forward(const core::NormForwardArgs& args) {
         for (int64_t c = 0; c < norm.cols; ++c) x[c] += bias[c];
       }
       write(args.y, norm.dtype, row * norm.cols, norm.cols, x.data());
+      if (args.y_amax == nullptr) continue;
+      round_all(x, norm.dtype);
+      of_rows = std::max(of_rows, amax_bits(x.data(), norm.cols));
+    }
+    for (uint32_t known = amax; known < of_rows && !amax.compare_exchange_weak(known, of_rows);) {
     }
   });
+  if (args.y_amax != nullptr) *args.y_amax = std::bit_cast<float>(amax.load());
 }
 
 // What a row of dy leaves: dx, and its terms of the gradients of weight and bias (which are dy).

@@ -1,4 +1,5 @@
-// The passes of fp8/core_norm.h on the CPU: same arguments, same bits. No workspace is needed.
+// The passes of fp8/core_norm.h on the CPU: same arguments, same bits. No workspace is needed, and
+// y_amax is one number.
 #pragma once
 
 #include "fp8/core_norm.h"

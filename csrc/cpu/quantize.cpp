@@ -308,4 +308,32 @@ void decode(const void* codes, core::Dtype dtype, int64_t rows, int64_t cols, in
   });
 }
 
+// Of b 32 rows and 128 columns at a time, transposed, which all rows of a read.
+void multiply(const float* a, const float* b, int64_t m, int64_t n, int64_t k, float* out) {
+  constexpr int64_t kDepth = 128;
+  at::parallel_for(0, core::ceil_div(n, kProductTile), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> w(kDepth * kProductTile);
+    std::vector<float> sums(m * kProductTile);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kProductTile;
+      const int64_t cols = std::min<int64_t>(kProductTile, n - first);
+      std::fill(w.begin(), w.end(), 0.0F);
+      std::fill(sums.begin(), sums.end(), 0.0F);
+      for (int64_t start = 0; start < k; start += kDepth) {
+        const int64_t depth = std::min(kDepth, k - start);
+        for (int64_t j = 0; j < cols; ++j) {
+          const float* row = b + (first + j) * k + start;
+          for (int64_t i = 0; i < depth; ++i) w[i * kProductTile + j] = row[i];
+        }
+        for (int64_t r = 0; r < m; ++r) {
+          add_products(a + r * k + start, w.data(), depth, sums.data() + r * kProductTile);
+        }
+      }
+      for (int64_t r = 0; r < m; ++r) {
+        for (int64_t j = 0; j < cols; ++j) out[r * n + first + j] += sums[r * kProductTile + j];
+      }
+    }
+  });
+}
+
 }  // namespace fp8::cpu

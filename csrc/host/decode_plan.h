@@ -117,7 +117,8 @@ struct DecodeProblem {
   int64_t m = 0;
   int64_t n = 0;
   int64_t k = 0;
-  bool blocks = false;
+  bool blocks = false;     // scales of x and of the weight are of blocks
+  bool one_scale = false;  // x has one, and the weight has one
 };
 
 // Elements of x that a block quantizes for itself: of more that takes longer than the launch that
@@ -125,11 +126,21 @@ struct DecodeProblem {
 constexpr int64_t kDecodeQuantizedElements = 14336;
 // Of less the launch is the time, whichever way the product is made.
 constexpr int64_t kDecodeLeastWeight = int64_t{1} << 20;
+// Of more in blocks, cuBLASLt's product is faster than 64 tokens, which are taken from 33 rows on.
+constexpr int64_t kDecodeMostBlocks = int64_t{1} << 25;
+
+// Rows up to which decode is the faster one, 0 if at none: so up to there a row has the same bits
+// for every m. cuBLASLt's product with one scale for each operand is its fastest.
+constexpr int64_t most_decode_rows(const DecodeProblem& problem) {
+  const int64_t weight = problem.n * problem.k;
+  if (weight < kDecodeLeastWeight) return 0;
+  return problem.one_scale || (problem.blocks && weight > kDecodeMostBlocks) ? 32 : kMaxDecodeRows;
+}
 
 // stages == 0: decode does not take it.
 inline DecodePlan choose_decode(const DecodeProblem& problem, int sm_count, int shared_bytes) {
-  const auto& [m, n, k, blocks] = problem;
-  if (m < 1 || m > kMaxDecodeRows || n * k < kDecodeLeastWeight) return {};
+  const auto& [m, n, k, blocks, one_scale] = problem;
+  if (m < 1 || m > most_decode_rows(problem)) return {};
   const auto fits = [&](DecodeSource source) {
     return plan_decode(m, n, k, blocks, source, kMmaTileRows, sm_count, shared_bytes);
   };

@@ -45,6 +45,7 @@ from .nn import (
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
     autotune,
+    batch_invariant,
     cached_weights,
     calibrate,
     info,
@@ -74,6 +75,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "autotune",
+    "batch_invariant",
     "cached_weights",
     "calibrate",
     "cmake_prefix_path",

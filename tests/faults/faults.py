@@ -10,6 +10,7 @@ from faults_experts import FROZEN_EXPERTS
 from faults_frozen import FROZEN
 from faults_grouped import GROUPS
 from faults_host import HOST
+from faults_inference import INFERENCE
 from faults_linear_frozen import LINEAR_FROZEN
 from faults_merged import SIBLINGS
 from faults_mlp import MLPS
@@ -23,5 +24,5 @@ from faults_torch import TORCH
 FAULTS: list[Fault] = [
     *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
     *(*NORM, *RESIDUALS, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *LINEAR_FROZEN),
-    *(*FROZEN_EXPERTS, *GROUPS, *NUMERICS, *CUDA),
+    *(*FROZEN_EXPERTS, *GROUPS, *NUMERICS, *CUDA, *INFERENCE),
 ]

@@ -163,8 +163,8 @@ CONVERT = [
     Fault(
         "a compiler traces the mark",
         "python/fp8/nn/_linear.py",
-        "        if is_compiling():\n",
-        "        if False:\n",
+        "        tracing = is_compiling()\n",
+        "        tracing = False\n",
         CALLS,
     ),
     Fault(

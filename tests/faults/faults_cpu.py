@@ -89,7 +89,7 @@ CPU = [
     ),
     Fault(
         "a written input is taken from memory",
-        "csrc/torch/quantize/memory.cpp",
+        "csrc/torch/quantize/remembered.h",
         ".version = x.unsafeGetTensorImpl()->version_counter().current_version(),",
         ".version = 0,",
         f"{LINEAR}/test_linear_memory.py",

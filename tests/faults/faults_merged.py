@@ -57,8 +57,8 @@ SIBLINGS = [
     Fault(
         "what was made of a weight outlives a write that no counter sees",
         "csrc/torch/quantize/memory.cpp",
-        ".contexts = cached.contexts, .state = ++weights.last_state};",
-        ".contexts = cached.contexts, .state = cached.state};",
+        ".state = ++weights.last_state};",
+        ".state = cached.state};",
         MODULE,
     ),
     Fault(

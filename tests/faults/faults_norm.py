@@ -12,6 +12,9 @@ FUSION_PROBE = "tests/python/norm/test_norm_fusion_probe.py"
 FUSION_CHANGES = "tests/python/norm/test_norm_fusion_changes.py"
 FUSION_CONTEXTS = "tests/python/norm/test_norm_fusion_contexts.py"
 GPU = "tests/python/norm/test_norm_cuda.py"
+AMAX = "tests/python/norm/test_norm_amax.py"
+AMAX_GPU = "tests/python/norm/test_norm_amax_cuda.py"
+LEFT_AMAX = "csrc/torch/quantize/left_amax.cpp"
 PROBE = "python/fp8/conversion/_norm_probe.py"
 FUSED = "python/fp8/nn/_fused_norms.py"
 
@@ -206,6 +209,65 @@ NORM = [
         "rounded_g[i] = eight.rounded_g;",
         "rounded_g[i] = next.read(place + kBytes, i);",
         GPU,
+        gpu=True,
+    ),
+    Fault(
+        "dx of LayerNorm's long rows is made of dy in place of its product with the weight",
+        "csrc/core/norm/backward_rows.cuh",
+        ": mul(dy.get(j), w.get(j));",
+        ": dy.get(j);",
+        GPU,
+        gpu=True,
+    ),
+    Fault(
+        "an amax serves a tensor that was written since",
+        LEFT_AMAX,
+        "return left.place == place;",
+        "return left.place.data == place.data;",
+        AMAX,
+    ),
+    Fault(
+        "an amax outlives a backward",
+        "csrc/torch/quantize/memory.cpp",
+        "  drop_amaxes();\n",
+        "",
+        AMAX,
+    ),
+    Fault(
+        "norms leave an amax whether or not it is asked for",
+        LEFT_AMAX,
+        "leaves_ = norms.readers.has(norm_);",
+        "leaves_ = true;",
+        AMAX,
+    ),
+    Fault(
+        "no norm leaves an amax",
+        LEFT_AMAX,
+        "norms.readers.found(left.norm);",
+        "",
+        AMAX,
+    ),
+    Fault(
+        "an amax is that of what is not rounded yet",
+        "csrc/cpu/norm.cpp",
+        "      round_all(x, norm.dtype);\n      of_rows",
+        "      of_rows",
+        AMAX,
+    ),
+    Fault(
+        "columns that are not there count in an amax",
+        "csrc/core/norm/forward.cuh",
+        "    if (valid < 8) {\n#pragma",
+        "    if (valid < 0) {\n#pragma",
+        AMAX,
+        gpu=True,
+    ),
+    Fault(
+        "a quantization takes the first part of an amax for all of it",
+        "csrc/core/quantize/quantize_core.cpp",
+        "of_parts.tensor_parts = static_cast<int>(parts_);",
+        "of_parts.tensor_parts = 1;",
+        AMAX_GPU,
         gpu=True,
     ),
 ]

@@ -19,6 +19,8 @@ from fuzz_quantize import MODES, mode
 from reference import E4M3, as_matrix, assert_same_bits
 from torch import Tensor
 
+import fp8
+
 OPS = torch.ops.fp8
 # What of the weight shares a scale, and what of x: the reference's words and the operator's.
 FORMS = (
@@ -91,8 +93,15 @@ def check_frozen(case: Case, device: str) -> None:
             cast = torch.autocast(torch.device(device).type, autocast)
         two = case["power_of_two"]
         options = {"input_granularity": of_x, "power_of_two": two}
-        with cast:
+        invariant = case["invariant"] and (of_x != "tensorwise" or static is not None)
+        rows = fp8.batch_invariant if invariant else contextlib.nullcontext
+        with cast, rows():
             y = OPS.linear_frozen(x, data, scale, bias, static, **options)
+            if invariant and y.dim() > 1 and y.numel():
+                last = as_matrix(x.detach())[-1:]
+                alone = OPS.linear_frozen(last, data, scale, bias, static, **options)
+                found_of_all = as_matrix(y.detach())[-1:]
+                assert_same_bits(alone.detach(), found_of_all, "linear_frozen of the last row")
         within = autocast or dtype
         what = f"linear_frozen y, {case['form']}"
         assert y.dtype == within, f"{what} dtype: {y.dtype}, expected {within}"
@@ -119,7 +128,7 @@ def check_frozen(case: Case, device: str) -> None:
             matrix = exact(as_matrix(dy.detach().cpu()))
             expected = rounded(rounded(error_bounds.total(matrix), within), dtype)
             error_bounds.check(found[bias], expected, f"linear_frozen db, {case['form']}")
-        with torch.no_grad(), cast:
+        with torch.no_grad(), cast, rows():
             again = OPS.linear_frozen(x, data, scale, bias, static, **options)
         assert_same_bits(again, y.detach(), "linear_frozen repeated")
 
@@ -135,6 +144,7 @@ FROZEN = Family(
         "codes": Choice("quantized", "any"),
         "bias": Choice(False, True),
         "power_of_two": Choice(False, True, plain=0.7),
+        "invariant": Choice(False, True, plain=0.7),
         "w_kind": Choice(*KINDS, plain=0.3),
         "x_kind": Choice(*KINDS, plain=0.3),
         "b_kind": Choice(*KINDS, plain=0.4),

@@ -36,11 +36,13 @@ bool mlp_backward_takes_codes(const MlpUnitArgs&) { return false; }
 bool mlp_backward_makes_blocks(const MlpUnitArgs&) { return false; }
 int64_t route_workspace_words(const RouteArgs&) { return 0; }
 int64_t norm_workspace_floats(const NormBackwardArgs&) { return 0; }
+int64_t norm_amax_parts(const NormForwardArgs&) { return 0; }
 bool suits_joined(const JoinedArgs&) { return false; }
 bool suits_grouped_mm(const GroupedMmArgs&) { return false; }
 
 void quantize(const QuantizeArgs&, Stream) { refuse("quantize"); }
 void quantize_joined(const JoinedArgs&, Stream) { refuse("quantize_joined"); }
+void quantize_normed(const QuantizeArgs&, int64_t, Stream) { refuse("quantize_normed"); }
 void dequantize(const DequantizeArgs&, Stream) { refuse("dequantize"); }
 void route(const RouteArgs&, Stream) { refuse("route"); }
 void scatter_rows(const ScatterRowsArgs&, Stream) { refuse("scatter_rows"); }

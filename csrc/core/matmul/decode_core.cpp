@@ -21,7 +21,12 @@ bool is_blockwise(const DecodeArgs& args) { return args.granularity == Granulari
 DecodePlan plan_of(const DecodeArgs& args) {
   const DeviceInfo device = current_device(args.device);
   if (!kHasDecode || device.capability != 90) return {};
-  return choose_decode({.m = args.m, .n = args.n, .k = args.k, .blocks = is_blockwise(args)},
+  return choose_decode({.m = args.m,
+                        .n = args.n,
+                        .k = args.k,
+                        .blocks = is_blockwise(args),
+                        .one_scale = args.granularity == Granularity::kTensorwise &&
+                                     args.weight_scale_row_stride == 0},
                        device.sm_count, kSharedBytes);
 }
 

@@ -41,6 +41,7 @@ bool suits_grouped_mm(const GroupedMmArgs& args) {
 
 void grouped_mm(const GroupedMmArgs& args, Stream stream) {
   require(suits_grouped_mm(args), "grouped_mm takes what suits_grouped_mm says, on Hopper");
+  require(args.offsets != nullptr || args.groups == 1, "grouped_mm: no offsets of several groups");
   require(!args.accumulate || args.out_dtype == Dtype::kFloat32, "grouped_mm adds to float32 only");
   const DeviceInfo device = current_device();
   const GroupedPlan plan = plan_grouped(args, device.sm_count);

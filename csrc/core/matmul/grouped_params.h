@@ -12,7 +12,7 @@
 namespace fp8::core::grouped {
 
 struct TileGrid {
-  const int32_t* offsets;  // [groups], ends; clamped to [0, limit]
+  const int32_t* offsets;  // [groups], ends; clamped to [0, limit]. null: one group, of all
   int groups;
   int limit;
   int rows;  // of each group's result, where groups are columns

@@ -69,7 +69,9 @@ class TileWalk {
   static constexpr unsigned kAll = 0xFFFFFFFFU;
 
   __device__ __forceinline__ int end_of(int group) const {
-    return group < 0 ? 0 : min(max(__ldg(grid_.offsets + group), 0), grid_.limit);
+    if (group < 0) return 0;
+    if (grid_.offsets == nullptr) return grid_.limit;  // one group
+    return min(max(__ldg(grid_.offsets + group), 0), grid_.limit);
   }
 
   // 32 groups, one a lane.

@@ -1,8 +1,7 @@
 // Gradients of RMSNorm and LayerNorm. One pass (backward_rows.cuh): a block leaves one partial
 // result for weight and bias, and a second, small launch adds these up. Rows that do not fit into a
 // block's registers are read twice for dx and once more, by columns, for the sums. Bound by
-// bandwidth: 2 + 2
-// + 2 bytes an element (bf16), 2 more where a residual's gradient is added.
+// bandwidth: 2 + 2 + 2 bytes an element (bf16), 2 more where a residual's gradient is added.
 #include <array>
 #include <atomic>
 
@@ -129,10 +128,11 @@ __global__ void __launch_bounds__(32 * kNormLanes) norm_finish_kernel(const Fini
   }
 }
 
-template <typename T, typename W, BackwardKind kKind>
+template <bool kTwice, typename T, typename W, BackwardKind kKind>
 void launch_rows(BackwardParams<T, W> params, unsigned blocks, Stream stream) {
-  constexpr int kVectors = norm_backward_vectors(kKind == BackwardKind::kLayer, kDtypeOf<T>);
-  const auto kernel = norm_backward_kernel<T, W, kKind>;
+  constexpr int kVectors =
+      (kTwice ? 2 : 1) * norm_backward_vectors(kKind == BackwardKind::kLayer, kDtypeOf<T>);
+  const auto kernel = norm_backward_kernel<T, W, kKind, kTwice>;
   static std::array<std::atomic<int>, kMaxDevices> known{};
   const size_t room = shared_memory_of(reinterpret_cast<const void*>(kernel), known);
   const size_t tensors = params.addend.data != nullptr ? 3 : 2;
@@ -168,7 +168,11 @@ void launch_backward(const NormBackwardArgs& args, Stream stream) {
       .threads_per_row = plan.threads_per_row,
       .pairs = plan.pairs};
   const auto blocks = static_cast<unsigned>(parts.parts);
-  if (plan.iterations > 1) {
+  // Rows that take two iterations: the sums for LayerNorm's weight and bias, of 16-bit elements,
+  // fit into registers. The order of all sums is that of the kernels that read a row again.
+  constexpr bool kMayTwice = kKind == BackwardKind::kLayer && sizeof(T) == 2;
+  const bool one_pass = plan.iterations == 1 || (kMayTwice && plan.iterations == 2);
+  if (!one_pass) {
     if (args.dx != nullptr) {
       launch(norm_backward_long_kernel<T, W, kKind>, static_cast<unsigned>(norm.rows),
              kMaxRowThreads, stream, params);
@@ -177,8 +181,10 @@ void launch_backward(const NormBackwardArgs& args, Stream stream) {
       const auto tiles = static_cast<unsigned>(ceil_div(norm.cols, int64_t{8} * kThreads));
       launch(norm_columns_kernel<T, W, kKind>, dim3(tiles, blocks), kThreads, stream, params);
     }
+  } else if (plan.iterations == 1) {
+    launch_rows<false, T, W, kKind>(params, blocks, stream);
   } else {
-    launch_rows<T, W, kKind>(params, blocks, stream);
+    if constexpr (kMayTwice) launch_rows<true, T, W, kKind>(params, blocks, stream);
   }
   if (!sums) return;
   FinishParams finish{.count = parts.parts, .cols = norm.cols};
@@ -191,8 +197,7 @@ void launch_backward(const NormBackwardArgs& args, Stream stream) {
   sum_up(params.weight_parts, args.dweight);
   sum_up(params.bias_parts, args.dbias);
   launch(norm_finish_kernel<W>, dim3(static_cast<unsigned>(ceil_div(norm.cols, 32)), outputs),
-         dim3(32, kNormLanes), stream, finish,
-         {.pdl = plan.iterations == 1 && has_hopper_launches(device)});
+         dim3(32, kNormLanes), stream, finish, {.pdl = one_pass && has_hopper_launches(device)});
 }
 
 }  // namespace

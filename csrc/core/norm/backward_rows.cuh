@@ -3,7 +3,8 @@
 // way through shared memory meanwhile (next_rows.cuh). Weight and the sums for weight and bias of a
 // thread's columns stay in registers over all its rows, and g between the sum over a row and dx; x
 // does not: it is read from shared memory again, but for LayerNorm of 16 bits, whose two vectors
-// there is room for.
+// there is room for. Of four (kTwice), for twice as long rows, the weight and the sums stay and
+// nothing else does.
 #pragma once
 
 #include "core/norm/backward.cuh"
@@ -59,13 +60,15 @@ __device__ __forceinline__ void leave_part(float (&sums)[kVectors][8], int threa
   }
 }
 
-template <typename T, typename W, BackwardKind kKind>
+// kTwice: a thread has twice the vectors of the plan, whose rows take two iterations.
+template <typename T, typename W, BackwardKind kKind, bool kTwice>
 __global__ void __launch_bounds__(kNormBackwardThreads, 1)
     norm_backward_kernel(const BackwardParams<T, W> p) {
   constexpr bool kLayer = kKind == BackwardKind::kLayer;
   constexpr bool kRounds = kKind == BackwardKind::kRoundedRms;
-  constexpr bool kKeepsHat = kLayer && sizeof(T) == 2;
-  constexpr int kVectors = norm_backward_vectors(kLayer, kDtypeOf<T>);
+  constexpr bool kKeepsG = !kRounds && !kTwice;
+  constexpr bool kKeepsHat = kLayer && sizeof(T) == 2 && !kTwice;
+  constexpr int kVectors = (kTwice ? 2 : 1) * norm_backward_vectors(kLayer, kDtypeOf<T>);
   constexpr int kSums = kLayer ? 2 : 1;
   using Next = NextRows<T, kVectors, kNormBackwardThreads>;
   extern __shared__ uint4 shared[];
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
     if constexpr (sizeof(W) == 2) weight.forget();
 
     float hat[kKeepsHat ? kVectors : 1][8];
-    float g[kRounds ? 1 : kVectors][8];
+    float g[kKeepsG ? kVectors : 1][8];
     Vec8<T> rounded_g[kRounds ? kVectors : 1];
     float sums[kSums][kVectors];
 #pragma unroll
@@ -146,14 +149,14 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
           dweight[i][j] = add(dweight[i][j], terms[j]);
           if constexpr (kLayer) dbias[i][j] = add(dbias[i][j], eight.dy[j]);
           if constexpr (kKeepsHat) hat[i][j] = eight.hat[j];
-          if constexpr (!kRounds) g[i][j] = eight.g[j];
+          if constexpr (kKeepsG) g[i][j] = eight.g[j];
         }
         eight.row_terms(valid, row_terms);
         if constexpr (kRounds) rounded_g[i] = eight.rounded_g;
       }
 #pragma unroll
       for (int k = 0; k < kSums; ++k) sums[k][i] = row_terms[k];
-      if (kKeepsHat) asm volatile("" ::: "memory");
+      if (kKeepsHat || kTwice) asm volatile("" ::: "memory");
     }
     if (p.dx.data != nullptr) {
       float totals[kSums];
@@ -170,12 +173,16 @@ __global__ void __launch_bounds__(kNormBackwardThreads, 1)
         if (!exists || valid <= 0) continue;
         float dx[8];
         const Vec8<T> x = kKeepsHat ? zero8<T>() : next.read(place, i);
+        const Vec8<T> dy = kTwice ? next.read(place + kBytes, i) : zero8<T>();
+        const Vec8<W> w = kTwice ? weight.get(i, col, valid) : zero8<W>();
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           const float x_hat = kKeepsHat
                                   ? hat[kKeepsHat ? i : 0][j]
                                   : norm_hat<kLayer>(x.get(j), statistics.mean, statistics.rstd);
-          const float of_dy = kRounds ? rounded_g[kRounds ? i : 0].get(j) : g[kRounds ? 0 : i][j];
+          const float of_dy = kRounds   ? rounded_g[kRounds ? i : 0].get(j)
+                              : kKeepsG ? g[kKeepsG ? i : 0][j]
+                                        : mul(dy.get(j), w.get(j));
           dx[j] = norm_dx<kLayer>(of_dy, x.get(j), x_hat, cols, of_row);
         }
         Vec8<T> out = rounded8<T>(dx);

@@ -11,7 +11,7 @@ namespace fp8::core {
 template <ForwardKind kKind>
 constexpr int kStayingBlocks = kKind == ForwardKind::kRms ? 2 : 1;
 
-template <typename T, typename W, ForwardKind kKind>
+template <typename T, typename W, ForwardKind kKind, bool kAmax>
 __global__ void __launch_bounds__(kMaxRowThreads, kStayingBlocks<kKind>)
     norm_forward_rows_kernel(const ForwardParams<T, W> p) {
   constexpr bool kLayer = kKind == ForwardKind::kLayer;
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kStayingBlocks<kKind>)
   const int end = rows + (p.threads_per_row < 32 ? at.slot % (32 / p.threads_per_row) : 0);
   for (int i = 0; i < p.ahead; ++i) copy(first_place + i * kPlaceBytes, first + i * step);
   uint32_t place = first_place;  // of the row at hand
+  OutputAmax<T, kAmax> amax;
   int turn = 0;
 #pragma unroll 1
   for (int row = first; row < end; row += step) {
@@ -92,10 +93,11 @@ __global__ void __launch_bounds__(kMaxRowThreads, kStayingBlocks<kKind>)
         f(v[i], i, col, of_eight(p.cols - col));
       }
     };
-    norm_row<kKind>(p, row, row < rows, at, sums, turn, for_eights, scale, [] {});
+    norm_row<kKind>(p, row, row < rows, at, sums, turn, for_eights, scale, [] {}, amax);
     place = place == last_place ? first_place : place + kPlaceBytes;
     turn ^= 1;
   }
+  amax.leave(p.amax);
 }
 
 }  // namespace fp8::core

@@ -4,6 +4,7 @@
 
 #include "core/device/device.h"
 #include "core/quantize/kernels.h"
+#include "fp8/core_norm.h"
 #include "host/formats.h"
 #include "host/quantize_text.h"
 
@@ -159,6 +160,21 @@ class MatrixPasses : public QuantizePasses {
 
  private:
   Dtype x_dtype_;
+};
+
+// Of what a norm wrote, which left its maxima in parts.
+class NormedPasses : public MatrixPasses {
+ public:
+  NormedPasses(Dtype x_dtype, int64_t parts) : MatrixPasses(x_dtype), parts_(parts) {}
+  void cast(const CastParams& params, Dtype dtype, Granularity granularity,
+            cudaStream_t stream) const override {
+    CastParams of_parts = params;
+    of_parts.tensor_parts = static_cast<int>(parts_);
+    MatrixPasses::cast(of_parts, dtype, granularity, stream);
+  }
+
+ private:
+  int64_t parts_;
 };
 
 struct Launch {
@@ -350,6 +366,12 @@ size_t quantize_workspace_bytes(const QuantizeArgs& args) {
 
 void quantize(const QuantizeArgs& args, Stream stream) {
   quantize_with(MatrixPasses(args.x_dtype), args, stream);
+}
+
+void quantize_normed(const QuantizeArgs& args, int64_t parts, Stream stream) {
+  require(std::holds_alternative<KnownAmax>(args.scaling) && parts > 0,
+          "quantize_normed expects an amax in parts");
+  quantize_with(NormedPasses(args.x_dtype, parts), args, stream);
 }
 
 void quantize_with(const QuantizePasses& passes, const QuantizeArgs& args, Stream stream) {

@@ -13,9 +13,9 @@ inline constexpr int64_t kMaxDecodeRows = 64;
 // x_dtype.
 //
 // A row of y is a function of that row of x, the weight and the extents n and k: it has the same
-// bits for every m, and on every run. Codes and scales of x are those of quantize(). Sums: the
-// tensor cores add the products of 256 columns, of 128 with blocks, with 14 bits; those sums are
-// added in fp32.
+// bits for every m that is taken, and on every run. Codes and scales of x are those of quantize().
+// Sums: the tensor cores add the products of 256 columns, of 128 with blocks, with 14 bits; those
+// sums are added in fp32.
 struct DecodeArgs {
   int64_t m = 0;  // at most kMaxDecodeRows
   int64_t n = 0;
@@ -43,8 +43,10 @@ struct DecodeArgs {
 };
 
 // Whether decode() takes these extents on this device: one of compute capability 9.0, where it is
-// faster than quantize() and a matmul. The same for all m up to kMaxDecodeRows. Pointers, strides
-// and types are not looked at.
+// faster than quantize() and a matmul. If it takes some m it takes all that are smaller: up to 64
+// rows, up to 32 where x and the weight have one scale each, or have scales of blocks with more
+// than 2^25 elements of the weight (host/decode_plan.h). Looked at are m, n, k, granularity and
+// whether weight_scale_row_stride is 0.
 bool suits_decode(const DecodeArgs& args);
 
 // 0 where every block of the one launch quantizes x for itself. Of more rows a launch before makes

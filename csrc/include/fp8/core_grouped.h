@@ -238,7 +238,7 @@ struct GroupedMmArgs {
   int64_t m = 0;                     // rows of a
   int64_t n = 0;                     // rows of b, in each group; a multiple of 8
   int64_t k = 0;                     // codes in a row of either, without gaps; a multiple of 16
-  const int32_t* offsets = nullptr;  // [groups], into the rows of a or the columns of both
+  const int32_t* offsets = nullptr;  // [groups], in a's rows or both's columns; 1 group: optional
   const void* a = nullptr;           // [m, k], 16-byte aligned
   const void* b = nullptr;           // [groups, n, k]; columns: [n, k]; 16-byte aligned
   // rows: kTensorwise, kRowwise, or kBlock1x128 for a with kBlock128x128 for b; columns: kRowwise.

@@ -54,8 +54,19 @@ struct NormForwardArgs {
   void* sum = nullptr;    // [rows, cols], with residual
   float* mean = nullptr;  // [rows], of kLayer
   float* rstd = nullptr;  // [rows]
+  // max |y| in parts, whose maximum is that of y: [norm_amax_parts(args)], optional. It costs no
+  // launch, and saves quantize_normed one pass over y.
+  float* y_amax = nullptr;
 };
 void norm_forward(const NormForwardArgs& args, Stream stream);
+
+// How many parts: at most 16 to a multiprocessor. 0 where they are not left: elements of 32 bits,
+// rows that do not fit into a block. Depends on extents, dtype, form and whether there is a
+// residual.
+int64_t norm_amax_parts(const NormForwardArgs& args);
+
+// quantize(args) where args.scaling is a KnownAmax of `parts` numbers, whose maximum is the amax.
+void quantize_normed(const QuantizeArgs& args, int64_t parts, Stream stream);
 
 // From dy the gradients of x, weight and bias, those that have a place to go. `add` is added to dx:
 // T(add + T(dx)), as where a residual stream's gradient joins.

@@ -118,11 +118,13 @@ struct FrozenLinearOptions {
   // "blockwise", with ":power_of_two" or not. "delayed" is "tensorwise".
   TORCH_ARG(std::string, recipe) = "rowwise";
   TORCH_ARG(bool, static_input) = false;  // the input has a static scale; not with blocks
+  TORCH_ARG(bool, decode) = true;         // few rows by a kernel of their own, see linear_frozen
 };
 
 // A layer whose weight is FP8 and takes half the memory; for inference, and as the base of layers
-// that are trained beside it. It has the bits of the fp8::nn::Linear that it was made of, and
-// gradients of the input and the bias. Codes and scales are buffers: no optimizer sees them.
+// that are trained beside it. It has the bits of the fp8::nn::Linear that it was made of (of few
+// rows with decode(false) alone), and gradients of the input and the bias. Codes and scales are
+// buffers: no optimizer sees them.
 //
 //   fp8::nn::FrozenLinear frozen = fp8::nn::freeze(layer);
 class FrozenLinearImpl : public torch::nn::Cloneable<FrozenLinearImpl> {

@@ -146,11 +146,11 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
 // or one for 128 elements of a row ("blockwise"), with power_of_two if asked for. A weight of
 // blocks takes "blockwise", others one of the first two; by default "rowwise". input_scale (one
 // element, fp32): a static scale of x for weights without blocks, as in fused_linear. The values
-// are fused_linear's where it quantizes x and weight so, to the bit; not for few rows where
-// FP8_DECODE=1: then, on compute capability 9.0, a kernel of its own multiplies up to 64 rows with
-// a weight of 2^20 elements or more, unless x has one scale that is not given. Codes and scales are
-// the same, sums are added in another order, and a row of y has the same bits whatever the other
-// rows are, up to 64 of them.
+// are fused_linear's where it quantizes x and weight so, to the bit, but for few rows with decode:
+// then, on compute capability 9.0, a kernel of its own multiplies up to 64 rows with a weight of
+// 2^20 elements or more, unless x has one scale that is not given; up to 32 where x and weight have
+// one scale each, or blocks and a weight of more than 2^25 elements. Codes and scales are the same,
+// sums are added in another order, and up to there a row has the same bits whatever the others are.
 //
 // Differentiable once, in x and bias. dx is made of the same codes: dy, times the scales of the
 // weight's rows, in e4m3 with a scale for each row; with blocks, for 128 elements of a row. Nothing
@@ -161,7 +161,7 @@ at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
                          const std::optional<at::Tensor>& bias = std::nullopt,
                          const std::optional<at::Tensor>& input_scale = std::nullopt,
                          std::optional<std::string_view> input_granularity = std::nullopt,
-                         bool power_of_two = false);
+                         bool power_of_two = false, bool decode = true);
 
 // Linear layers that read one x, as one: x [..., K], weights [N_i, K], biases [N_i] or none each
 // (or no biases at all) -> y_i [..., N_i] = x W_i^T + b_i. Values and gradients are, bit for bit,

@@ -27,6 +27,7 @@ struct FrozenOptions {
   const OptionalTensor& input_scale;
   std::optional<std::string_view> input_granularity;
   bool power_of_two;
+  bool decode;
   bool blocks;  // what the weight's scales are of
 };
 
@@ -39,8 +40,9 @@ class LinearFrozen : public torch::autograd::Function<LinearFrozen> {
     const at::AutoDispatchBelowADInplaceOrView below;
     std::optional<memory::EagerScope> shares_input;
     if (!x.is_leaf()) shares_input.emplace();
-    at::Tensor y = forward_op().call(x, weight, weight_scale, bias, options->input_scale,
-                                     options->input_granularity, options->power_of_two);
+    at::Tensor y =
+        forward_op().call(x, weight, weight_scale, bias, options->input_scale,
+                          options->input_granularity, options->power_of_two, options->decode);
     const at::Tensor none;
     const bool dx = x.requires_grad();
     ctx->save_for_backward({dx ? weight : none, dx ? weight_scale : none});
@@ -77,7 +79,8 @@ bool has_tangent(const at::Tensor& t) { return t._fw_grad(0).defined(); }
 at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
                          const at::Tensor& weight_scale, const OptionalTensor& bias,
                          const OptionalTensor& input_scale,
-                         std::optional<std::string_view> input_granularity, bool power_of_two) {
+                         std::optional<std::string_view> input_granularity, bool power_of_two,
+                         bool decode) {
   TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(x) && !(bias && has_tangent(*bias)),
                               "fp8::linear_frozen: expected reverse mode, got a tangent: "
                               "forward-mode AD (jvp) is not supported; use nn.Linear there");
@@ -89,14 +92,14 @@ at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
     if (x.requires_grad() || wants_grad(bias)) {
       const frozen::Form form =
           frozen::checked_form(x, weight, weight_scale, bias, input_scale, input_granularity);
-      const FrozenOptions options{input_scale, input_granularity, power_of_two,
+      const FrozenOptions options{input_scale, input_granularity, power_of_two, decode,
                                   form.weight == core::Granularity::kBlock128x128};
       return LinearFrozen::apply(x, bias, weight, weight_scale, &options);
     }
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return forward_op().call(x, weight, weight_scale, bias, input_scale, input_granularity,
-                           power_of_two);
+                           power_of_two, decode);
 }
 
 }  // namespace fp8::autograd

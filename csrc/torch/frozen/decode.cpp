@@ -1,9 +1,6 @@
-// linear_frozen of few rows on compute capability 9.0 by core::decode, where FP8_DECODE=1 asks for
-// it: in one launch that quantizes x too, or, of more rows, in two that overlap.
+// linear_frozen of few rows on compute capability 9.0 by core::decode: in one launch that quantizes
+// x too, or, of more rows, in two that overlap.
 #include <ATen/ATen.h>
-
-#include <cstdlib>
-#include <cstring>
 
 #include "fp8/core_decode.h"
 #include "torch/common/cuda_context.h"
@@ -13,19 +10,6 @@
 
 namespace fp8 {
 
-namespace {
-
-// FP8_DECODE, read once.
-bool is_on() {
-  static const bool on = [] {
-    const char* text = std::getenv("FP8_DECODE");
-    return text != nullptr && std::strcmp(text, "1") == 0;
-  }();
-  return on;
-}
-
-}  // namespace
-
 using core::Granularity;
 
 std::optional<at::Tensor> frozen::decode(const at::Tensor& x, const at::Tensor& weight,
@@ -34,8 +18,7 @@ std::optional<at::Tensor> frozen::decode(const at::Tensor& x, const at::Tensor& 
                                          const OptionalTensor& input_scale, bool power_of_two) {
   const int64_t k = weight.size(1);
   const int64_t m = x.numel() / k;
-  if (!is_on() || !x.is_cuda() || !core::has_cuda() || m > core::kMaxDecodeRows)
-    return std::nullopt;
+  if (!x.is_cuda() || !core::has_cuda() || m > core::kMaxDecodeRows) return std::nullopt;
   // One scale that is not given would depend on all rows.
   if (form.input == Granularity::kTensorwise && !input_scale) return std::nullopt;
   core::DecodeArgs args{.m = m,
@@ -45,6 +28,14 @@ std::optional<at::Tensor> frozen::decode(const at::Tensor& x, const at::Tensor& 
                         .granularity = form.input,
                         .power_of_two = power_of_two,
                         .device = x.device().index()};
+  args.weight_scale = weight_scale.const_data_ptr<float>();
+  if (form.weight == Granularity::kBlock128x128) {
+    args.weight_scale_row_stride = weight_scale.stride(0);
+    args.weight_scale_col_stride = weight_scale.stride(1);
+  } else if (weight_scale.numel() > 1) {  // [N], [N, 1] or [1, N]
+    const bool is_row = weight_scale.dim() == 2 && weight_scale.size(0) == 1;
+    args.weight_scale_row_stride = weight_scale.stride(is_row ? 1 : 0);
+  }
   if (!core::suits_decode(args)) return std::nullopt;
   memory::drop_gone_inputs();
 
@@ -55,14 +46,6 @@ std::optional<at::Tensor> frozen::decode(const at::Tensor& x, const at::Tensor& 
   const at::Tensor codes = ready_codes(weight, args.n);
   args.weight = codes.const_data_ptr();
   args.ldw = codes.stride(0);
-  args.weight_scale = weight_scale.const_data_ptr<float>();
-  if (form.weight == Granularity::kBlock128x128) {
-    args.weight_scale_row_stride = weight_scale.stride(0);
-    args.weight_scale_col_stride = weight_scale.stride(1);
-  } else if (weight_scale.numel() > 1) {  // [N], [N, 1] or [1, N]
-    const bool is_row = weight_scale.dim() == 2 && weight_scale.size(0) == 1;
-    args.weight_scale_row_stride = weight_scale.stride(is_row ? 1 : 0);
-  }
   const at::Tensor biases = bias ? bias->contiguous() : at::Tensor();
   if (bias) args.bias = biases.const_data_ptr();
   at::Tensor workspace;

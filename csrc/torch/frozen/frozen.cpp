@@ -17,6 +17,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "torch/common/tensors.h"
+#include "torch/matmul/batch_invariant.h"
 #include "torch/matmul/matmul.h"
 #include "torch/quantize/memory.h"
 #include "torch/quantize/operand.h"
@@ -33,10 +34,12 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   return result;
 }
 
-// Rows that the codes of a product's second operand must have (torch/matmul/matmul.h).
+// Rows that the codes of a product's second operand must have (torch/matmul/matmul.h; eights for
+// the one of batch_invariant.h).
 int64_t code_rows(int64_t rows, at::ScalarType out_dtype, bool blocks) {
   const auto bytes = static_cast<int64_t>(c10::elementSize(out_dtype));
-  return !blocks && rows * bytes % 16 == 0 ? rows : pad16(rows);
+  const bool whole = rows * bytes % 16 == 0 && (rows % 8 == 0 || !batch_invariant::enabled());
+  return !blocks && whole ? rows : pad16(rows);
 }
 
 // On 16 bytes, as cuBLASLt wants each scale.
@@ -140,7 +143,7 @@ at::Tensor kernel::linear_frozen(const at::Tensor& x, const at::Tensor& weight,
                                  const at::Tensor& weight_scale, const OptionalTensor& bias,
                                  const OptionalTensor& input_scale,
                                  std::optional<std::string_view> input_granularity,
-                                 bool power_of_two) {
+                                 bool power_of_two, bool decode) {
   const frozen::Form form =
       frozen::checked_form(x, weight, weight_scale, bias, input_scale, input_granularity);
   const c10::DeviceGuard guard(x.device());
@@ -149,14 +152,20 @@ at::Tensor kernel::linear_frozen(const at::Tensor& x, const at::Tensor& weight,
     at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
   }
-  if (const std::optional<at::Tensor> y =
-          frozen::decode(x, weight, weight_scale, form, bias, input_scale, power_of_two)) {
-    return x.dim() == 2 ? *y : y->view(shape);
+  if (decode && !batch_invariant::enabled()) {
+    if (const std::optional<at::Tensor> y =
+            frozen::decode(x, weight, weight_scale, form, bias, input_scale, power_of_two)) {
+      return x.dim() == 2 ? *y : y->view(shape);
+    }
   }
+  if (form.input == Granularity::kTensorwise)
+    batch_invariant::check_frozen(input_scale.has_value());
   const Side qx = input_side(x, form, input_scale, power_of_two);
   const Side qw = weight_side(weight, weight_scale, form, x.scalar_type());
-  const at::Tensor y =
-      matmul(qx, qw, {.dtype = x.scalar_type(), .bias = bias.value_or(at::Tensor())});
+  const at::Tensor y = matmul(qx, qw,
+                              {.dtype = x.scalar_type(),
+                               .bias = bias.value_or(at::Tensor()),
+                               .batch_invariant = batch_invariant::enabled()});
   return x.dim() == 2 ? y : y.view(shape);
 }
 
@@ -186,7 +195,7 @@ at::Tensor meta::linear_frozen(const at::Tensor& x, const at::Tensor& weight,
                                const at::Tensor& weight_scale, const OptionalTensor& bias,
                                const OptionalTensor& input_scale,
                                std::optional<std::string_view> input_granularity,
-                               bool /*power_of_two*/) {
+                               bool /*power_of_two*/, bool /*decode*/) {
   frozen::checked_form(x, weight, weight_scale, bias, input_scale, input_granularity);
   c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end());
   shape.back() = weight.sym_size(0);

@@ -54,7 +54,8 @@ at::Tensor linear_frozen(const at::Tensor& x,             // [..., K] high preci
                                                           // [1, N]; or a grid of 128x128 blocks
                          const std::optional<at::Tensor>& bias,         // [N] in x's dtype
                          const std::optional<at::Tensor>& input_scale,  // fp32 of 1 element
-                         std::optional<std::string_view> input_granularity, bool power_of_two);
+                         std::optional<std::string_view> input_granularity, bool power_of_two,
+                         bool decode);
 
 // dx [..., K] = dy * weight_scale * weight, on the forward's own codes. blocks: weight_scale is of
 // 128x128 blocks.

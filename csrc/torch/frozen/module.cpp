@@ -95,7 +95,7 @@ torch::Tensor FrozenLinearImpl::forward(const torch::Tensor& input) {
   return linear_frozen(input, weight, weight_scale,
                        bias.defined() ? std::optional(bias) : std::nullopt,
                        input_scale.defined() ? std::optional(input_scale) : std::nullopt,
-                       input_granularity(recipe), recipe.power_of_two);
+                       input_granularity(recipe), recipe.power_of_two, options.decode());
 }
 
 FrozenLinear freeze(const Linear& layer) {

@@ -19,6 +19,7 @@
 #include "fp8/core_device.h"
 #include "host/grouped_plan.h"
 #include "torch/common/tensors.h"
+#include "torch/matmul/batch_invariant.h"
 
 namespace fp8::grouped {
 namespace {
@@ -29,6 +30,12 @@ at::Tensor decoded(const at::Tensor& data) {
   cpu::decode(data.const_data_ptr(), core::Dtype::kE4M3, data.numel() / cols, cols, cols,
               out.mutable_data_ptr<float>());
   return out;
+}
+
+// a b^T of fp32 matrices.
+at::Tensor rows_times_rows(const at::Tensor& a, const at::Tensor& b) {
+  const bool fixed_order = batch_invariant::enabled() && a.is_cpu();
+  return fixed_order ? batch_invariant::multiply_cpu(a, b) : at::mm(a, b.t());
 }
 
 template <typename Visit>
@@ -51,7 +58,7 @@ at::Tensor multiply_rows_cpu(const Side& a, const Side& b, const at::Tensor& off
     if (rows == 0) return;
     const at::Tensor right = decoded(b.codes[g]);
     out.narrow(0, begin, rows)
-        .copy_(at::mm(left.narrow(0, begin, rows), right.t()).mul_(b.scales[g]));
+        .copy_(rows_times_rows(left.narrow(0, begin, rows), right).mul_(b.scales[g]));
   });
   return out;
 }
@@ -101,7 +108,7 @@ at::Tensor multiply_blocks(const Side& a, const Side& b, const at::Tensor& offse
     const at::Tensor scales = b.scales[g].narrow(1, 0, core::blocks_of(k));
     const at::Tensor right =
         b.codes[g].to(at::kFloat).mul_(spread(spread(scales, 0, features), 1, k));
-    out.narrow(0, begin, count).copy_(at::mm(left.narrow(0, begin, count), right.t()));
+    out.narrow(0, begin, count).copy_(rows_times_rows(left.narrow(0, begin, count), right));
   });
   return out;
 }
@@ -176,6 +183,10 @@ at::Tensor multiply_rows(const Side& given_a, const Side& given_b, const at::Ten
   at::Tensor out =
       multiply_here(given_a, given_b, offsets, {all_rows, features}, out_dtype, fast_accum);
   if (out.defined()) return out;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      given_a.codes.is_cpu() || !batch_invariant::enabled(),
+      join("fp8: inside fp8.batch_invariant expected a GPU of compute capability 9.0 for grouped ",
+           "products, got one of ", core::compute_capability(given_a.codes.device().index())));
   if (is_blockwise(given_a.granularity)) {
     return multiply_blocks(given_a, given_b, offsets.cpu(), out_dtype);
   }

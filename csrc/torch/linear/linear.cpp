@@ -20,6 +20,7 @@
 #include "torch/common/recipe.h"
 #include "torch/common/tensors.h"
 #include "torch/linear/steps.h"
+#include "torch/matmul/batch_invariant.h"
 #include "torch/matmul/matmul.h"
 #include "torch/quantize/memory.h"
 
@@ -47,9 +48,11 @@ Operand linear::quantize_weight(const at::Tensor& weight, const Recipe& recipe,
 
 at::Tensor linear::forward_product(const Side& x, const Side& weight, const OptionalTensor& bias,
                                    at::ScalarType dtype, const Recipe& recipe) {
-  return matmul(
-      x, weight,
-      {.dtype = dtype, .fast_accum = recipe.fast_fprop, .bias = bias.value_or(at::Tensor())});
+  return matmul(x, weight,
+                {.dtype = dtype,
+                 .fast_accum = recipe.fast_fprop,
+                 .bias = bias.value_or(at::Tensor()),
+                 .batch_invariant = batch_invariant::enabled()});
 }
 
 namespace {
@@ -245,6 +248,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
   const auto [recipe, x_t, keep_amax] =
       checked_forward(x, weight, bias, recipe_id, save_x_t, save_weight_amax, input_scale, history);
+  batch_invariant::check("fused_linear", recipe, input_scale.has_value());
   const c10::DeviceGuard guard(x.device());
   const Operand qx = operand::remembered_input(
       x, {.dtype = recipe.forward_dtype,

@@ -13,6 +13,7 @@
 #include "torch/common/cuda_context.h"
 #include "torch/common/tensors.h"
 #include "torch/matmul/autotune.h"
+#include "torch/matmul/batch_invariant.h"
 
 namespace fp8 {
 namespace {
@@ -23,6 +24,11 @@ using core::Granularity;
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
+
+// a b^T of fp32 matrices
+at::Tensor multiply(const at::Tensor& a, const at::Tensor& b, const Output& output) {
+  return output.batch_invariant ? batch_invariant::multiply_cpu(a, b) : at::mm(a, b.t());
+}
 
 // Complete fp32 product -> out
 at::Tensor finish_product(const at::Tensor& product, const Output& output) {
@@ -54,7 +60,7 @@ at::Tensor matmul_blocks(const Side& a, const Side& b, const Output& output) {
                              scale_view(side, side.codes.size(1)), at::kFloat,
                              {.rows = square ? core::kScaleBlock : 1, .cols = core::kScaleBlock});
   };
-  return finish_product(at::mm(values(a), values(b).t()), output);
+  return finish_product(multiply(values(a), values(b), output), output);
 }
 
 // FP8_PRINT_PLAN on the CPU, where nothing is planned: decode, then one fp32 matmul.
@@ -89,7 +95,7 @@ at::Tensor matmul_cpu(const Side& a, const Side& b, const Output& output) {
                 side.codes.stride(0), values.mutable_data_ptr<float>());
     return values;
   };
-  return scale_product(at::mm(decoded(a), decoded(b).t()), a, b, output);
+  return scale_product(multiply(decoded(a), decoded(b), output), a, b, output);
 }
 
 at::Tensor matmul_dequantized(const Side& a, const Side& b, const Output& output) {
@@ -188,7 +194,8 @@ at::Tensor matmul(const Side& a, const Side& b, const Output& output) {
     return matmul(by_row(a), by_row(b), split);
   }
   if (a.codes.is_cpu()) return matmul_cpu(a, b, output);
-  return matmul_cuda(a, b, output);
+  return output.batch_invariant ? batch_invariant::multiply_cuda(a, b, output)
+                                : matmul_cuda(a, b, output);
 }
 
 }  // namespace fp8

@@ -10,10 +10,11 @@ namespace fp8 {
 // How a product is made, and where it goes.
 struct Output {
   at::ScalarType dtype = at::kBFloat16;
-  bool fast_accum = true;  // no effect on blocks
-  at::Tensor bias = {};    // [b.rows], optional
-  at::Tensor into = {};    // [a.rows, b.rows] in dtype, optional: the product is added to it
-  bool overwrite = false;  // the product takes the place of what `into` holds (beta = 0)
+  bool fast_accum = true;        // no effect on blocks
+  at::Tensor bias = {};          // [b.rows], optional
+  at::Tensor into = {};          // [a.rows, b.rows] in dtype, optional: the product is added to it
+  bool overwrite = false;        // the product takes the place of what `into` holds (beta = 0)
+  bool batch_invariant = false;  // a row must not depend on the others; not with `into`
 };
 
 // out[i, j] = sum_k a[i, k] b[j, k] * scale_a * scale_b (+ bias[j]): [a.rows, b.rows] contiguous,

@@ -21,6 +21,7 @@
 #include "torch/common/tensors.h"
 #include "torch/linear/linear.h"
 #include "torch/linear/steps.h"
+#include "torch/matmul/batch_invariant.h"
 #include "torch/matmul/matmul.h"
 #include "torch/merged/shared.h"
 #include "torch/quantize/memory.h"
@@ -186,6 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _merged_forward(
     bool save_x_t, bool save_weight_amax, const OptionalTensor& history) {
   merged::check_forward(x, weights, bias, recipe_id, history);
   const Recipe recipe = recipe_at(recipe_id);
+  batch_invariant::check("merged_linear", recipe, /*static_input=*/false);
   const bool keep_amax = save_weight_amax && is_tensorwise(recipe);
   const bool x_t = save_x_t && recipe.fp8_wgrad;
   const c10::DeviceGuard guard(x.device());

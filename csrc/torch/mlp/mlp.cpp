@@ -19,6 +19,7 @@
 
 #include "torch/common/tensors.h"
 #include "torch/linear/steps.h"
+#include "torch/matmul/batch_invariant.h"
 #include "torch/mlp/saves.h"
 #include "torch/mlp/unit.h"
 #include "torch/quantize/memory.h"
@@ -127,6 +128,7 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
   check_mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation, recipe_id, gate_history,
             up_history, down_history);
   const Recipe recipe = recipe_at(recipe_id);
+  batch_invariant::check("mlp", recipe, /*static_input=*/false);
   const Unit unit =
       unit_of(mlp_node::form_of(gate, up, down), activation, gate_second, alpha, limit);
   const Saves saves(needs);

@@ -11,6 +11,7 @@
 #include "torch/common/messages.h"
 #include "torch/common/operators.h"
 #include "torch/norm/norm_ops.h"
+#include "torch/quantize/memory.h"
 
 namespace fp8::autograd {
 namespace {
@@ -46,6 +47,7 @@ class Norm : public torch::autograd::Function<Norm> {
                              (wants_grad(weight) ? kWeight : 0) | (wants_grad(bias) ? kBias : 0) |
                              (residual ? kHasResidual : 0) | (weight ? kHasWeight : 0);
     ctx->set_materialize_grads(false);  // one of two outputs may have no gradient
+    const memory::EagerScope remembers;
     auto [y, sum, mean, rstd] = op.call(x, residual, weight, bias, eps, form);
     const at::Tensor none;
     ctx->save_for_backward({residual ? sum : x, layer ? mean : none, rstd, weight.value_or(none)});

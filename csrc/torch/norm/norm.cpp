@@ -11,6 +11,7 @@
 #include "torch/common/operators.h"
 #include "torch/common/tensors.h"
 #include "torch/norm/norm_ops.h"
+#include "torch/quantize/left_amax.h"
 
 namespace fp8 {
 namespace {
@@ -165,18 +166,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kernel::_norm_forward
   const Rows rows = rows_of(x);
   const std::optional<Rows> other = rows_of(residual);
   const Parameters parameters(x, weight, bias);
-  const core::NormForwardArgs args{
-      .norm = norm_args(x, parameters, form),
-      .x = rows.data(),
-      .x_rows = rows.at,
-      .residual = other ? other->data() : nullptr,
-      .residual_rows = other ? other->at : NormRows{},
-      .eps = static_cast<float>(eps),
-      .y = y.mutable_data_ptr(),
-      .sum = residual ? sum.mutable_data_ptr() : nullptr,
-      .mean = is_layer(form) ? mean.mutable_data_ptr<float>() : nullptr,
-      .rstd = rstd.mutable_data_ptr<float>()};
+  core::NormForwardArgs args{.norm = norm_args(x, parameters, form),
+                             .x = rows.data(),
+                             .x_rows = rows.at,
+                             .residual = other ? other->data() : nullptr,
+                             .residual_rows = other ? other->at : NormRows{},
+                             .eps = static_cast<float>(eps),
+                             .y = y.mutable_data_ptr(),
+                             .sum = residual ? sum.mutable_data_ptr() : nullptr,
+                             .mean = is_layer(form) ? mean.mutable_data_ptr<float>() : nullptr,
+                             .rstd = rstd.mutable_data_ptr<float>()};
+  const memory::NormCall call(weight, x.size(-1));
+  at::Tensor amax;
+  if (call.leaves_amax()) {
+    const int64_t parts = x.is_cuda() ? core::norm_amax_parts(args) : 1;
+    if (parts > 0) {
+      amax = empty_on(x, {parts}, at::kFloat);
+      args.y_amax = amax.mutable_data_ptr<float>();
+    }
+  }
   FP8_RUN_PASS(norm_forward, x, args);
+  call.wrote(y, amax);
   return {y, sum, mean, rstd};
 }
 

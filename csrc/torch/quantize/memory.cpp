@@ -3,53 +3,49 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <mutex>
 #include <optional>
 #include <unordered_map>
 #include <vector>
 
-#include "torch/common/cuda_context.h"
 #include "torch/common/tensors.h"
+#include "torch/quantize/graph_codes.h"
+#include "torch/quantize/left_amax.h"
+#include "torch/quantize/remembered.h"
 
 namespace fp8 {
 namespace {
 
 // What must be equal for a quantized tensor to be that of `x` still.
 struct Identity {
-  const void* data = nullptr;
-  uint32_t version = 0;
+  memory::Place place;
   int64_t rows = 0;
   int64_t cols = 0;
   at::ScalarType dtype = at::kFloat8_e4m3fn;
   core::Granularity granularity = core::Granularity::kTensorwise;
   bool power_of_two = false;
   bool delayed = false;
-  const void* stream = nullptr;
-  uint64_t capture = 0;  // of a CUDA graph; 0 outside
 
   bool operator==(const Identity&) const = default;
+  // But for where it can be read.
+  bool same_values(Identity other) const {
+    other.place.stream = place.stream;
+    other.place.capture = place.capture;
+    return *this == other;
+  }
 };
 
-// Nothing for tensors that cannot be told apart from their past: no version counter, or strides of
-// their own (x.data = x.data.t() changes nothing else).
 std::optional<Identity> identify(const at::Tensor& x, const QuantizeRequest& request) {
-  if (x.is_inference() || x.numel() == 0 || !x.is_contiguous()) return std::nullopt;
-  Identity id{.data = x.const_data_ptr(),
-              .version = x.unsafeGetTensorImpl()->version_counter().current_version(),
-              .rows = x.numel() / x.size(-1),
-              .cols = x.size(-1),
-              .dtype = request.dtype,
-              .granularity = request.granularity,
-              .power_of_two = request.power_of_two,
-              .delayed = request.scaling.delayed};
-  if (x.is_cuda()) {
-    const core::Stream stream = cuda::current_stream(x);
-    id.stream = stream;
-    id.capture = core::capture_id(stream);
-  }
-  return id;
+  const std::optional<memory::Place> place = memory::place_of(x);
+  if (!place) return std::nullopt;
+  return Identity{.place = *place,
+                  .rows = x.numel() / x.size(-1),
+                  .cols = x.size(-1),
+                  .dtype = request.dtype,
+                  .granularity = request.granularity,
+                  .power_of_two = request.power_of_two,
+                  .delayed = request.scaling.delayed};
 }
 
 // Of a stack of weights, which may be the transposed view of what is stored. A view that was made
@@ -58,7 +54,7 @@ std::optional<Identity> identify_stack(const at::Tensor& stack, const QuantizeRe
   if (stack.is_inference()) return std::nullopt;
   std::optional<Identity> id =
       identify(is_stored_transposed(stack) ? stack.transpose(1, 2) : stack, request);
-  if (id) id->version = stack.unsafeGetTensorImpl()->version_counter().current_version();
+  if (id) id->place.version = stack.unsafeGetTensorImpl()->version_counter().current_version();
   return id;
 }
 
@@ -76,34 +72,31 @@ thread_local int eager_depth = 0;
 // --- inputs: the last two, weakly ---
 
 struct RememberedInput {
-  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
+  memory::WeakTensor tensor;
   Identity id;
   Operand operand;
 };
 
-struct Inputs {
-  std::mutex mutex;
-  std::array<std::optional<RememberedInput>, 2> slots;
-  std::atomic<int> filled{0};
-  size_t next = 0;
+// Never destroyed: at process exit CUDA may be gone before the tensors.
+memory::LastTwo<RememberedInput>& inputs() {
+  static auto* last = new memory::LastTwo<RememberedInput>;
+  return *last;
+}
 
-  // Never destroyed: at process exit CUDA may be gone before the tensors.
-  static Inputs& instance() {
-    static auto* inputs = new Inputs;
-    return *inputs;
+void nothing(const RememberedInput& /*input*/) {}
+
+// With the amax that the norm left which made x, where it did.
+Operand make_input(const at::Tensor& x, const QuantizeRequest& request,
+                   const memory::Place& place) {
+  if (request.granularity != core::Granularity::kTensorwise) {
+    return operand::make(as_matrix(x), request);
   }
-  template <typename Condition>
-  void drop_if(const Condition& condition) {
-    if (filled.load(std::memory_order_relaxed) == 0) return;
-    const std::lock_guard lock(mutex);
-    for (auto& slot : slots) {
-      if (slot && condition(*slot)) {
-        slot.reset();
-        filled.fetch_sub(1, std::memory_order_relaxed);
-      }
-    }
-  }
-};
+  const at::Tensor amax = memory::left_amax(x, place);
+  if (!amax.defined()) return operand::make(as_matrix(x), request);
+  QuantizeRequest known = request;
+  known.scaling = Scaling::known_amax(amax, request.scaling.delayed);
+  return operand::make(as_matrix(x), known);
+}
 
 // --- weights: those of the open contexts ---
 
@@ -119,6 +112,7 @@ struct JoinedPart {
 struct CachedWeight {
   at::Tensor weight;  // keeps the key alive
   int contexts = 0;
+  int captures = 0;            // of them, in which graphs may read what was made before
   std::optional<Identity> id;  // of what the operand was made of
   Operand operand;
   uint64_t state = 0;  // another one for each entry, and whenever the weight may have changed
@@ -149,6 +143,31 @@ struct Weights {
     return found == map.end() ? nullptr : &found->second;
   }
 };
+
+// What a context does with a weight that is asked for.
+enum class Use : uint8_t {
+  kRemembered,  // uses what it has, or makes it and keeps it
+  kForGraphs,   // uses what was made before this capture; the graph reads it from now on
+  kNone,        // makes it for this call alone
+};
+
+// known: what an operand was made of, if there is one; current: the weight has not changed since;
+// covers: it is all that is asked for.
+Use use_of(const std::optional<Identity>& known, const Identity& now, bool current, bool covers,
+           bool captures) {
+  if (now.place.capture != 0 && (!known || known->place.capture != now.place.capture)) {
+    if (captures && current && covers && known->place.capture == 0) return Use::kForGraphs;
+    TORCH_WARN_ONCE(
+        "fp8.cached_weights: a CUDA graph captured inside quantizes the weights in each replay. It "
+        "reads codes that were made before with fp8.cached_weights(model, captures=True) and one "
+        "call of the model before the capture; after fp8.freeze(model) weights are codes");
+    return known ? Use::kNone : Use::kRemembered;
+  }
+  // Made on another stream: not safe to read here. What belongs to a graph serves nobody else.
+  const bool elsewhere =
+      current && !now.place.reads(known->place) && known->place.capture == now.place.capture;
+  return elsewhere ? Use::kNone : Use::kRemembered;
+}
 
 std::optional<Identity> identify_weight(const at::Tensor& weight, const QuantizeRequest& request) {
   return weight.dim() == 3 ? identify_stack(weight, request) : identify(weight, request);
@@ -187,40 +206,37 @@ void add_sides(Operand& operand, const QuantizeRequest& request, const Make& mak
 memory::EagerScope::EagerScope() { ++eager_depth; }
 memory::EagerScope::~EagerScope() { --eager_depth; }
 
+bool memory::remembers() { return eager_depth > 0; }
+
 void memory::drop_gone_inputs() {
-  Inputs::instance().drop_if([](const RememberedInput& input) { return input.tensor.expired(); });
+  inputs().drop_if([](const RememberedInput& input) { return input.tensor.expired(); }, nothing);
+  drop_gone_amaxes();
 }
 
 void memory::drop_inputs() {
-  Inputs::instance().drop_if([](const RememberedInput&) { return true; });
+  inputs().drop_if([](const RememberedInput&) { return true; }, nothing);
+  drop_amaxes();
 }
 
 Operand operand::remembered_input(const at::Tensor& x, const QuantizeRequest& request) {
   memory::drop_gone_inputs();
   std::optional<Identity> id;
   const bool dynamic = request.scaling.source == Scaling::Source::kOwnAmax;
-  if (eager_depth > 0 && dynamic && !is_view_of_leaf(x)) {
+  if (memory::remembers() && dynamic && !is_view_of_leaf(x)) {
     id = identify(x, request);
   }
   if (!id) return make(as_matrix(x), request);
-  Inputs& inputs = Inputs::instance();
-  const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
-  {
-    const std::lock_guard lock(inputs.mutex);
-    for (const auto& slot : inputs.slots) {
-      if (slot && slot->tensor._unsafe_get_target() == impl && slot->id == *id &&
-          covers(slot->operand, request)) {
-        return slot->operand;
-      }
-    }
+  Operand known;
+  const auto suits = [&](const RememberedInput& input) {
+    return input.id == *id && covers(input.operand, request);
+  };
+  if (inputs().find(x, suits, [&](const RememberedInput& input) { known = input.operand; })) {
+    return known;
   }
-  Operand made = make(as_matrix(x), request);
-  const std::lock_guard lock(inputs.mutex);
-  auto& slot = inputs.slots[inputs.next];
-  inputs.next = (inputs.next + 1) % inputs.slots.size();
-  if (!slot) inputs.filled.fetch_add(1, std::memory_order_relaxed);
-  slot = RememberedInput{decltype(RememberedInput::tensor)(x.getIntrusivePtr()), *id, made};
-  slot->operand.launched = false;  // not when it is used again
+  const Operand made = make_input(x, request, id->place);
+  known = made;
+  known.launched = false;  // not when it is used again
+  inputs().add({memory::weak(x), *id, known}, nothing);
   return made;
 }
 
@@ -232,13 +248,21 @@ Operand operand::remembered_weight(const at::Tensor& weight, const QuantizeReque
   std::optional<Identity> id;
   if (cached != nullptr) id = identify_weight(weight, request);
   if (!id) return make_weight(weight, request);
-  const bool other_place =  // made on another stream, or not in this graph: not safe to read here
-      cached->id && (cached->id->stream != id->stream || cached->id->capture != id->capture);
-  if (other_place) return make_weight(weight, request);
+  const bool captures = cached->captures > 0;
+  const bool current = cached->id && cached->id->same_values(*id);
+  const Use use = use_of(cached->id, *id, current, covers(cached->operand, request), captures);
+  if (use == Use::kNone) return make_weight(weight, request);
+  if (use == Use::kForGraphs) {
+    graph_codes::keep(cached->weight, /*joined=*/false, cached->operand);
+    return cached->operand;
+  }
   if (cached->id != id) cached->operand = {};
   if (!covers(cached->operand, request)) {
     add_sides(cached->operand, request,
               [&](const QuantizeRequest& missing) { return make_weight(weight, missing); });
+    if (captures && id->place.capture == 0) {
+      graph_codes::renew(cached->weight, /*joined=*/false, cached->operand);
+    }
   }
   cached->id = id;
   return cached->operand;
@@ -262,13 +286,28 @@ Operand operand::remembered_weights(at::TensorList weights, const QuantizeReques
     if (first == nullptr) first = known.find(weight);
     parts.push_back({weight.unsafeGetTensorImpl(), cached->state, *id});
   }
-  const Identity& now = parts.front().id;
-  const bool other_place =  // as in remembered_weight
-      !first->joined.empty() && (first->joined.front().id.stream != now.stream ||
-                                 first->joined.front().id.capture != now.capture);
-  if (other_place) return make(request);
+  const bool current = std::equal(parts.begin(), parts.end(), first->joined.begin(),
+                                  first->joined.end(), [](const auto& now, const auto& known) {
+                                    return now.weight == known.weight && now.state == known.state &&
+                                           now.id.same_values(known.id);
+                                  });
+  std::optional<Identity> known_id;
+  if (!first->joined.empty()) known_id = first->joined.front().id;
+  const bool captures = first->captures > 0;
+  const Use use =
+      use_of(known_id, parts.front().id, current, covers(first->joined_operand, request), captures);
+  if (use == Use::kNone) return make(request);
+  if (use == Use::kForGraphs) {
+    graph_codes::keep(first->weight, /*joined=*/true, first->joined_operand);
+    return first->joined_operand;
+  }
   if (first->joined != parts) first->joined_operand = {};
-  if (!covers(first->joined_operand, request)) add_sides(first->joined_operand, request, make);
+  if (!covers(first->joined_operand, request)) {
+    add_sides(first->joined_operand, request, make);
+    if (captures && parts.front().id.place.capture == 0) {
+      graph_codes::renew(first->weight, /*joined=*/true, first->joined_operand);
+    }
+  }
   first->joined = std::move(parts);
   return first->joined_operand;
 }
@@ -277,7 +316,10 @@ void memory::forget_weights(const std::vector<at::Tensor>& changed) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   const auto forget = [&](CachedWeight& cached) {
-    cached = {.weight = cached.weight, .contexts = cached.contexts, .state = ++weights.last_state};
+    cached = {.weight = cached.weight,
+              .contexts = cached.contexts,
+              .captures = cached.captures,
+              .state = ++weights.last_state};
   };
   for (const at::Tensor& weight : changed) {
     const auto found = weights.map.find(weight.unsafeGetTensorImpl());
@@ -287,7 +329,7 @@ void memory::forget_weights(const std::vector<at::Tensor>& changed) {
   for (auto& entry : weights.map) forget(entry.second);
 }
 
-void memory::cache_weights(const std::vector<at::Tensor>& added) {
+void memory::cache_weights(const std::vector<at::Tensor>& added, bool captures) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   for (const at::Tensor& weight : added) {
@@ -295,16 +337,19 @@ void memory::cache_weights(const std::vector<at::Tensor>& added) {
     if (cached.contexts == 0) cached.state = ++weights.last_state;
     cached.weight = weight;
     ++cached.contexts;
+    if (captures) ++cached.captures;
   }
   weights.count.store(static_cast<int>(weights.map.size()), std::memory_order_relaxed);
 }
 
-void memory::uncache_weights(const std::vector<at::Tensor>& removed) {
+void memory::uncache_weights(const std::vector<at::Tensor>& removed, bool captures) {
   Weights& weights = Weights::instance();
   const std::lock_guard lock(weights.mutex);
   for (const at::Tensor& weight : removed) {
     const auto found = weights.map.find(weight.unsafeGetTensorImpl());
-    if (found != weights.map.end() && --found->second.contexts == 0) weights.map.erase(found);
+    if (found == weights.map.end()) continue;
+    if (captures) --found->second.captures;
+    if (--found->second.contexts == 0) weights.map.erase(found);
   }
   weights.count.store(static_cast<int>(weights.map.size()), std::memory_order_relaxed);
 }

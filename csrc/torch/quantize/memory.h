@@ -57,9 +57,10 @@ void drop_gone_inputs();
 // Lets go of all: a backward ends what the forward shared.
 void drop_inputs();
 
-// fp8.cached_weights: contexts may nest and share weights.
-void cache_weights(const std::vector<at::Tensor>& weights);
-void uncache_weights(const std::vector<at::Tensor>& weights);
+// fp8.cached_weights: contexts may nest and share weights. captures: a CUDA graph that is captured
+// inside reads what was made before the capture (torch/quantize/graph_codes.h).
+void cache_weights(const std::vector<at::Tensor>& weights, bool captures);
+void uncache_weights(const std::vector<at::Tensor>& weights, bool captures);
 // What was made of these weights, none: of all, in the open contexts. They may have changed, and no
 // counter says so.
 void forget_weights(const std::vector<at::Tensor>& changed);

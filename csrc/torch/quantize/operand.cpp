@@ -6,6 +6,7 @@
 
 #include "cpu/grouped.h"
 #include "cpu/kernels.h"
+#include "fp8/core_norm.h"
 #include "host/quantize_text.h"
 #include "torch/common/cuda_context.h"
 #include "torch/common/tensors.h"
@@ -204,7 +205,12 @@ Operand operand::make(const at::Tensor& x, const QuantizeRequest& request) {
   }
   const at::Tensor workspace = workspace_of(core::quantize_workspace_bytes(args), x);
   if (workspace.defined()) args.workspace = workspace.mutable_data_ptr();
-  core::quantize(args, cuda::current_stream(x));
+  const core::Stream stream = cuda::current_stream(x);
+  if (request.scaling.source == Scaling::Source::kKnownAmax) {
+    core::quantize_normed(args, request.scaling.tensor.numel(), stream);
+  } else {
+    core::quantize(args, stream);
+  }
   out.launched = true;
   return out;
 }

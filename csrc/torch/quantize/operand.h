@@ -44,7 +44,8 @@ struct Operand {
 struct Scaling {
   enum class Source : uint8_t { kOwnAmax, kGiven, kKnownAmax, kHistory };
   Source source = Source::kOwnAmax;
-  at::Tensor tensor;     // [] fp32: the scale, or the amax; or [.., kAmaxHistorySize] int32
+  at::Tensor tensor;     // [] fp32: the scale, or the amax; the latter also in parts, [n], whose
+                         // maximum it is; or [.., kAmaxHistorySize] int32
   int64_t row = 0;       // of a history
   bool delayed = false;  // a history makes the scale, or made it when its amax became known: what
                          // is remembered serves no request that differs in this

@@ -50,13 +50,14 @@ template <at::DeviceType kDevice, c10::DispatchKey kKey>
 at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
                          const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& input_scale,
-                         std::optional<std::string_view> input_granularity, bool power_of_two) {
+                         std::optional<std::string_view> input_granularity, bool power_of_two,
+                         bool decode) {
   const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
   static const auto op = find<decltype(kernel::linear_frozen)>("fp8::linear_frozen");
   return op.call(at::autocast::cached_cast(dtype, x, kDevice), weight, weight_scale,
                  at::autocast::cached_cast(dtype, bias, kDevice), input_scale, input_granularity,
-                 power_of_two);
+                 power_of_two, decode);
 }
 
 template <at::DeviceType kDevice, c10::DispatchKey kKey>

@@ -119,9 +119,11 @@ at::Tensor fused_linear_into(const at::Tensor& x, const at::Tensor& weight,
 at::Tensor linear_frozen(const at::Tensor& x, const at::Tensor& weight,
                          const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& input_scale,
-                         std::optional<std::string_view> input_granularity, bool power_of_two) {
+                         std::optional<std::string_view> input_granularity, bool power_of_two,
+                         bool decode) {
   static const auto op = find<decltype(kernel::linear_frozen)>("fp8::linear_frozen");
-  return op.call(x, weight, weight_scale, bias, input_scale, input_granularity, power_of_two);
+  return op.call(x, weight, weight_scale, bias, input_scale, input_granularity, power_of_two,
+                 decode);
 }
 
 std::vector<at::Tensor> merged_linear(const at::Tensor& x, at::ArrayRef<at::Tensor> weights,

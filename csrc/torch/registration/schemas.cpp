@@ -67,8 +67,8 @@ TORCH_LIBRARY(fp8, m) {
       tags);
   m.def(
       "linear_frozen(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None,"
-      " Tensor? input_scale=None, *, str? input_granularity=None, bool power_of_two=False)"
-      " -> Tensor",
+      " Tensor? input_scale=None, *, str? input_granularity=None, bool power_of_two=False,"
+      " bool decode=True) -> Tensor",
       tags);
   m.def(
       "grouped_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor offsets,"
@@ -137,8 +137,9 @@ TORCH_LIBRARY(fp8, m) {
   // Of a row of a history, for Python.
   m.def("_amax_history_size() -> int", [] { return int64_t{fp8::core::kAmaxHistorySize}; });
   // What fp8.cached_weights opens and closes: no device, no gradient.
-  m.def("_cache_weights(Tensor[] weights) -> ()", &fp8::memory::cache_weights);
-  m.def("_uncache_weights(Tensor[] weights) -> ()", &fp8::memory::uncache_weights);
+  m.def("_cache_weights(Tensor[] weights, bool captures=False) -> ()", &fp8::memory::cache_weights);
+  m.def("_uncache_weights(Tensor[] weights, bool captures=False) -> ()",
+        &fp8::memory::uncache_weights);
   m.def("_forget_weights(Tensor[] weights) -> ()", &fp8::memory::forget_weights);
   m.def(
       "_linear_backward(Tensor dy, Tensor? x, Tensor? x_t_scale, Tensor? weight,"

@@ -45,6 +45,8 @@ def freeze(
     model: ModelT,
     recipe: str | Recipe | None = None,
     filter: Callable[[Any, str], bool] | None = None,
+    *,
+    decode: bool = True,
 ) -> ModelT:
     """Make every suitable nn.Linear and fp8.Linear of `model` a FrozenLinear, and every suitable
     experts module of transformers' mixtures a FrozenExperts. In place; returns `model`.
@@ -55,11 +57,12 @@ def freeze(
 
     Outputs keep their bits: a frozen layer holds what the forward of an fp8.Linear with its recipe
     computes of the weight, so a converted model in eval mode gives, frozen, the logits that it gave
-    before. Exceptions: `delayed` scales by calls gone by, and becomes `tensorwise`, which it is
-    without a history; the forward under autocast casts a float32 weight first (to have those bits,
-    cast the model, `model.to(torch.bfloat16)`, before). Layers that `fp8.convert` computes as one,
-    with one scale per tensor, keep the scale that they share; where blocks of 128 rows lie across
-    two such layers, values differ within the error of quantizing.
+    before, of more than 64 rows, or of any number with `decode=False`. Exceptions: `delayed` scales
+    by calls gone by, and becomes `tensorwise`, which it is without a history; the forward under
+    autocast casts a float32 weight first (to have those bits, cast the model,
+    `model.to(torch.bfloat16)`, before). Layers that `fp8.convert` computes as one, with one scale
+    per tensor, keep the scale that they share; where blocks of 128 rows lie across two such layers,
+    values differ within the error of quantizing.
 
     Left alone are, whatever the filter says: weights that another module has too (tied embeddings),
     subclasses of nn.Linear, layers whose weight is used without calling them, weights that are not
@@ -78,6 +81,9 @@ def freeze(
             scale per tensor). None: what was converted keeps its own, others take "rowwise".
         filter: filter(module, name) -> bool, in place of the default rules, called once per module
             that may be frozen, with its name in `model.named_modules()`.
+        decode: the layers' attribute of that name. True: few rows are multiplied by a kernel made
+            for them, which is faster and adds in another order, with the same codes and scales.
+            False: the converted model's bits for any number of rows.
 
     Memory, at most: the model, and the codes of the layers that were frozen already. An optimizer
     that knows the old weights keeps them: make a new one.
@@ -100,6 +106,8 @@ def freeze(
             "fp8.freeze: filter must be a function (module, name) -> bool, "
             f"got {type(filter).__name__}"
         )
+    if not isinstance(decode, bool):
+        raise TypeError(f"fp8.freeze: expected decode True or False, got {decode!r:.80}")
     linears, mixtures = find_linears(model), find_experts(model)
     reasons = not_frozen(model, linears, by_default=filter is None)
     chosen = [
@@ -124,6 +132,8 @@ def freeze(
         codes = quantized_together(group, recipes[group[0]])
         for module, own in zip(group, codes, strict=True):
             freeze_in_place(module, own)
+            if not decode:
+                module.decode = False  # type: ignore[assignment]
     for mixture in experts:
         freeze_experts(mixture, experts_recipe_of(mixture, recipe))
     unfuse(model)

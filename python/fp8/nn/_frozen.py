@@ -70,6 +70,9 @@ class FrozenLinear(nn.Linear):
     """What of x shares a scale: "blockwise" (128 elements of a row) beside a weight in blocks, else
     "rowwise" or "tensorwise", the latter with a static scale. May be set."""
     power_of_two: bool = False
+    decode: bool = True
+    """Whether few rows (up to 32 or 64, on Hopper) are multiplied by a kernel made for them, see
+    `fp8.ops.linear_frozen`. Faster; the bits are those of other sums. May be set."""
     compute_dtype: torch.dtype = torch.bfloat16
     """What the layer is part of: dtype of the bias and, as a rule, of x. PEFT reads it."""
 
@@ -230,6 +233,7 @@ class FrozenLinear(nn.Linear):
             static,
             input_granularity=self.input_granularity,
             power_of_two=self.power_of_two,
+            decode=self.decode,
         )
         return output
 
@@ -326,7 +330,8 @@ class FrozenLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """nn.Linear's line, and how weight and input are scaled."""
-        return f"{super().extra_repr()}, frozen {self.describe()}"
+        decode = "" if self.decode else ", decode=False"
+        return f"{super().extra_repr()}, frozen {self.describe()}{decode}"
 
 
 def hold(

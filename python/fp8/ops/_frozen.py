@@ -17,6 +17,7 @@ def linear_frozen(
     *,
     input_granularity: Literal["tensorwise", "rowwise", "blockwise"] | None = None,
     power_of_two: bool = False,
+    decode: bool = True,
 ) -> Tensor:
     """y = x · (weight · weight_scale)ᵀ + bias with a weight that is FP8 already, of a checkpoint or
     made once. x is quantized in the call.
@@ -36,12 +37,17 @@ def linear_frozen(
             shares a scale. A weight with blocks takes blockwise, others one of the two others.
             None: blockwise with blocks, tensorwise with an input_scale, else rowwise.
         power_of_two: scales of x, and of dy in the backward, are powers of two.
+        decode: multiply up to 64 rows by a kernel made for few, on compute capability 9.0, with a
+            weight of 2^20 elements or more and unless x has one dynamic scale; up to 32 rows where
+            x and weight have one scale each, or blocks and more than 2^25 elements of weight. Codes
+            and scales are the same; sums are added in another order, and up to there a row has the
+            same bits whatever the others are.
 
-    Returns: [..., N] in x's dtype; where `fused_linear` would quantize x and weight so, its bits.
-    Differentiable once, in x and bias, and nothing of x is saved. dx is made of the weight's own
-    codes: dy times the scales of the weight's rows, quantized to e4m3 with a scale for each row
-    (for 128 elements of a row, with blocks), times the transposed codes, of which the backward
-    makes a copy.
+    Returns: [..., N] in x's dtype; where `fused_linear` would quantize x and weight so, its bits,
+    but for few rows with decode. Differentiable once, in x and bias, and nothing of x is saved. dx
+    is made of the weight's own codes: dy times the scales of the weight's rows, quantized to e4m3
+    with a scale for each row (for 128 elements of a row, with blocks), times the transposed codes,
+    of which the backward makes a copy.
 
     Errors: TypeError (dtypes), ValueError (shapes, devices, options that exclude each other, a
     weight that requires a gradient), NotImplementedError (jvp).
@@ -60,5 +66,6 @@ def linear_frozen(
         input_scale,
         input_granularity=input_granularity,
         power_of_two=power_of_two,
+        decode=decode,
     )
     return result

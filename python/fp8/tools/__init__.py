@@ -1,6 +1,7 @@
 """What is done around training: tuning, calibrating, keeping weights in FP8, reporting."""
 
 from ._autotune import AutotuneReport, Tuned, autotune
+from ._batch_invariant import batch_invariant
 from ._cached_weights import cached_weights
 from ._calibrate import calibrate, uncalibrate
 from ._info import info, plan_cache_clear, plan_cache_info
@@ -15,6 +16,7 @@ __all__ = [
     "Spread",
     "Tuned",
     "autotune",
+    "batch_invariant",
     "cached_weights",
     "calibrate",
     "info",

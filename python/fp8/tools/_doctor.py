@@ -16,8 +16,8 @@ TRANSFORMERS = "5.17.0"
 """The version whose families `make sweep` compares; requirements.txt has it too."""
 VARIABLES = (
     "FP8_AUTOTUNE",
+    "FP8_BATCH_INVARIANT",
     "FP8_CACHE_DIR",
-    "FP8_DECODE",
     "FP8_PLAN_CACHE_CAPACITY",
     "FP8_PRINT_PLAN",
     "FP8_PROGRESS",

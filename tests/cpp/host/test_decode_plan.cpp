@@ -61,21 +61,33 @@ TEST_CASE("a decode's shared memory holds what the kernel puts there") {
   }
 }
 
-TEST_CASE("whether a decode is chosen does not depend on the number of rows") {
+TEST_CASE("a decode is chosen up to some number of rows, and not beyond") {
+  struct Scales {
+    bool blocks, one_scale;
+  };
   for (const int64_t n : kExtents) {
     for (const int64_t k : kExtents) {
-      for (const bool blocks : {false, true}) {
-        const bool one = choose_decode({1, n, k, blocks}, 132, kShared).stages > 0;
-        for (int64_t m = 1; m <= kMaxDecodeRows; ++m) {
-          const DecodePlan plan = choose_decode({m, n, k, blocks}, 132, kShared);
+      for (const auto& [blocks, one_scale] : {Scales{}, Scales{true, false}, Scales{false, true}}) {
+        const int64_t most = most_decode_rows({1, n, k, blocks, one_scale});
+        const bool one = choose_decode({1, n, k, blocks, one_scale}, 132, kShared).stages > 0;
+        for (int64_t m = 1; m <= kMaxDecodeRows + 1; ++m) {
+          const DecodePlan plan = choose_decode({m, n, k, blocks, one_scale}, 132, kShared);
           INFO("m=" << m << " n=" << n << " k=" << k);
-          REQUIRE((plan.stages > 0) == one);
+          REQUIRE((plan.stages > 0) == (one && m <= most));
           REQUIRE(plan.stages % kDecodeGroups == 0);  // see decode.cuh, DecodeRing
         }
-        REQUIRE(choose_decode({65, n, k, blocks}, 132, kShared).stages == 0);
       }
     }
   }
+}
+
+TEST_CASE("rows from which on matmul is faster than a decode") {
+  REQUIRE(most_decode_rows({.n = 28672, .k = 4096}) == 64);
+  REQUIRE(most_decode_rows({.n = 4096, .k = 4096, .one_scale = true}) == 32);
+  REQUIRE(most_decode_rows({.n = 6144, .k = 4096, .blocks = true}) == 64);
+  REQUIRE(most_decode_rows({.n = 14336, .k = 4096, .blocks = true}) == 32);
+  REQUIRE(most_decode_rows({.n = 4096, .k = 14336, .blocks = true}) == 32);
+  REQUIRE(most_decode_rows({.n = 1023, .k = 1024}) == 0);
 }
 
 TEST_CASE("small weights are left to matmul") {

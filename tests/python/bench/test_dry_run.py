@@ -17,6 +17,7 @@ import bench_accumulate  # noqa: E402
 import bench_block  # noqa: E402
 import bench_breakdown  # noqa: E402
 import bench_decode  # noqa: E402
+import bench_generate  # noqa: E402
 import bench_host  # noqa: E402
 import bench_linear  # noqa: E402
 import bench_matmul  # noqa: E402
@@ -156,16 +157,32 @@ def test_gemms_alone_are_the_products_of_a_step(cpu_as_gpu, monkeypatch, recipe)
 
 
 def test_decode(run, monkeypatch):
-    monkeypatch.setattr(bench_decode, "_graph", lambda work: (work, work()))
+    monkeypatch.setattr(bench_decode, "graph_of", lambda work: (work, work()))
     monkeypatch.setattr(bench_decode, "copy_us", lambda moved, repeats: 1.0)
     monkeypatch.setattr(bench_decode, "LAYERS", ((64, 96),))
     monkeypatch.setattr(bench_decode, "M_VALUES", (1, 80))
     rows = run("decode", bench_decode)["rows"]
-    assert [row["m"] for row in rows] == [1] * 6 + [80] * 6
+    assert [row["m"] for row in rows] == [1] * 12 + [80] * 9
     frozen = [row for row in rows if row["variant"].startswith("frozen")]
-    assert len(frozen) == 6
+    assert len(frozen) == 15
+    assert sum(row["price"] is not None for row in frozen) == 6
     assert all(row["sqnr_db"] > 25 for row in frozen)
     assert all((row["of_weight_copy"] is None) == (row["m"] == 80) for row in rows)
+
+
+def test_generate(run, monkeypatch):
+    monkeypatch.setattr(bench_generate, "graph_of", lambda work: (work, work()))
+    monkeypatch.setattr(bench_generate, "SHAPE", TINY._replace(sequences=1))
+    monkeypatch.setattr(bench_generate, "VOCABULARY", 96)
+    monkeypatch.setattr(bench_generate, "BATCHES", (1, 2))
+    written = run("generate", bench_generate)
+    rows = written["rows"]
+    ours = [row for row in rows if row["variant"].startswith("fp8")]
+    assert [row["batch"] for row in ours] == [1] * 8 + [2] * 8
+    assert all(row["weights_ratio"] < 1 and row["sqnr_db"] > 15 for row in ours)
+    plain = [row for row in rows if row["variant"] == "bf16, graph"]
+    assert [row["speedup"] for row in plain] == [1.0, 1.0]
+    assert "torchao PerRow" in written["skipped"]
 
 
 def test_matmul(run, monkeypatch):

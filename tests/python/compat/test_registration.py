@@ -28,7 +28,7 @@ SCHEMAS = {
     "scaled_mm_accumulate_": ("out a b scale_a scale_b fast_accum", None),
     "fused_linear": ("x weight bias recipe input_scale history", 1),
     "linear_frozen": (
-        "x weight weight_scale bias input_scale input_granularity power_of_two",
+        "x weight weight_scale bias input_scale input_granularity power_of_two decode",
         1,
     ),
     "experts_frozen": (

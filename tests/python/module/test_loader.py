@@ -274,6 +274,7 @@ def test_public_names():
             "Recipe",
             "__version__",
             "autotune",
+            "batch_invariant",
             "cached_weights",
             "calibrate",
             "cmake_prefix_path",
