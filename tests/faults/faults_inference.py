@@ -83,8 +83,8 @@ INFERENCE = [
     Fault(
         "a graph reads codes that nobody asked it to read",
         MEMORY,
-        "if (captures && current && covers && known->capture == 0)",
-        "if (current && covers && known->capture == 0)",
+        "if (captures && current && covers && known->place.capture == 0)",
+        "if (current && covers && known->place.capture == 0)",
         GRAPHS,
         gpu=True,
     ),
