@@ -21,6 +21,7 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "quantize": (("op", "input_mb"), ("of_copy",)),
     "matmul": (("m", "k", "n", "variant"), ("speedup",)),
     "decode": (("m", "k", "n", "variant"), ("speedup",)),
+    "experts": (("mixture", "tokens", "variant"), ("speedup",)),
     "generate": (
         ("model", "layers", "batch", "context", "variant"),
         ("speedup", "weights_ratio"),

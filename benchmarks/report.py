@@ -19,6 +19,7 @@ import bench_accumulate
 import bench_block
 import bench_breakdown
 import bench_decode
+import bench_experts
 import bench_fsdp
 import bench_generate
 import bench_grouped
@@ -44,6 +45,7 @@ TABLES = {
     "quantize": bench_quantize.table,
     "matmul": bench_matmul.table,
     "decode": bench_decode.table,
+    "experts": bench_experts.table,
     "generate": bench_generate.table,
     "host": bench_host.table,
     "sizes": bench_sizes.table,

@@ -6,7 +6,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-benchmarks=(model block moe linear decode generate accumulate breakdown quantize matmul grouped host sizes fsdp)
+benchmarks=(model block moe linear decode generate experts accumulate breakdown quantize matmul grouped host sizes fsdp)
 python=${PYTHON:-python3}
 failed=()
 times=()

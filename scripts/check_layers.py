@@ -28,7 +28,7 @@ FLOORS = (
     ("torch/quantize",),
     ("torch/matmul",),
     ("torch/linear", "torch/grouped", "torch/norm", "torch/rope"),
-    ("torch/merged", "torch/mlp"),
+    ("torch/merged", "torch/mlp", "torch/experts"),
     ("torch/registration",),
     ("bindings",),
 )

@@ -32,7 +32,16 @@ from ._native import flops as _flops
 from ._native import operators as _operators
 from .checkpoints import export_weights, load, save
 from .conversion import convert, freeze, revert, summary
-from .nn import MLP, FrozenLinear, GatedMLP, GroupedLinear, Linear, MergedLinear, RMSNorm
+from .nn import (
+    MLP,
+    FrozenExperts,
+    FrozenLinear,
+    GatedMLP,
+    GroupedLinear,
+    Linear,
+    MergedLinear,
+    RMSNorm,
+)
 from .recipe import GROUPED_RECIPES, RECIPES, Recipe
 from .tools import (
     autotune,
@@ -56,6 +65,7 @@ __all__ = [
     "GROUPED_RECIPES",
     "MLP",
     "RECIPES",
+    "FrozenExperts",
     "FrozenLinear",
     "GatedMLP",
     "GroupedLinear",

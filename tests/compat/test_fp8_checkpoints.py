@@ -63,6 +63,33 @@ def test_saved_checkpoint_is_read_by_transformers(format, recipe, tmp_path):
     assert sqnr(ours, logits) > 15
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("format", "recipe"),
+    [("fp8", "blockwise"), ("compressed-tensors", "rowwise")],
+)
+def test_saved_experts_are_read_by_transformers(family, format, recipe, tmp_path):
+    """One by one, and merged by it: the same numbers, as above."""
+    settings = {"intermediate_size": 256, "moe_intermediate_size": 128, "num_local_experts": 4}
+    settings |= {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 256}
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, tie_word_embeddings=False, **settings,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    fp8.save(fp8.freeze(model, recipe), tmp_path, format)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    name = "model.layers.0.mlp.experts"
+    experts, other = model.get_submodule(name), theirs.get_submodule(name)
+    assert type(experts) is fp8.FrozenExperts
+    for weight, expected in zip(("gate_up_proj", "down_proj"), experts.dequantize(), strict=True):
+        found = getattr(other, weight)
+        if format == "compressed-tensors":
+            torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(found, expected), weight
+
+
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
 def test_checkpoint_of_compressed_tensors_is_loaded(strategy, tmp_path):
     """Quantized and compressed by that package, with scales that it computes."""

@@ -6,6 +6,7 @@ from fault import Fault
 from faults_convert import CONVERT
 from faults_cpu import CPU
 from faults_cuda import CUDA
+from faults_experts import FROZEN_EXPERTS
 from faults_frozen import FROZEN
 from faults_grouped import GROUPS
 from faults_host import HOST
@@ -23,5 +24,5 @@ from faults_torch import TORCH
 FAULTS: list[Fault] = [
     *(*PYTHON, *CONVERT, *TORCH, *HOST, *CPU),
     *(*NORM, *RESIDUALS, *ROPE, *MLPS, *SIBLINGS, *FROZEN, *LINEAR_FROZEN),
-    *(*GROUPS, *NUMERICS, *CUDA, *INFERENCE),
+    *(*FROZEN_EXPERTS, *GROUPS, *NUMERICS, *CUDA, *INFERENCE),
 ]

@@ -47,8 +47,8 @@ FROZEN = [
     Fault(
         "a pickle of codes is one of float8",
         "python/fp8/nn/_frozen_state.py",
-        "weight.detach().view(torch.uint8), False)",
-        "weight.detach(), False)",
+        "return _seen_as(torch.uint8, torch.float8_e4m3fn, parameters, names)",
+        "return parameters",
         FROZEN_LAYER,
     ),
     Fault(

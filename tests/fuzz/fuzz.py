@@ -34,6 +34,7 @@ from runs import import_fp8  # noqa: E402
 import_fp8()
 
 from fuzz_delayed import DELAYED  # noqa: E402
+from fuzz_experts import EXPERTS  # noqa: E402
 from fuzz_frozen import FROZEN  # noqa: E402
 from fuzz_grouped import GROUPED  # noqa: E402
 from fuzz_grouped_mm import GROUPED_MM  # noqa: E402
@@ -47,7 +48,7 @@ from fuzz_quantize import DEQUANTIZE, QUANTIZE  # noqa: E402
 from fuzz_rope import ROPE  # noqa: E402
 
 _DENSE = (QUANTIZE, DEQUANTIZE, MATMUL, LINEAR, FROZEN, MERGED, MLP, DELAYED)
-_ALL = (*_DENSE, GROUPED_MM, GROUPED, MOE, NORM, ROPE)
+_ALL = (*_DENSE, GROUPED_MM, GROUPED, MOE, EXPERTS, NORM, ROPE)
 FAMILIES = {f.name: f for f in _ALL}
 SECONDS = {"cpu": 180, "cuda": 300}
 LAST_CASE = ROOT / "build" / "fuzz" / "last_case.txt"  # for a case that ends the process

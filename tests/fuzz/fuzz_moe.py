@@ -114,22 +114,25 @@ class Reference:
         d = self.gating.joined(
             *(rounded(times(weighted_dh, slope), self.dtype) for slope in (d_gate, d_up))
         )
-        d_weights = total(times(dh, expert.h), 1)
-        if self.cast["down_bias"] is not None:
-            bias = exact(self.cast["down_bias"][number])
-            of_bias = total(times(dy, bias), 1)
-            flushed = 2.0**-126 * (1 + dy.largest().sum(1) + bias.largest().sum())
-            of_bias = approx(of_bias.value, of_bias.error + flushed)  # a product of torch's own
-            d_weights = error_bounds.plus(d_weights, rounded(of_bias, self.dtype))
         weighted_h = rounded(times(weight, expert.h), self.dtype)
         return {
             "x": rows_by_weight(d, gate_up.t(), self.ways, backward=True),
-            "top_k_weights": d_weights,
+            "top_k_weights": self._weights_gradient(number, expert, dh),
             "gate_up": columns(d, self.x.rows(expert.token), self.recipe, self.ways),
             "down": columns(dy, weighted_h, self.recipe, self.ways),
             "gate_up_bias": rounded(total(d), self.dtype),
             "down_bias": rounded(total(times(weight, dy)), self.dtype),
         }
+
+    def _weights_gradient(self, number: int, expert: Expert, dh: Approx) -> Approx:
+        d_weights = total(times(dh, expert.h), 1)
+        if self.cast["down_bias"] is None:
+            return d_weights
+        dy, bias = self.dy.rows(expert.token), exact(self.cast["down_bias"][number])
+        of_bias = total(times(dy, bias), 1)
+        flushed = 2.0**-126 * (1 + dy.largest().sum(1) + bias.largest().sum())
+        of_bias = approx(of_bias.value, of_bias.error + flushed)  # a product of torch's own
+        return error_bounds.plus(d_weights, rounded(of_bias, self.dtype))
 
 
 # --- a case ---

@@ -254,6 +254,31 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        double alpha = 1.702, double limit = 7.0,
                        std::string_view recipe = kDefaultGroupedRecipe);
 
+// moe_experts whose weights are FP8 and stay it: gate_up [E, 2 I, H] and down [E, H, I] e4m3, read
+// where they lie if they are contiguous, and their scales, fp32, which multiply. Of a weight [E, N,
+// K] a scale is one for each expert, [E], [E, 1] or [E, 1, 1]; for each row, [E, N] or [E, N, 1];
+// or, of both weights, one for each 128x128 block, [E, ceil(N / 128), ceil(K / 128)]. x and h are
+// quantized with a scale for each row, or, beside blocks, for 128 elements of one;
+// input_granularity, "rowwise" or "blockwise", says which where shapes leave it open (none:
+// blocks). The values are moe_experts' where it quantizes the weights so, to the bit ("rowwise",
+// "blockwise"). Gradients reach x, top_k_weights and the biases; that of x is made of the same
+// codes: rows times the scales of the weight's out-features, quantized, times the codes transposed,
+// of which each backward makes a copy; nothing of x is saved. Deterministic; differentiable once.
+struct ExpertsFrozenOptions {
+  std::optional<at::Tensor> gate_up_bias = std::nullopt;  // [E, 2 I]
+  std::optional<at::Tensor> down_bias = std::nullopt;     // [E, H]
+  std::string_view activation = "silu";
+  bool interleaved = false;
+  double alpha = 1.702;
+  double limit = 7.0;
+  std::optional<std::string_view> input_granularity = std::nullopt;
+  bool power_of_two = false;
+};
+at::Tensor experts_frozen(const at::Tensor& x, const at::Tensor& top_k_index,
+                          const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                          const at::Tensor& gate_up_scale, const at::Tensor& down,
+                          const at::Tensor& down_scale, const ExpertsFrozenOptions& options = {});
+
 // RMSNorm over the last dimension: x [..., K] high precision, weight [K] high precision or none (1)
 // -> y [..., K], contiguous. With xhat = x / sqrt(mean(x^2) + eps) in fp32 and T the dtype of x,
 // form "scale_then_round" is y = T(weight * xhat), as F.rms_norm computes it; "round_then_scale" y

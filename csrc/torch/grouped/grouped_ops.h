@@ -165,12 +165,19 @@ void check_moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                        const at::Tensor& down, const OptionalTensor& gate_up_bias,
                        const OptionalTensor& down_bias);
 
+// What experts in high precision and frozen ones have in common, in the name of fp8::`op`: all but
+// the dtype of the weights.
+void check_mixture(const char* op, const at::Tensor& x, const at::Tensor& top_k_index,
+                   const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                   const at::Tensor& down, const OptionalTensor& gate_up_bias,
+                   const OptionalTensor& down_bias);
+
 // The main_grads that are given.
 void check_moe_main_grads(const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down,
                           const OptionalTensor& gate_up_main_grad,
                           const OptionalTensor& down_main_grad);
 
 // 'silu', 'gelu', 'gelu_tanh', 'clamped_silu' -> core::Activation's number.
-int64_t activation_index(std::string_view name);
+int64_t activation_index(std::string_view name, const char* op = "moe_experts");
 
 }  // namespace fp8

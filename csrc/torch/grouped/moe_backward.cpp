@@ -145,18 +145,6 @@ GateGradients gate_gradients(const MoeBackwardArgs& args,
   return out;
 }
 
-// What down's bias adds to the routing weights' gradient: dy · bias of each slot's expert.
-void add_bias_part(const MoeBackwardArgs& args, const at::Tensor& d_weights) {
-  const int64_t last = args.down.size(0) - 1;
-  const at::Tensor& experts = args.experts;
-  // Not in 16 bits on a CPU, where torch 2.11's product spreads a NaN to the row before.
-  const auto wide = [](const at::Tensor& t) { return t.is_cpu() ? t.to(at::kFloat) : t; };
-  const at::Tensor dot = at::mm(wide(args.dy), wide(args.down_bias).t())
-                             .to(at::kFloat)
-                             .gather(1, experts.clamp(0, last));
-  d_weights.add_(dot.masked_fill_(experts.lt(0).logical_or_(experts.gt(last)), 0));
-}
-
 // Lets go of the gradient, which may be gate_up_out overwritten.
 void drop_gate_up_out(const MoeBackwardArgs& args, GateGradients& gate) {
   gate.gate_up_out = at::Tensor();
@@ -212,7 +200,9 @@ Gradients moe_gradients(const MoeBackwardArgs& args) {
                  needs::kDown)) {
     gate = gate_gradients(args, grads.weights);
   }
-  if (args.needs(needs::kWeights) && args.down_bias.defined()) add_bias_part(args, grads.weights);
+  if (args.needs(needs::kWeights) && args.down_bias.defined()) {
+    grouped::add_bias_part(args.dy, args.down_bias, args.experts, grads.weights);
+  }
   if (args.needs(needs::kX)) {
     const Side gate_up = grouped::weight_for_dgrad(args.gate_up, args.recipe, args.gate_up_amax);
     const at::Tensor rows = grouped::multiply_rows(gate.quantized, gate_up, routing.offsets,

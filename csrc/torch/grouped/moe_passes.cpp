@@ -81,6 +81,16 @@ at::Tensor sum_by_expert(const at::Tensor& x, const Routing& routing, bool gathe
   return out;
 }
 
+void add_bias_part(const at::Tensor& dy, const at::Tensor& down_bias, const at::Tensor& experts,
+                   const at::Tensor& d_weights) {
+  const int64_t last = down_bias.size(0) - 1;
+  // Not in 16 bits on a CPU, where torch 2.11's product spreads a NaN to the row before.
+  const auto wide = [](const at::Tensor& t) { return t.is_cpu() ? t.to(at::kFloat) : t; };
+  const at::Tensor dot =
+      at::mm(wide(dy), wide(down_bias).t()).to(at::kFloat).gather(1, experts.clamp(0, last));
+  d_weights.add_(dot.masked_fill_(experts.lt(0).logical_or_(experts.gt(last)), 0));
+}
+
 at::Tensor contiguous(const std::optional<at::Tensor>& t) {
   if (!t || !t->defined()) return {};
   const at::Tensor c = t->contiguous();

@@ -43,6 +43,12 @@ at::Tensor sum_by_expert(const at::Tensor& x,  // [T * k, cols], or gathered [T,
                          const Routing& routing, bool gathered,
                          const at::Tensor& weights);  // [T, k] fp32, or undefined
 
+// What down's bias adds to the routing weights' gradient: dy · bias of each slot's expert.
+void add_bias_part(const at::Tensor& dy,          // [T, H]
+                   const at::Tensor& down_bias,   // [E, H]
+                   const at::Tensor& experts,     // [T, k] int64
+                   const at::Tensor& d_weights);  // [T, k] fp32, added to
+
 // For vector loads: contiguous on 16 bytes. Undefined for None.
 at::Tensor contiguous(const std::optional<at::Tensor>& t);
 

@@ -6,6 +6,7 @@
 #include "fp8/ops.h"
 #include "torch/common/operators.h"
 #include "torch/common/recipe.h"
+#include "torch/experts/experts_frozen.h"
 #include "torch/frozen/frozen.h"
 #include "torch/grouped/grouped_ops.h"
 #include "torch/linear/linear.h"
@@ -101,6 +102,25 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
                           limit, recipe);
 }
 
+// The weights are FP8, and stay it.
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+at::Tensor experts_frozen(const at::Tensor& x, const at::Tensor& top_k_index,
+                          const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                          const at::Tensor& gate_up_scale, const at::Tensor& down,
+                          const at::Tensor& down_scale,
+                          const std::optional<at::Tensor>& gate_up_bias,
+                          const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                          bool interleaved, double alpha, double limit,
+                          std::optional<std::string_view> input_granularity, bool power_of_two) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
+  static const auto op = find<decltype(composite::experts_frozen)>("fp8::experts_frozen");
+  return op.call(cast(x), top_k_index, top_k_weights, gate_up, gate_up_scale, down, down_scale,
+                 cast(gate_up_bias), cast(down_bias), activation, interleaved, alpha, limit,
+                 input_granularity, power_of_two);
+}
+
 template <at::DeviceType kDevice, c10::DispatchKey kKey>
 at::Tensor _grouped_linear_into(const at::Tensor& x, const at::Tensor& weight,
                                 const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
@@ -173,6 +193,7 @@ void register_kernels(torch::Library& m) {
   m.impl("merged_linear", TORCH_FN((merged_linear<kDevice, kKey>)));
   m.impl("grouped_linear", TORCH_FN((grouped_linear<kDevice, kKey>)));
   m.impl("moe_experts", TORCH_FN((moe_experts<kDevice, kKey>)));
+  m.impl("experts_frozen", TORCH_FN((experts_frozen<kDevice, kKey>)));
   m.impl("_grouped_linear_into", TORCH_FN((_grouped_linear_into<kDevice, kKey>)));
   m.impl("_moe_experts_into", TORCH_FN((_moe_experts_into<kDevice, kKey>)));
   m.impl("mlp", TORCH_FN((mlp<kDevice, kKey>)));

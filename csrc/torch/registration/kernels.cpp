@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "host/ranges.h"
+#include "torch/experts/experts_frozen.h"
 #include "torch/frozen/frozen.h"
 #include "torch/grouped/grouped_mm_op.h"
 #include "torch/grouped/grouped_ops.h"
@@ -30,6 +31,7 @@ void register_composites(torch::Library& m) {
   FP8_KERNEL(composite, mlp);
   FP8_KERNEL(composite, grouped_linear);
   FP8_KERNEL(composite, moe_experts);
+  FP8_KERNEL(composite, experts_frozen);
   FP8_KERNEL(composite, _grouped_linear_into);
   FP8_KERNEL(composite, _moe_experts_into);
   FP8_KERNEL(composite, rms_norm);
@@ -67,6 +69,8 @@ void register_kernels(torch::Library& m) {
   FP8_KERNEL(kernel, _grouped_backward);
   FP8_KERNEL(kernel, _moe_forward);
   FP8_KERNEL(kernel, _moe_backward);
+  FP8_KERNEL(kernel, _experts_frozen_forward);
+  FP8_KERNEL(kernel, _experts_frozen_backward);
   FP8_KERNEL(kernel, _norm_forward);
   FP8_KERNEL(kernel, _norm_backward);
   FP8_KERNEL(kernel, _rope);
@@ -110,13 +114,15 @@ TORCH_LIBRARY_IMPL(fp8, Meta, m) {
   m.impl("_grouped_backward", TORCH_FN(fp8::meta::_grouped_backward));
   m.impl("_moe_forward", TORCH_FN(fp8::meta::_moe_forward));
   m.impl("_moe_backward", TORCH_FN(fp8::meta::_moe_backward));
+  m.impl("_experts_frozen_forward", TORCH_FN(fp8::meta::_experts_frozen_forward));
+  m.impl("_experts_frozen_backward", TORCH_FN(fp8::meta::_experts_frozen_backward));
   m.impl("_norm_forward", TORCH_FN(fp8::meta::_norm_forward));
   m.impl("_norm_backward", TORCH_FN(fp8::meta::_norm_backward));
   m.impl("_rope", TORCH_FN(fp8::meta::_rope));
 }
 
-// Only the linear ops, linear_frozen, merged_linear, mlp, moe_experts, the norms and rope have a
-// gradient. The others say so when a backward reaches them.
+// Only the linear ops, linear_frozen, merged_linear, mlp, moe_experts, experts_frozen, the norms
+// and rope have a gradient. The others say so when a backward reaches them.
 TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("fused_linear", TORCH_FN(fp8::autograd::fused_linear));
   m.impl("_linear_backward", TORCH_FN(fp8::autograd::_linear_backward));
@@ -124,6 +130,7 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
   m.impl("linear_frozen", TORCH_FN(fp8::autograd::linear_frozen));
   m.impl("grouped_linear", TORCH_FN(fp8::autograd::grouped_linear));
   m.impl("moe_experts", TORCH_FN(fp8::autograd::moe_experts));
+  m.impl("experts_frozen", TORCH_FN(fp8::autograd::experts_frozen));
   m.impl("_grouped_linear_into", TORCH_FN(fp8::autograd::_grouped_linear_into));
   m.impl("_moe_experts_into", TORCH_FN(fp8::autograd::_moe_experts_into));
   m.impl("rms_norm", TORCH_FN(fp8::autograd::rms_norm));
@@ -154,6 +161,8 @@ TORCH_LIBRARY_IMPL(fp8, Autograd, m) {
                          "_grouped_backward",
                          "_moe_forward",
                          "_moe_backward",
+                         "_experts_frozen_forward",
+                         "_experts_frozen_backward",
                          "_merged_forward",
                          "_merged_backward",
                          "_mlp_forward",

@@ -6,6 +6,7 @@
 
 #include "fp8/core.h"
 #include "torch/common/operators.h"
+#include "torch/experts/experts_frozen.h"
 #include "torch/frozen/frozen.h"
 #include "torch/grouped/grouped_mm_op.h"
 #include "torch/grouped/grouped_ops.h"
@@ -169,6 +170,16 @@ at::Tensor moe_experts(const at::Tensor& x, const at::Tensor& top_k_index,
   static const auto op = find<decltype(composite::moe_experts)>("fp8::moe_experts");
   return op.call(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation,
                  interleaved, alpha, limit, recipe);
+}
+
+at::Tensor experts_frozen(const at::Tensor& x, const at::Tensor& top_k_index,
+                          const at::Tensor& top_k_weights, const at::Tensor& gate_up,
+                          const at::Tensor& gate_up_scale, const at::Tensor& down,
+                          const at::Tensor& down_scale, const ExpertsFrozenOptions& options) {
+  static const auto op = find<decltype(composite::experts_frozen)>("fp8::experts_frozen");
+  return op.call(x, top_k_index, top_k_weights, gate_up, gate_up_scale, down, down_scale,
+                 options.gate_up_bias, options.down_bias, options.activation, options.interleaved,
+                 options.alpha, options.limit, options.input_granularity, options.power_of_two);
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,

@@ -87,6 +87,13 @@ TORCH_LIBRARY(fp8, m) {
             .c_str(),
         tags);
   m.def(
+      "experts_frozen(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
+      " Tensor gate_up_scale, Tensor down, Tensor down_scale, Tensor? gate_up_bias=None,"
+      " Tensor? down_bias=None, str activation=\"silu\", bool interleaved=False,"
+      " float alpha=1.702, float limit=7.0, *, str? input_granularity=None,"
+      " bool power_of_two=False) -> Tensor",
+      tags);
+  m.def(
       "mlp(Tensor x, Tensor gate, Tensor? up, Tensor down, *, str activation=\"silu\","
       " str recipe=\"tensorwise\", Tensor? gate_bias=None, Tensor? up_bias=None,"
       " Tensor? down_bias=None, str save=\"bf16\", bool gate_second=False, float alpha=1.702,"
@@ -233,6 +240,22 @@ TORCH_LIBRARY(fp8, m) {
       " float alpha, float limit, str recipe, Tensor? gate_up_main_grad, Tensor? down_main_grad,"
       " bool overwrite_gate_up, bool overwrite_down, Tensor? gate_up_stand_in,"
       " Tensor? down_stand_in) -> Tensor",
+      tags);
+  // What experts_frozen is differentiated through.
+  m.def(
+      "_experts_frozen_forward(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up,"
+      " Tensor gate_up_scale, Tensor down, Tensor down_scale, Tensor? gate_up_bias,"
+      " Tensor? down_bias, int activation, bool interleaved, float alpha, float limit,"
+      " bool blocks, bool power_of_two)"
+      " -> (Tensor y, Tensor gate_up_out, Tensor offsets, Tensor place, Tensor source)",
+      tags);
+  m.def(
+      "_experts_frozen_backward(Tensor dy, Tensor top_k_index, Tensor top_k_weights,"
+      " Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale,"
+      " Tensor? gate_up_bias, Tensor? down_bias, Tensor gate_up_out, Tensor offsets, Tensor place,"
+      " Tensor source, int activation, bool interleaved, float alpha, float limit, bool blocks,"
+      " bool power_of_two, int needs)"
+      " -> (Tensor dx, Tensor d_weights, Tensor d_gate_up_bias, Tensor d_down_bias)",
       tags);
   // What the norms are differentiated through.
   m.def(

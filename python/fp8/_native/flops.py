@@ -138,6 +138,18 @@ def _mlp_backward(dy: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * rows * (inner * of_layers + of_down)
 
 
+def _experts_frozen(
+    x: Shape, top_k_index: Shape, weights: Shape, gate_up: Shape, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * top_k_index.numel() * (_size(gate_up) + _size(args[1]))
+
+
+def _experts_frozen_backward(dy: Shape, top_k_index: Shape, *args: Any, **kwargs: Any) -> int:
+    gate_up, down, needs = args[1], args[3], args[-1]
+    of_down = bool(needs & (_X | _WEIGHTS | _GATE_UP_BIAS))
+    return 2 * top_k_index.numel() * (bool(needs & _X) * _size(gate_up) + of_down * _size(down))
+
+
 def _size(weight: Shape) -> int:
     """Elements of one expert's matrix."""
     return weight[1] * weight[2]
@@ -167,6 +179,9 @@ FORMULAS = {
     _ops._moe_experts_into: _moe,
     _ops._moe_forward: _moe,
     _ops._moe_backward: _moe_backward,
+    _ops.experts_frozen: _experts_frozen,
+    _ops._experts_frozen_forward: _experts_frozen,
+    _ops._experts_frozen_backward: _experts_frozen_backward,
     _ops.merged_linear: _merged,
     _ops._merged_linear_functional: _merged,
     _ops._merged_forward: _merged,

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from ..conversion._convert import check_model
 from ..conversion._freeze import shared_weights, sharing_a_scale, unfit
 from ..conversion._rules import find_linears
+from ..integrations.transformers._names import expert_names_of
 from ..nn._freezing import Codes, quantized_together
 from ..nn._frozen import FrozenLinear
+from ..nn._frozen_experts import FrozenExperts
+from ..nn._frozen_stack import scale_shape
 from ..nn._linear import Linear
 from ..nn._scales import Granularity, canonical, shape_of
 from ..recipe import check_recipe
+from ._experts_export import Part, is_coded, parts_of
 
 FORMATS = ("compressed-tensors", "fp8")
 
@@ -42,7 +46,9 @@ def export_weights(model: nn.Module, *, format: str | None = None) -> Iterator[t
 
     Of a FrozenLinear its codes and scales; of an fp8.Linear the codes that its forward computes, to
     the bit, made when they are asked for: what an engine that samples for reinforcement learning is
-    to be given, half the bytes of bfloat16. Others as they are. Tensors that are the model's own
+    to be given, half the bytes of bfloat16. The same of FrozenExperts and of experts that
+    `fp8.convert` converted, one by one, as checkpoints have them: `experts.0.gate_proj.weight`
+    (Mixtral: `w1`). Others as they are. Tensors that are the model's own
     are not copied: they change with the model.
 
     Args:
@@ -51,8 +57,9 @@ def export_weights(model: nn.Module, *, format: str | None = None) -> Iterator[t
             1], [1] or blocks) and "fp8" (`weight_scale_inv`, of blocks or 0-dim). None: a frozen
             layer's own; of others `weight_scale_inv` for blocks, else `weight_scale`.
 
-    Raises TypeError for a model that is no nn.Module, and ValueError for an unknown format, or a
-    scale that it cannot have ("fp8": one per row).
+    Raises TypeError for a model that is no nn.Module, and ValueError for an unknown format, a
+    scale that it cannot have ("fp8": one per row), or experts in blocks that lie across gate and up
+    (widths inside an expert that are no multiple of 128).
 
     Example:
         >>> for name, tensor in fp8.export_weights(model):
@@ -76,6 +83,7 @@ def items_of(model: nn.Module, format: str | None) -> tuple[list[Item], dict[str
     codes, layers = _codes_of(model), {}
     items: list[Item] = []
     seen: set[int] = set()
+    names = expert_names_of(model)
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         own: tuple[str, ...] = ()
@@ -86,6 +94,18 @@ def items_of(model: nn.Module, format: str | None) -> tuple[list[Item], dict[str
             if isinstance(module, FrozenLinear):
                 own = ("weight", module.scale_name, module.input_scale_name)
             items += _coded(module, layer, get, dot, format)
+        elif is_coded(module):
+            own = ("gate_up_proj", "down_proj")
+            if isinstance(module, FrozenExperts):
+                own += tuple(name + module.scale_suffix for name in own)
+            for part in parts_of(module, prefix, names):
+                kind = part.granularity
+                layer = Layer(kind, kind, False, part.power_of_two)
+                layers[part.name] = layer
+                if len(part.shape) == 2:
+                    items += _coded(part.shape, layer, part.get, f"{part.name}.", format)
+                else:
+                    items += _merged(part, format)
         passing = module._non_persistent_buffers_set
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or name in own or name in passing or id(tensor) in seen:
@@ -152,29 +172,26 @@ class _Together:
 
 
 def _coded(
-    module: nn.Linear,
+    of: nn.Linear | tuple[int, int],
     layer: Layer,
     get: Callable[[], Codes],
     dot: str,
     format: str | None,
 ) -> list[Item]:
-    """Codes, scale and the input's scale of a layer."""
-    rows, cols = module.out_features, module.in_features
+    """Codes, scale and the input's scale of a layer, or of a part of experts of these extents."""
+    module = of if isinstance(of, FrozenLinear) else None
+    rows, cols = of if isinstance(of, tuple) else (of.out_features, of.in_features)
     kind = layer.granularity
     names = ["weight_scale_inv" if kind == "blockwise" else "weight_scale", "input_scale"]
     shape = shape_of(kind, rows, cols)
     one: tuple[int, ...] = (1,)
-    if format is None and isinstance(module, FrozenLinear):
+    if format is None and module is not None:
         names = [module.scale_name, module.input_scale_name]
         shape = tuple(module.scales.shape)
         if module.static_scale is not None:
             one = tuple(module.static_scale.shape)
     elif format == "fp8":
-        if kind == "rowwise":
-            raise ValueError(
-                f"fp8: {dot[:-1] or '(model)'} has a scale per row, which the format 'fp8' has "
-                "not: take 'compressed-tensors', or freeze with the recipe 'blockwise'"
-            )
+        _check_kind(kind, dot[:-1], format)
         names, one = ["weight_scale_inv", "activation_scale"], ()
         shape = () if kind == "tensorwise" else shape
     elif format == "compressed-tensors":
@@ -189,6 +206,26 @@ def _coded(
     return items
 
 
+def _check_kind(kind: Granularity, name: str, format: str | None) -> None:
+    if format == "fp8" and kind == "rowwise":
+        raise ValueError(
+            f"fp8: {name or '(model)'} has a scale per row, which the format 'fp8' has not: take "
+            "'compressed-tensors', or freeze with the recipe 'blockwise'"
+        )
+
+
+def _merged(part: Part, format: str | None) -> list[Item]:
+    """Codes and scales of all experts."""
+    kind = part.granularity
+    _check_kind(kind, part.name, format)
+    parts = _Parts(part.get, scale_shape(kind, part.shape), (), kind, None)
+    name = f"{part.name}{'_scale_inv' if kind == 'blockwise' else '_scale'}"
+    return [
+        Item(part.name, torch.float8_e4m3fn, part.shape, parts.weight),
+        Item(name, torch.float32, parts.shape, parts.scale),
+    ]
+
+
 class _Parts:
     """The tensors of one layer, in the order weight, scale, input scale: made once."""
 
@@ -198,7 +235,7 @@ class _Parts:
         shape: tuple[int, ...],
         one: tuple[int, ...],
         kind: Granularity,
-        extents: tuple[int, int],
+        extents: tuple[int, int] | None,
     ) -> None:
         self.get, self.shape, self.one, self.kind, self.extents = get, shape, one, kind, extents
         self.codes: Codes | None = None
@@ -213,7 +250,10 @@ class _Parts:
 
     def scale(self) -> Tensor:
         codes = self._made()
-        scale = canonical(codes.scale.detach(), self.kind, *self.extents).reshape(self.shape)
+        scale = codes.scale.detach()
+        if self.extents is not None:
+            scale = canonical(scale, self.kind, *self.extents)
+        scale = scale.reshape(self.shape)
         if codes.input_scale is None:
             self.codes = None
         return scale

@@ -131,10 +131,13 @@ def scale_of(
             f"{entry.dtype}"
         )
     granularity = granularity_of(shape, rows, cols)
+    grid = blocks_of(rows, cols)
+    if granularity is None and 1 in grid and shape == (max(grid),):
+        return "blockwise"  # transformers drops dimensions of 1 when it saves experts
     if granularity is None:
         raise ValueError(
             f"fp8.load: {scale!r}: expected one scale, [{rows}, 1] or "
-            f"{list(blocks_of(rows, cols))} (blocks of 128 x 128) for {codes!r} [{rows}, {cols}], "
+            f"{list(grid)} (blocks of 128 x 128) for {codes!r} [{rows}, {cols}], "
             f"got {list(entry.shape)}"
         )
     return granularity

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from ..conversion._convert import check_model
 from ..conversion._freeze import unfuse
+from ..conversion._freeze_experts import set_codes
 from ..integrations.transformers._names import renaming_of
 from ..nn._freezing import Codes
 from ..nn._frozen import FrozenLinear, freeze_in_place
-from ..nn._scales import to_float32
-from ._experts_plan import Slice
+from ..nn._frozen_stack import Stack, empty_stack, put, put_scale, scale_shape
+from ..nn._scales import Granularity, blocks_of, to_float32
+from ._experts_plan import ALL, ExpertsCodes, Slice
 from ._folder import Checkpoint, open_checkpoint
 from ._layers import FrozenWeight, input_scale_of, squeezed
 from ._plan import Plan, Target, make_plan
@@ -33,7 +35,7 @@ class Loaded:
     """What `fp8.load` did. `print` it."""
 
     frozen: tuple[str, ...]
-    """Layers that are FrozenLinear now."""
+    """Layers that are FrozenLinear or FrozenExperts now."""
     dequantized: tuple[str, ...]
     """Parameters whose codes were multiplied with their scales: right values, in high precision."""
     copied: int
@@ -49,8 +51,8 @@ class Loaded:
         parts = [f"{len(self.frozen)} layers frozen, {self.copied} tensors copied"]
         if self.dequantized:
             parts.append(
-                f"{len(self.dequantized)} parameters dequantized, where no frozen layer can be "
-                f"(experts, for one): {', '.join(self.dequantized[:3])}"
+                f"{len(self.dequantized)} parameters dequantized, where no frozen layer can be: "
+                f"{', '.join(self.dequantized[:3])}"
                 f"{', ..' if len(self.dequantized) > 3 else ''}"
             )
         for name in ("missing", "unexpected", "passed_over"):
@@ -79,9 +81,12 @@ def load(
     or none. So the formats of vLLM's and Hugging Face's tools (`fp8`, compressed-tensors, fbgemm,
     ModelOpt, Quark, torchao as safetensors) are one. See docs/checkpoints.md.
 
-    Codes where the model has no plain linear layer, as in the experts of a mixture, are multiplied
-    with their scales into the parameter's own dtype: right values, but no less memory. What the
-    checkpoint has in high precision is copied.
+    So are the experts of transformers' mixtures, a tensor each in the file: the module becomes a
+    `FrozenExperts`, with a scale per row, also where each tensor has one, or in blocks.
+
+    Codes where the model has neither, or experts that FrozenExperts cannot hold (see
+    docs/limits.md), are multiplied with their scales into the parameter's own dtype: right values,
+    but no less memory. What the checkpoint has in high precision is copied.
 
     The dtype of the model is that of its parameters: load into one in bfloat16 to compute in that.
     Inputs without a static scale are scaled in every call, by row, or by 128 elements of a row
@@ -123,7 +128,7 @@ def load(
         _fill(plan, Source(checkpoint, reader, place), static_inputs, progress)
     unfuse(model)
     return Loaded(
-        frozen=tuple(dict.fromkeys(plan.names[module] for module in plan.frozen)),
+        frozen=tuple(dict.fromkeys(plan.names[m] for m in (*plan.frozen, *plan.frozen_experts))),
         dequantized=(
             *plan.dequantized,
             *(n for n, (_, parts) in plan.experts.items() if _any(parts)),
@@ -176,6 +181,8 @@ class Source:
     def codes(self, weight: FrozenWeight, device: torch.device, static: bool = True) -> Codes:
         """The tensors of a layer, on `device`."""
         scale = self._scale(weight.scale, device)
+        if weight.granularity == "blockwise":
+            scale = scale.reshape(blocks_of(*weight.shape))
         name = input_scale_of(weight) if static else None
         input_scale = None if name is None else self._scale(name, device).reshape(())
         data = self.read(weight.codes).to(device, copy=True)
@@ -199,6 +206,46 @@ class Source:
         codes = self.codes(weight, self.place(module.weight), static)
         freeze_in_place(module, codes, weight.scale_name, weight.input_scale_name)
         self.tell_input(module, weight)
+
+    def freeze_experts(self, module: nn.Module, codes: ExpertsCodes) -> None:
+        """Make an experts module hold these codes."""
+        device = self.place(module.down_proj)  # type: ignore[arg-type]
+        up, down = (self._stack(p, codes.granularity, device) for p in (codes.gate_up, codes.down))
+        set_codes(module, up, down, self.power_of_two(codes))
+
+    def power_of_two(self, codes: ExpertsCodes) -> bool:
+        """What the files say of the input of experts, if they do."""
+        first = codes.gate_up[0]
+        layer = first.source if first.expert == ALL else first.source.rpartition(".")[0]
+        return self.inputs.get(layer, (None, False))[1]
+
+    def _stack(self, slices: list[Slice], kind: Granularity, device: torch.device) -> Stack:
+        last = slices[-1]
+        if last.expert == ALL:
+            codes = self.read(last.source).to(device, copy=True)
+            return self.with_scales(codes, slices, kind)
+        stack = empty_stack(
+            kind, (last.expert + 1, last.first + last.shape[0], last.shape[1]), device
+        )
+        for part in slices:
+            assert part.weight is not None
+            own = self.codes(part.weight, device, static=False)
+            put(stack, part.expert, part.first, own.weight, own.scale)
+        return stack
+
+    def with_scales(self, codes: Tensor, slices: list[Slice], kind: Granularity) -> Stack:
+        """Codes [E, N, K] that are there, with their scales from the files."""
+        shape = scale_shape(kind, tuple(codes.shape))
+        stack = Stack(codes, torch.empty(shape, dtype=torch.float32, device=codes.device), kind)
+        for part in slices:
+            assert part.weight is not None
+            scale = self._scale(part.weight.scale, codes.device)
+            if part.expert == ALL:
+                own = scale_shape(part.weight.granularity, tuple(codes.shape))
+                stack.scales.copy_(scale.reshape(own).expand(shape))
+                continue
+            put_scale(stack, part.expert, part.first, part.shape[0], scale)
+        return stack
 
     def tell_input(self, layer: nn.Linear, weight: FrozenWeight) -> None:
         """What the files say of the input of a frozen layer, if they do."""
@@ -240,6 +287,9 @@ def _fill(
     for module, weight in plan.frozen.items():
         act = partial(source.freeze, module, weight, static_inputs)
         work.append((source.at(weight.codes), act))
+    for experts, codes in plan.frozen_experts.items():
+        act = partial(source.freeze_experts, experts, codes)
+        work.append((source.at(codes.gate_up[0].source), act))
     for target, name in plan.copied.items():
         work.append((source.at(name), partial(source.copy, target, name)))
     for target, weight in plan.dequantized.values():

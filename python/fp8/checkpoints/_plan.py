@@ -12,9 +12,10 @@ from ..conversion._readers import dtype_readers
 from ..conversion._rules import find_linears
 from ..nn._calls import has_own_forward
 from ..nn._frozen import FrozenLinear
+from ..nn._frozen_experts import FrozenExperts
 from ..nn._linear import Linear
 from ..nn._scales import go_together
-from ._experts_plan import Slice, slices_of
+from ._experts_plan import ExpertsCodes, Slice, frozen_experts, slices_of
 from ._folder import Checkpoint
 from ._layers import CODES, FrozenWeight, frozen_weight, names_of_codes, packed, passed_over, refuse
 
@@ -51,6 +52,7 @@ class Plan:
     """Everything that `load` does."""
 
     frozen: dict[nn.Linear, FrozenWeight] = field(default_factory=dict)
+    frozen_experts: dict[nn.Module, ExpertsCodes] = field(default_factory=dict)
     names: dict[nn.Module, str] = field(default_factory=dict)
     copied: dict[Target, str] = field(default_factory=dict)
     dequantized: dict[str, tuple[Target, FrozenWeight]] = field(default_factory=dict)
@@ -68,10 +70,23 @@ def make_plan(
     plan, used = Plan(), set[str]()
     _plan_frozen(model, checkpoint, plan, used)
     slices: dict[str, list[Slice]] = {}
+    shared = shared_weights(model)
     for prefix, module in model.named_modules():
-        for name, parts in slices_of(module, prefix, tensors).items():
-            slices[f"{prefix}.{name}" if prefix else name] = parts
-    for target, names in _targets(model, plan.frozen).items():
+        own = slices_of(module, prefix, tensors)
+        codes = frozen_experts(module, own) if own and module not in shared else None
+        if codes is not None:
+            plan.frozen_experts[module], plan.names[module] = codes, prefix
+            for part in codes.slices():
+                used |= _used_by(part.weight)  # type: ignore[arg-type]
+        elif own and isinstance(module, FrozenExperts):
+            raise ValueError(
+                f"fp8.load: the experts of {prefix!r} are in high precision, or scaled in a way "
+                "that frozen ones cannot have: load into the model as it was, and call "
+                "fp8.freeze(model) then"
+            )
+        else:
+            slices |= {f"{prefix}.{name}" if prefix else name: p for name, p in own.items()}
+    for target, names in _targets(model, [*plan.frozen, *plan.frozen_experts]).items():
         found = next((name for name in names if name in tensors), None)
         if found is not None:
             _check_shape(found, tensors[found].shape, target.shape)
@@ -169,6 +184,10 @@ def _targets(model: nn.Module, frozen: Collection[nn.Module]) -> dict[Target, li
             own = {"weight", "input_scale", "amax_history"}
             if isinstance(module, FrozenLinear):
                 own |= {module.scale_name, module.input_scale_name}
+            elif isinstance(module, FrozenExperts):
+                own = {n for n in module._parameters if not n.endswith("_bias")}
+            elif not isinstance(module, nn.Linear):
+                own = {"gate_up_proj", "down_proj"}
         passing = module._non_persistent_buffers_set
         parts: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for container in parts:

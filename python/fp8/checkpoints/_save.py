@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..conversion._convert import check_model
 from ..conversion._rules import find_linears
 from ..integrations.transformers._experts import is_experts
+from ..nn._frozen_experts import FrozenExperts
 from ..nn._scales import usual_input
+from ._experts_export import is_coded
 from ._export import Item, Layer, check_format, items_of
 from ._folder import INDEX, INPUTS
 from ._safetensors import NAMES, Planned, write
@@ -27,7 +29,8 @@ def save(
     """Write `model` into `folder` as an FP8 checkpoint: *.safetensors and config.json.
 
     The weight of every FrozenLinear is written as its codes, that of an fp8.Linear as the codes
-    that its forward computes, without freezing it; the rest as it is. `fp8.load` finds the same
+    that its forward computes, without freezing it; those of FrozenExperts and converted experts
+    too, one by one (`experts.0.gate_proj.weight`); the rest as it is. `fp8.load` finds the same
     bits again. Names are the model's own. Tokenizer and generation_config are not written; of tied
     weights one is.
 
@@ -46,8 +49,8 @@ def save(
 
     Raises TypeError for a model that is no nn.Module; ValueError for an unknown format, a scale
     that it cannot have, a model without FP8 weights or with tensors on the meta device;
-    NotImplementedError for transformers' merged experts; FileExistsError where the folder has
-    safetensors files already. Then nothing was written.
+    NotImplementedError for transformers' merged experts in high precision; FileExistsError where
+    the folder has safetensors files already. Then nothing was written.
 
     Example:
         >>> fp8.save(fp8.freeze(model, "blockwise"), "folder", format="fp8")
@@ -55,10 +58,11 @@ def save(
     check_model("save", model)
     check_format("save", format)
     for name, module in model.named_modules():
-        if is_experts(module):
+        if is_experts(module) and not is_coded(module):
             raise NotImplementedError(
-                f"fp8.save: {name!r} holds merged experts, which are not supported; "
-                "fp8.export_weights(model) gives its tensors, with these as they are"
+                f"fp8.save: {name!r} holds merged experts in high precision, which are not "
+                "supported: call fp8.freeze(model), or fp8.export_weights(model), which gives its "
+                "tensors with these as they are"
             )
     items, layers = items_of(model, format)
     if not layers:
@@ -72,6 +76,7 @@ def save(
     if meta := next((n for n, p in model.state_dict().items() if p.is_meta), None):
         raise ValueError(f"fp8.save: {meta!r} is on the meta device: it has no values")
     plain = [found.name for found in find_linears(model) if found.name and found.name not in layers]
+    plain += _routers(model)
     quantization = describe(format, layers, plain)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +86,19 @@ def save(
     config = _config(model)
     config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """What stands beside experts, has a matrix as its weight and is no nn.Linear: other engines
+    have a linear layer there, which is not in FP8."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, parent in model.named_modules()
+        if any(isinstance(m, FrozenExperts) or is_experts(m) for m in parent.children())
+        for name, child in parent.named_children()
+        if not isinstance(child, nn.Linear)
+        and getattr(child._parameters.get("weight"), "ndim", 0) == 2
+    ]
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

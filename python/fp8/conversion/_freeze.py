@@ -2,7 +2,7 @@
 
 As in `convert` a module stays the same object and its class changes, to fp8.FrozenLinear; but here
 its weight goes, and codes and scales take its place. Which modules, and why not the others, is
-decided by the rules of _rules.py and by those here.
+decided by the rules of _rules.py and by those here; for experts, in _freeze_experts.py.
 """
 
 import warnings
@@ -15,6 +15,7 @@ from torch import nn
 from ..nn._calls import has_own_forward
 from ..nn._freezing import quantized_together, recipe_of
 from ..nn._frozen import FrozenLinear, freeze_in_place
+from ..nn._frozen_experts import FrozenExperts
 from ..nn._fused_mlps import own_class as own_class_of_mlp
 from ..nn._fused_siblings import can_read, groups_of, joint_layers
 from ..nn._fused_siblings import own_class as own_class_of_siblings
@@ -24,6 +25,14 @@ from ..nn._mlp import MLP, GatedMLP
 from ..recipe import Recipe, check_recipe
 from . import _mlp_fusion, _sibling_fusion
 from ._convert import check_model
+from ._expert_rules import find_experts
+from ._freeze_experts import (
+    experts_recipe_of,
+    freeze_experts,
+    is_converted,
+    not_frozen_experts,
+    unfit_experts,
+)
 from ._readers import dtype_readers
 from ._rules import Found, find_linears, label
 
@@ -39,8 +48,8 @@ def freeze(
     *,
     decode: bool = True,
 ) -> ModelT:
-    """Make every suitable nn.Linear and fp8.Linear of `model` a FrozenLinear. In place; returns
-    `model`.
+    """Make every suitable nn.Linear and fp8.Linear of `model` a FrozenLinear, and every suitable
+    experts module of transformers' mixtures a FrozenExperts. In place; returns `model`.
 
     Their weights become codes in FP8 with their scales, N·K bytes in place of 2 or 4 times as many,
     and cannot be trained any more; gradients still reach what is before the layers, and their
@@ -58,17 +67,18 @@ def freeze(
     Left alone are, whatever the filter says: weights that another module has too (tied embeddings),
     subclasses of nn.Linear, layers whose weight is used without calling them, weights that are not
     bfloat16, float16 or float32 or that are sharded, layers whose input is cast to the dtype of
-    their weight (T5's `wo`), children of fp8.GatedMLP, fp8.MLP and
-    fp8.MergedLinear, and experts. By default `lm_head`, routers and layers whose weight is read
-    past their forward too; and, in a model with fp8.Linear layers, those that `fp8.convert` left in
-    high precision. The sizes for which training gains do not count: half the memory is half the
-    memory. Norms and rotations that convert fused stay fused; MLPs and layers of one input
-    are computed layer by layer from then on.
+    their weight (T5's `wo`), children of fp8.GatedMLP, fp8.MLP and fp8.MergedLinear, and experts
+    whose gate `fp8.ops.moe_experts` does not have, or of widths that are no multiples of 16. By
+    default `lm_head`, routers and layers whose weight is read past their forward too; and, in a
+    converted model, what `fp8.convert` left in high precision. The sizes for which training gains
+    do not count: half the memory is half the memory. Norms and rotations that convert fused stay
+    fused; MLPs and layers of one input are computed layer by layer from then on.
 
     Args:
         model: any module; it may itself be a linear.
         recipe: a key of `fp8.RECIPES`, with options, for all layers; of it counts how x and the
-            weight are scaled. None: an fp8.Linear keeps its own, an nn.Linear takes "rowwise".
+            weight are scaled. Experts take "rowwise" in place of one that they have not (one
+            scale per tensor). None: what was converted keeps its own, others take "rowwise".
         filter: filter(module, name) -> bool, in place of the default rules, called once per module
             that may be frozen, with its name in `model.named_modules()`.
         decode: the layers' attribute of that name. True: few rows are multiplied by a kernel made
@@ -98,13 +108,20 @@ def freeze(
         )
     if not isinstance(decode, bool):
         raise TypeError(f"fp8.freeze: expected decode True or False, got {decode!r:.80}")
-    linears = find_linears(model)
+    linears, mixtures = find_linears(model), find_experts(model)
     reasons = not_frozen(model, linears, by_default=filter is None)
     chosen = [
         linear
         for linear in linears
         if linear.module not in reasons and (filter is None or filter(linear.module, linear.name))
     ]
+    shared = shared_weights(model)
+    if filter is None:
+        left = not_frozen_experts(model, mixtures, shared)
+        experts = [found.module for found in mixtures if found.module not in left]
+    else:
+        able = [m for m in mixtures if not unfit_experts(m.module) and m.module not in shared]
+        experts = [found.module for found in able if filter(found.module, found.name)]
     recipes = {}
     for linear in chosen:
         try:
@@ -117,11 +134,15 @@ def freeze(
             freeze_in_place(module, own)
             if not decode:
                 module.decode = False  # type: ignore[assignment]
+    for mixture in experts:
+        freeze_experts(mixture, experts_recipe_of(mixture, recipe))
     unfuse(model)
-    if not chosen and not any(isinstance(linear.module, FrozenLinear) for linear in linears):
+    frozen = (FrozenLinear, FrozenExperts)
+    if not any(isinstance(module, frozen) for module in model.modules()):
+        also = f" and {len(mixtures)} experts modules" if mixtures else ""
         warnings.warn(
-            f"fp8.freeze froze nothing: of {len(linears)} nn.Linear modules none is suitable; "
-            "print(fp8.summary(model)) shows why",
+            f"fp8.freeze froze nothing: of {len(linears)} nn.Linear modules{also} none is "
+            "suitable; print(fp8.summary(model)) shows why",
             stacklevel=2,
         )
     return model
@@ -135,7 +156,7 @@ def not_frozen(
     others = shared_weights(model) | _in_blocks(model)
     for module, where in dtype_readers(model).items():
         others[module] = f"{where} casts to the dtype of its weight"
-    converted = any(isinstance(linear.module, Linear) for linear in linears)
+    converted = is_converted(model)
     reasons: dict[nn.Linear, str] = {}
     for linear in linears:
         module = linear.module

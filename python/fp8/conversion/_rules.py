@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..integrations.transformers._experts import is_experts
 from ..nn._calls import has_own_forward
 from ..nn._frozen import FrozenLinear
+from ..nn._frozen_experts import FrozenExperts
 from ..nn._linear import Linear
 from ..recipe import RECIPES, Recipe, check_recipe
 from ._readers import readers
@@ -217,7 +218,8 @@ def _number_of_experts(name: str, module: nn.Module | None) -> int:
     """Of a module that holds the experts of a mixture; 0 for any other."""
     if isinstance(module, nn.ModuleList):
         return len(module) if name == "experts" else 0
-    return vars(module)["num_experts"] if module is not None and is_experts(module) else 0
+    known = isinstance(module, FrozenExperts) or (module is not None and is_experts(module))
+    return vars(module)["num_experts"] if known else 0
 
 
 def _routers(block: nn.Module, count: int) -> list[nn.Linear]:

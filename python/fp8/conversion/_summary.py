@@ -11,12 +11,14 @@ from ..integrations.transformers import _experts
 from ..integrations.transformers._gating import was_called
 from ..nn._calls import CALLED, never_called
 from ..nn._frozen import FrozenLinear
+from ..nn._frozen_experts import FrozenExperts
 from ..nn._grouped import GroupedLinear
 from ..nn._linear import Linear
 from . import _fusions
 from ._convert import check_model
 from ._expert_rules import FoundExperts, find_experts
-from ._freeze import not_frozen
+from ._freeze import not_frozen, shared_weights
+from ._freeze_experts import not_frozen_experts
 from ._rules import Found, dtype_name, find_conv1d, find_linears, label, left_alone
 
 
@@ -54,6 +56,8 @@ def summary(model: nn.Module) -> str:
     if frozen:
         reasons = not_frozen(model, linears)
         recipes.update(f"frozen {module.describe()}" for module in frozen)
+    frozen_experts = _frozen_experts_lines(model)
+    left = not_frozen_experts(model, mixtures, shared_weights(model))
     lines: dict[nn.Module, Row] = {}
     for linear in linears:
         shape = f"{linear.module.in_features} -> {linear.module.out_features}"
@@ -62,9 +66,11 @@ def summary(model: nn.Module) -> str:
     for found in mixtures:
         dtype = dtype_name(_experts.weights_of(found.module)[0])
         status = _experts_status(found)
-        if frozen and _experts.in_fp8(found.module):
-            status += " (not frozen: experts are not supported)"
+        if frozen or frozen_experts:
+            why = left.get(found.module)
+            status += f" (not frozen{f': {why}' if why else ''})"
         lines[found.module] = (label(found), found.shape(), dtype, status)
+    lines |= frozen_experts
     grouped, conv1d = _grouped_lines(model), _conv1d_lines(model)
     lines |= grouped | conv1d | dict(_fusions.rows(model))
     never = never_called(model, _calls(lines))
@@ -81,7 +87,7 @@ def summary(model: nn.Module) -> str:
             f"nothing does: {names}",
             stacklevel=2,
         )
-    totals = [_totals(linears, recipes), *_experts_totals(mixtures)]
+    totals = [_totals(linears, recipes), *_experts_totals(mixtures, list(frozen_experts))]
     if grouped:
         totals.append(f"{len(grouped)} fp8.GroupedLinear, all in FP8")
     if conv1d:
@@ -105,13 +111,24 @@ def _calls(lines: Collection[nn.Module]) -> dict[nn.Module, Any]:
     """The layers in FP8, and whether each was called."""
     calls: dict[nn.Module, Any] = {}
     for module in lines:
-        kinds = (Linear, FrozenLinear, GroupedLinear)
+        kinds = (Linear, FrozenLinear, FrozenExperts, GroupedLinear)
         kind = next((kind for kind in kinds if isinstance(module, kind)), None)
         if kind is not None and type(module).forward is kind.forward:  # a subclass may not mark
             calls[module] = vars(module).get(CALLED)
         elif _experts.in_fp8(module):
             calls[module] = was_called(module)
     return calls
+
+
+def _frozen_experts_lines(model: nn.Module) -> dict[nn.Module, Row]:
+    lines: dict[nn.Module, Row] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenExperts):
+            experts, hidden, inner = module.down_proj.shape
+            shape = f"{experts} x ({hidden} -> {2 * inner}, {inner} -> {hidden})"
+            dtype = dtype_name(module.down_proj)
+            lines[module] = (name or "(model)", shape, dtype, f"frozen {module.describe()}")
+    return lines
 
 
 def _grouped_lines(model: nn.Module) -> dict[nn.Module, Row]:
@@ -175,14 +192,18 @@ def _totals(linears: list[Found], recipes: Counter[str]) -> str:
     )
 
 
-def _experts_totals(mixtures: list[FoundExperts]) -> list[str]:
-    if not mixtures:
+def _experts_totals(mixtures: list[FoundExperts], frozen: list[Any]) -> list[str]:
+    count = len(mixtures) + len(frozen)
+    if not count:
         return []
     running = [m for m in mixtures if _experts.in_fp8(m.module) and m.refused() is None]
     recipes = Counter(_experts.recipe_of(m.module) for m in running)
-    share = 100 * sum(m.numel() for m in running) / max(sum(m.numel() for m in mixtures), 1)
+    recipes.update(f"frozen {module.describe()}" for module in frozen)
+    of_frozen = sum(m.gate_up_proj.numel() + m.down_proj.numel() for m in frozen)
+    in_fp8 = of_frozen + sum(m.numel() for m in running)
+    share = 100 * in_fp8 / max(of_frozen + sum(m.numel() for m in mixtures), 1)
     kinds = ", ".join(f"{count} {recipe}" for recipe, count in recipes.items()) or "none"
     return [
-        f"{len(mixtures)} experts: {len(running)} in FP8 ({kinds}), "
-        f"{len(mixtures) - len(running)} left alone; {share:.1f}% of their weight elements in FP8"
+        f"{count} experts: {recipes.total()} in FP8 ({kinds}), "
+        f"{count - recipes.total()} left alone; {share:.1f}% of their weight elements in FP8"
     ]

@@ -1,7 +1,9 @@
-"""Modules that compute in FP8: `Linear`, `FrozenLinear` whose weight is FP8 too, `GroupedLinear`
-for groups of rows, and the blocks `GatedMLP` and `MLP`; and `RMSNorm`, fused."""
+"""Modules that compute in FP8: `Linear`, `FrozenLinear` and `FrozenExperts` whose weights are FP8
+too, `GroupedLinear` for groups of rows, and the blocks `GatedMLP` and `MLP`; and `RMSNorm`,
+fused."""
 
 from ._frozen import FrozenLinear
+from ._frozen_experts import FrozenExperts
 
 # What pickles of fused modules name.
 from ._fused_classes import stacked as _stacked  # noqa: F401
@@ -23,6 +25,7 @@ from ._norms import RMSNorm
 
 __all__ = [
     "MLP",
+    "FrozenExperts",
     "FrozenLinear",
     "GatedMLP",
     "GroupedLinear",

@@ -26,13 +26,11 @@ class Codes(NamedTuple):
     power_of_two: bool
 
 
-def check_granularity(granularity: object) -> None:
-    """Raises ValueError for an unknown one."""
+def check_granularity(granularity: object, name: str = "fp8.FrozenLinear") -> None:
+    """Raises ValueError, in the name of a class, for an unknown one."""
     known = ("tensorwise", "rowwise", "blockwise")
     if granularity not in known:
-        raise ValueError(
-            f"fp8.FrozenLinear: expected a granularity of {known}, got {granularity!r}"
-        )
+        raise ValueError(f"{name}: expected a granularity of {known}, got {granularity!r}")
 
 
 def input_granularity_of(codes: Codes) -> Granularity:
@@ -167,6 +165,12 @@ def _quantize(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     }[recipe.granularity]
     data, scale = op.default(weight, power_of_two=recipe.power_of_two)
     return data, scale
+
+
+def quantized_weight(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Codes and scales of one matrix [N, K], as `FrozenLinear` has them."""
+    data, scale = _quantize(weight, recipe)
+    return data, scale.reshape(shape_of(recipe.granularity, *data.shape))
 
 
 def _static(linear: nn.Linear) -> Tensor | None:

@@ -5,7 +5,7 @@ casts a model sees integers of the same bits here, and a state_dict that has any
 under `weight`, or codes without their scale, is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from ._scales import WEIGHT_SCALES, granularity_of, to_float32
 
 if TYPE_CHECKING:
     from ._frozen import FrozenLinear
+    from ._frozen_experts import FrozenExperts
 
 _AS_INTEGERS = {1: torch.uint8, 4: torch.int32}
 
@@ -28,21 +29,25 @@ def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return result.view(tensor.dtype)
 
 
-def as_bytes(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of a layer for a pickle: codes as uint8."""
-    weight = parameters.get("weight")
-    if weight is None or weight.dtype is not torch.float8_e4m3fn:
-        return parameters
-    return parameters | {"weight": nn.Parameter(weight.detach().view(torch.uint8), False)}
+def as_bytes(parameters: dict[str, Any], names: Collection[str] = ("weight",)) -> dict[str, Any]:
+    """Parameters of a layer for a pickle: codes, under these names, as uint8."""
+    return _seen_as(torch.uint8, torch.float8_e4m3fn, parameters, names)
 
 
-def from_bytes(parameters: dict[str, Any]) -> dict[str, Any]:
+def from_bytes(parameters: dict[str, Any], names: Collection[str] = ("weight",)) -> dict[str, Any]:
     """What `as_bytes` was given."""
-    weight = parameters.get("weight")
-    if weight is None or weight.dtype is not torch.uint8:
-        return parameters
-    codes = weight.detach().view(torch.float8_e4m3fn)
-    return parameters | {"weight": nn.Parameter(codes, requires_grad=False)}
+    return _seen_as(torch.float8_e4m3fn, torch.uint8, parameters, names)
+
+
+def _seen_as(
+    dtype: torch.dtype, before: torch.dtype, parameters: dict[str, Any], names: Collection[str]
+) -> dict[str, Any]:
+    found = {name: p for name in names if (p := parameters.get(name)) is not None}
+    return parameters | {
+        name: nn.Parameter(p.detach().view(dtype), requires_grad=False)
+        for name, p in found.items()
+        if p.dtype is before
+    }
 
 
 def fit(layer: "FrozenLinear", state_dict: dict[str, Any], prefix: str) -> str | None:
@@ -87,6 +92,39 @@ def fit(layer: "FrozenLinear", state_dict: dict[str, Any], prefix: str) -> str |
                 f"{granularity}, got {list(value.shape)}"
             )
         state_dict[key] = value.reshape(own.shape)
+    return None
+
+
+def fit_experts(module: "FrozenExperts", state_dict: dict[str, Any], prefix: str) -> str | None:
+    """The same for both weights of an fp8.FrozenExperts."""
+    for name in ("gate_up_proj", "down_proj"):
+        where, scale_name = f"fp8.FrozenExperts: '{prefix}{name}'", f"{prefix}{name}"
+        scale_name += module.scale_suffix
+        codes, scale = state_dict.get(f"{prefix}{name}"), state_dict.get(scale_name)
+        if isinstance(codes, Tensor) and codes.dtype is not torch.float8_e4m3fn:
+            got = str(codes.dtype).removeprefix("torch.")
+            return (
+                f"{where}: expected codes in float8_e4m3fn, got {got}. These experts hold weights "
+                "in FP8 and quantize none: load weights in high precision into the model before, "
+                "and call fp8.freeze(model) then"
+            )
+        if codes is not None and scale is None:
+            return f"{where}: codes without their scale, expected {scale_name!r}"
+        if scale is not None and codes is None:
+            return f"{where}: missing, beside {scale_name!r}, which is the scale of other codes"
+        if not isinstance(scale, Tensor):
+            continue
+        own = module.scales(name)
+        try:
+            scale = to_float32(scale, f"fp8.FrozenExperts: {scale_name!r}")
+        except TypeError as error:
+            return str(error)
+        if _extents(scale) != _extents(own):
+            return (
+                f"fp8.FrozenExperts: {scale_name!r}: expected {list(own.shape)}, of weights scaled "
+                f"{module.granularity}, got {list(scale.shape)}"
+            )
+        state_dict[scale_name] = scale.reshape(own.shape)
     return None
 
 

@@ -22,6 +22,7 @@ everything computed from the group is non-finite.
 """
 
 from ._checkpointing import MATMUL_OPS as MATMUL_OPS
+from ._experts import experts_frozen
 from ._frozen import linear_frozen
 from ._grouped import grouped_linear, grouped_mm, moe_experts
 from ._linear import fused_linear
@@ -46,6 +47,7 @@ from ._rope import rope
 __all__ = [  # the operators
     "add_rms_norm",
     "dequantize",
+    "experts_frozen",
     "fused_linear",
     "grouped_linear",
     "grouped_mm",

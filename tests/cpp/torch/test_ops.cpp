@@ -280,6 +280,27 @@ TEST_CASE("moe_experts follows the exact one") {
   REQUIRE(gate_up.grad().sizes() == gate_up.sizes());
 }
 
+TEST_CASE("experts_frozen has the bits of moe_experts") {
+  at::manual_seed(2);
+  const at::Tensor x = at::randn({20, 32}).requires_grad_();
+  const at::Tensor gate_up = at::randn({4, 32, 32}).div_(6);
+  const at::Tensor down = at::randn({4, 32, 16}).div_(4);
+  const at::Tensor bias = at::randn({4, 32}).requires_grad_();
+  const auto [weights, index] = at::randn({20, 4}).softmax(-1).topk(2);
+  const auto [up_codes, up_scale] = fp8::quantize_rowwise(gate_up);
+  const auto [down_codes, down_scale] = fp8::quantize_rowwise(down);
+  const at::Tensor y = fp8::experts_frozen(x, index, weights, up_codes, up_scale, down_codes,
+                                           down_scale, {.down_bias = bias, .activation = "gelu"});
+  REQUIRE(at::equal(y, fp8::moe_experts(x, index, weights, gate_up, down, std::nullopt, bias,
+                                        "gelu", false, 1.702, 7.0, "rowwise")));
+  y.sum().backward();
+  REQUIRE(x.grad().isfinite().all().item<bool>());
+  REQUIRE(bias.grad().sizes() == bias.sizes());
+  REQUIRE_THROWS_WITH(
+      fp8::experts_frozen(x, index, weights, gate_up, up_scale, down_codes, down_scale),
+      Catch::Contains("fp8::experts_frozen: expected gate_up in float8_e4m3fn, got float32"));
+}
+
 TEST_CASE("mlp has the bits of its layers") {
   at::manual_seed(3);
   const at::Tensor x = at::randn({20, 32}).requires_grad_();

@@ -13,6 +13,7 @@ pytest.importorskip("fp8")
 if not (Path(__file__).parents[3] / "benchmarks").is_dir():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 
+import bench_experts
 import bench_grouped
 import bench_moe
 import moe_layer
@@ -48,6 +49,21 @@ def test_grouped(run, monkeypatch):
     ]
     assert {row["routing"] for row in rows} == {"even", "half"}
     assert cases[1].counts() == [64, 128, 64, 0]
+
+
+def test_experts(run, monkeypatch):
+    monkeypatch.setattr(bench_experts, "graph_of", lambda work: (work, work()))
+    monkeypatch.setattr(bench_experts, "copy_us", lambda moved, repeats: 1.0)
+    tiny = bench_experts.Mixture("tiny", 6, 2, 128, 128)
+    monkeypatch.setattr(bench_experts, "MIXTURES", (tiny,))
+    monkeypatch.setattr(bench_experts, "TOKENS", (16, 80))
+    rows = run("experts", bench_experts)["rows"]
+    assert [row["tokens"] for row in rows] == [16] * 5 + [80] * 5
+    ours = [row for row in rows if row["variant"].startswith(("frozen", "fused"))]
+    assert len(ours) == 6
+    assert all(row["sqnr_db"] > 22 for row in ours)  # four quantizations, as in experts' tests
+    assert all((row["of_weight_copy"] is None) == (row["tokens"] == 80) for row in rows)
+    assert all(1 <= row["experts_used"] <= 6 for row in rows)
 
 
 TINY_EXPERTS = MoeShape("Tiny", 320, 4, 2, 64, 48)

@@ -212,6 +212,27 @@ def test_page_of_experts(tmp_path):
     assert len(regressions.regressions(slower, run)) == 2
 
 
+def test_page_of_frozen_experts(tmp_path):
+    def row(variant, time, of_copy):
+        facts = {"mixture": "Mixtral-8x7B", "tokens": 4, "experts_used": 6, "variant": variant}
+        times = {"time_us": {"median": time}, "speedup": 100 / time, "of_weight_copy": of_copy}
+        return facts | times | {"sqnr_db": None}
+
+    rows = [
+        row("bf16", 100.0, 0.25),
+        row("frozen rowwise", 40.0, 0.625),
+        row("frozen blockwise", 50.0, None),
+    ]
+    run = {"benchmark": "experts", "header": FACTS, "rows": rows}
+    text = sections.everything({"experts_h100": run}, tmp_path)
+    assert "| speed / of a copy | Mixtral-8x7B, 4 (6) |" in text
+    assert "| bf16 | 100 us |" in text
+    assert "| frozen rowwise | 2.50x / 62% |" in text
+    assert "| frozen blockwise | 2.00x |" in text
+    slower = run | {"rows": [row("frozen rowwise", 50.0, 0.5)]}
+    assert len(regressions.regressions(slower, run)) == 1
+
+
 def test_blocks_are_replaced_between_their_lines():
     document = "before\n<!-- some:begin -->\nold\n<!-- some:end -->\nafter\n"
     once = documents.replace_between(document, "new", "some")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -101,8 +102,99 @@ def test_from_pretrained_of_other_families(family, tmp_path):
     assert model(torch.randint(96, (1, 5))).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("format", ["fp8, blocks", "compressed-tensors, channel", "AutoFP8"])
+WIDE = {"moe_intermediate_size": 128, "hidden_size": 256}
+OF_EXPERTS = (
+    "fp8, blocks",
+    "fp8, blocks in bf16",
+    "fp8, tensor",
+    "fp8, tensor, static",
+    "AutoFP8",
+    "compressed-tensors, channel",
+    "compressed-tensors, block",
+    "ModelOpt, block",
+)
+
+
+@pytest.mark.parametrize("format", OF_EXPERTS)
+def test_from_pretrained_freezes_experts(format, tmp_path, capfd):
+    """transformers merges codes, and nothing is missing or unexpected; fp8.load has the same."""
+    settings = MOE | WIDE
+    tensors, weights = checkpoint(tmp_path / "a", format, "qwen3_moe", **settings)
+    capfd.readouterr()
+    model = load(tmp_path / "a")
+    shown = "".join(capfd.readouterr())
+    assert "UNEXPECTED" not in shown
+    assert "MISSING" not in shown
+    experts = model.model.layers[1].mlp.experts
+    assert type(experts) is fp8.FrozenExperts
+    assert experts.compute_dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in experts.parameters())
+    prefix = "model.layers.1.mlp.experts.3.up_proj"
+    assert raw(experts.gate_up_proj[3, 128:].detach()) == raw(tensors[f"{prefix}.weight"])
+    weight = weights[prefix]
+    own = experts.gate_up_proj_scale_inv[3, 1:] if experts.granularity == "blockwise" else None
+    if own is None:
+        own = experts.gate_up_proj_scale[3, 128:]
+    assert_same_bits(own.detach(), weight.scales.reshape(-1, own.shape[1]).expand(own.shape))
+    other = make("qwen3_moe", **settings)
+    fp8.load(other, tmp_path / "a")
+    same_state(model, other)
+    ids = torch.randint(96, (2, 9))
+    assert_same_bits(model(ids).logits, other(ids).logits)
+    model.save_pretrained(tmp_path / "b")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
+    same_state(again, model)
+
+
+def same_state(actual: nn.Module, expected: nn.Module) -> None:
+    mine, others = actual.state_dict(), expected.state_dict()
+    assert mine.keys() == others.keys()
+    for name, value in others.items():
+        assert_same_bits(mine[name], value, name)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "tensorwise:power_of_two"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_from_pretrained_quantizes_experts(recipe, family, tmp_path):
+    """As fp8.freeze of the same model; and what is saved of it, merged or one by one, reloads."""
+    settings = MOE | WIDE
+    if family == "gpt_oss":  # transposed, interleaved, with biases
+        settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
+        settings |= {"max_position_embeddings": 128, "pad_token_id": 0}
+    source = make(family, **settings)
+    source.save_pretrained(tmp_path / "a")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a", dtype=torch.bfloat16, quantization_config=FrozenConfig(recipe)
+    )
+    fp8.freeze(source, recipe)
+    same_state(model, source)
+    experts = [m for m in model.modules() if type(m) is fp8.FrozenExperts]
+    assert len(experts) == 2
+    assert all(m.power_of_two == ("power_of_two" in recipe) for m in experts)
+    ids = torch.randint(96, (2, 9))
+    expected = model(ids).logits
+    assert_same_bits(expected, source(ids).logits)
+    model.save_pretrained(tmp_path / "b")
+    fp8.save(model, tmp_path / "c")
+    same_state(load(tmp_path / "c"), renamed(copy.deepcopy(model)))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
+    same_state(again, model)
+    if "power_of_two" not in recipe:  # what transformers saves does not say how x is scaled
+        assert_same_bits(again(ids).logits, expected)
+
+
+def renamed(model: nn.Module) -> nn.Module:
+    """compressed-tensors calls every scale of a linear layer weight_scale."""
+    for module in model.modules():
+        if isinstance(module, fp8.FrozenLinear) and module.scale_name == "weight_scale_inv":
+            module._parameters["weight_scale"] = module._parameters.pop("weight_scale_inv")
+            module.scale_name = "weight_scale"
+    return model
+
+
+@pytest.mark.parametrize("format", ["fp8, blocks"])
 def test_from_pretrained_dequantizes_experts(format, tmp_path):
+    """Where blocks of gate and up are not whole."""
     tensors, _ = checkpoint(tmp_path, format, "qwen3_moe", **MOE)
     model = load(tmp_path)
     experts = model.model.layers[1].mlp.experts

@@ -31,6 +31,11 @@ SCHEMAS = {
         "x weight weight_scale bias input_scale input_granularity power_of_two decode",
         1,
     ),
+    "experts_frozen": (
+        "x top_k_index top_k_weights gate_up gate_up_scale down down_scale gate_up_bias down_bias"
+        " activation interleaved alpha limit input_granularity power_of_two",
+        1,
+    ),
     "merged_linear": ("x weights biases recipe history", 1),
     "mlp": (
         "x gate up down activation recipe gate_bias up_bias down_bias save gate_second alpha limit"

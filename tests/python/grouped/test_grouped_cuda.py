@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import experts_problem as frozen
 import grouped_reference as reference
 import pytest
+import test_experts_frozen as of_frozen
 import test_moe_experts as moe
 import torch
 from grouped_reference import RECIPES, ROUTINGS
@@ -117,6 +119,22 @@ def test_launches_of_moe_experts():
     with torch.no_grad():
         found = launches(lambda: OPS.moe_experts(*tensors))
     assert len(found) <= 14, found  # CUTLASS may prepare its workspace
+
+
+@pytest.mark.parametrize("granularity", ["rowwise", "blockwise"])
+def test_launches_of_experts_frozen(granularity):
+    """The same without the weights' two."""
+    p = frozen.problem(granularity, 2048, 256, 128, 8, 2, device="cuda")
+    with torch.no_grad():
+        found = launches(lambda: OPS.experts_frozen(*p.args()))
+    assert len(found) <= (8 if torch.cuda.get_device_capability() == (9, 0) else 12), found
+
+
+@pytest.mark.parametrize("granularity", frozen.GRANULARITIES)
+def test_experts_frozen_large(granularity):
+    index = (torch.rand(4000, 4).pow(3) * 32).long()  # skewed
+    p = frozen.problem(granularity, 4000, 512, 256, 32, 4, device="cuda", index=index)
+    of_frozen.check(p, *frozen.run(p))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -134,6 +134,34 @@ def test_rows_of_a_grouped_layer(device, recipe):
 
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
 @torch.no_grad()
+def test_rows_of_frozen_experts(device, recipe):
+    """Of each token, whichever experts the others have."""
+    op = "quantize_rowwise" if recipe == "rowwise" else "quantize_blockwise_128x128"
+    weights = (torch.randn(4, n, k, device=device) for n, k in ((288, 256), (256, 144)))
+    made = [[getattr(fp8.ops, op)(matrix) for matrix in weight] for weight in weights]
+    (up, up_scale), (down, down_scale) = (
+        (torch.stack([c.view(torch.uint8) for c, _ in pairs]), torch.stack([s for _, s in pairs]))
+        for pairs in made
+    )
+    experts = fp8.FrozenExperts.from_codes(
+        up.view(torch.float8_e4m3fn), up_scale, down.view(torch.float8_e4m3fn), down_scale,
+        compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    x = inputs(600, 256, device)
+    weights, index = torch.rand(600, 4, device=device).topk(2)
+
+    def run(first, last):
+        return experts(x[first:last], index[first:last], weights[first:last])
+
+    with fp8.batch_invariant():
+        whole = run(0, 600)
+        for m in (1, 7, 64, 65, 129, 300):
+            assert_same_bits(run(0, m), whole[:m], f"first {m}")
+            assert_same_bits(run(600 - m, 600), whole[600 - m :], f"last {m}")
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
+@torch.no_grad()
 def test_values_are_those_of_other_sums(device, recipe):
     """What the codes stand for, multiplied in double precision. Hopper's tensor cores lose 2^-14 of
     a running sum in each step of 32, over all of K where they accumulate fast (bounds.py)."""

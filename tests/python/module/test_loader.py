@@ -261,6 +261,7 @@ print(seconds)
 def test_public_names():
     assert set(fp8.__all__) == {
         *(
+            "FrozenExperts",
             "FrozenLinear",
             "GROUPED_RECIPES",
             "RECIPES",

@@ -280,12 +280,17 @@ def _plain_config(module: nn.Module) -> Any:
 
 def unset_fp8(module: nn.Module) -> None:
     """Give it back the implementation that it had before set_fp8, or transformers' default."""
+    drop_settings(module)
+    if in_fp8(module):  # chosen by set_experts_implementation: there is nothing to go back to
+        vars(module)["config"]._experts_implementation_internal = DEFAULT
+
+
+def drop_settings(module: nn.Module) -> None:
+    """Takes back what set_fp8 noted, and nothing that other modules share."""
     forget_gate(module)
     settings = vars(module).pop(_SETTINGS, None)
     if settings is not None:
         vars(module)["config"] = settings.config
-    if in_fp8(module):  # chosen by set_experts_implementation: there is nothing to go back to
-        vars(module)["config"]._experts_implementation_internal = DEFAULT
 
 
 def fallback_name(module: nn.Module) -> str:

@@ -4,8 +4,8 @@ is quantized while it is loaded.
 Importing this module imports transformers and registers, under the name `fp8_frozen`, a config and
 a quantizer with it. Which layers are frozen is decided by the headers of the safetensors files, as
 in `fp8.load`; transformers itself then loads codes and scales as it loads other parameters, with
-its device maps. What it can not know (experts whose codes want scales, torchao's names) is read
-here, when it is done.
+its device maps. What it can not know (scales of experts, torchao's names) is read here, when it is
+done.
 """
 
 import re
@@ -25,11 +25,15 @@ from ...checkpoints._layers import input_scale_of, squeezed
 from ...checkpoints._load import Source
 from ...checkpoints._plan import Plan, Target, make_plan
 from ...checkpoints._safetensors import DTYPES, Entry, read_header, reading
-from ...conversion._freeze import not_frozen
+from ...conversion._expert_rules import find_experts
+from ...conversion._freeze import not_frozen, shared_weights
+from ...conversion._freeze_experts import experts_recipe_of, not_frozen_experts
 from ...conversion._rules import find_linears
 from ...nn._freezing import Codes, quantized
 from ...nn._frozen import FrozenLinear, freeze_in_place
+from ...nn._frozen_experts import WEIGHTS, FrozenExperts
 from ...recipe import Recipe, check_recipe
+from . import _frozen_experts
 from ._names import renaming_of
 
 METHOD = "fp8_frozen"
@@ -103,6 +107,8 @@ class FrozenQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._chosen: set[nn.Module] = set()
+        self._experts: dict[nn.Module, tuple[Recipe, torch.dtype]] = {}
+        self._merged: set[nn.Module] = set()
         self._plan: Plan | None = None
         self._checkpoint: Checkpoint | None = None
 
@@ -125,6 +131,13 @@ class FrozenQuantizer(HfQuantizer):
                 for found in linears
                 if found.module not in left and f"{found.name}.weight" not in tied
             }
+            mixtures = find_experts(model)
+            left_experts = not_frozen_experts(model, mixtures, shared_weights(model))
+            recipe = check_recipe(self.quantization_config.recipe)
+            for mixture in mixtures:
+                if mixture.module not in left_experts:
+                    own = experts_recipe_of(mixture.module, recipe), _dtype_of(mixture.module)
+                    self._experts[mixture.module] = own
             return model
         self._checkpoint = _checkpoint(model, checkpoint_files or [], self.quantization_config)
         plan = make_plan(model, self._checkpoint, strict=False, skeleton=True)
@@ -132,6 +145,11 @@ class FrozenQuantizer(HfQuantizer):
         for module, weight in plan.frozen.items():
             if weight.codes.endswith(".weight"):  # the others are read when the rest is loaded
                 self._skeleton(module, weight)
+        for experts, codes in plan.frozen_experts.items():
+            self._experts[experts] = check_recipe("rowwise"), _dtype_of(experts)
+            _frozen_experts.skeleton(experts, codes)
+            if _frozen_experts.are_merged(model, plan.names[experts], codes):
+                self._merged.add(experts)
         passed = {*plan.passed_over, *_companions(plan)}
         known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         model._keys_to_ignore_on_load_unexpected = {*known, *(f"^{re.escape(n)}$" for n in passed)}
@@ -162,9 +180,12 @@ class FrozenQuantizer(HfQuantizer):
     # --- while: a checkpoint in high precision ----------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is the weight of a layer that is to be frozen."""
+        """Whether this is the weight of a layer, or of experts, that are to be frozen."""
         prefix, _, last = param_name.rpartition(".")
-        return last == "weight" and model.get_submodule(prefix) in self._chosen
+        if last not in ("weight", *WEIGHTS):
+            return False
+        module = model.get_submodule(prefix)
+        return module in (self._chosen if last == "weight" else self._experts)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes an element, for device maps."""
@@ -173,12 +194,14 @@ class FrozenQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> Any:
         """What transformers gives each such weight to."""
-        return _Quantize(self.quantization_config.recipe)
+        return _Quantize(self.quantization_config.recipe, self._experts)
 
     # --- after ------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan, checkpoint = self._plan, self._checkpoint
+        if plan is None:
+            _frozen_experts.finish((m, *how) for m, how in self._experts.items())
         if plan is not None and checkpoint is not None:
             with reading() as reader, torch.no_grad():
                 source = Source(checkpoint, reader, torch.device("cpu"))
@@ -188,6 +211,9 @@ class FrozenQuantizer(HfQuantizer):
                         source.tell_input(module, weight)
                     else:
                         source.freeze(module, weight, self.quantization_config.static_inputs)
+                for experts, own in plan.frozen_experts.items():
+                    dtype, merged = self._experts[experts][1], experts in self._merged
+                    _frozen_experts.settle(experts, own, source, dtype, merged)
                 for target, weight in plan.dequantized.values():
                     _replace(target)
                     source.dequantize(target, weight)
@@ -196,7 +222,7 @@ class FrozenQuantizer(HfQuantizer):
                         _replace(target)
                         source.merge(target, slices)
         self._plan = self._checkpoint = None
-        self._chosen = set()
+        self._chosen, self._experts, self._merged = set(), {}, set()
         _check(model)
         return model
 
@@ -218,8 +244,8 @@ class FrozenQuantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     """The weight of a linear layer, as it comes from the file: codes and scales of a frozen one."""
 
-    def __init__(self, recipe: str) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: str, experts: dict[nn.Module, tuple[Recipe, torch.dtype]]) -> None:
+        self.recipe, self.experts = recipe, experts
 
     @torch.no_grad()
     def convert(
@@ -233,8 +259,14 @@ class _Quantize(ConversionOps):
         """Changes the layer's class, and gives its new parameters for transformers to set."""
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        prefix = full_layer_name.rpartition(".")[0]
+        prefix, _, last = full_layer_name.rpartition(".")
         module = model.get_submodule(prefix)
+        if module in self.experts:
+            recipe, _ = self.experts[module]
+            made = _frozen_experts.quantize(module, last, weight, recipe)
+            for p in made.values():
+                p._is_hf_initialized = True  # type: ignore[attr-defined]
+            return {f"{prefix}.{name}": p for name, p in made.items()}
         dtype, bias = module.weight.dtype, module.bias
         module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         freeze_in_place(module, quantized(module, self.recipe))
@@ -243,6 +275,13 @@ class _Quantize(ConversionOps):
         for name in names:
             module._parameters[name]._is_hf_initialized = True
         return {f"{prefix}.{name}": module._parameters[name] for name in names}
+
+
+def _dtype_of(experts: Any) -> torch.dtype:
+    if isinstance(experts, FrozenExperts):
+        return experts.compute_dtype
+    dtype: torch.dtype = experts._parameters["down_proj"].dtype
+    return dtype
 
 
 def _tied(model: Any) -> set[str]:
@@ -280,8 +319,14 @@ def _companions(plan: Plan) -> set[str]:
     """Tensors that have no place in the model's parameters, but are read here."""
     weights = [weight for _, weight in plan.dequantized.values()]
     weights += [part.weight for _, parts in plan.experts.values() for part in parts if part.weight]
+    frozen = [codes.slices() for codes in plan.frozen_experts.values()]
+    weights += [part.weight for parts in frozen for part in parts if part.weight]
     names = {name for w in weights for name in (w.scale, w.input_scale) if name}
-    for merged, (_, parts) in plan.experts.items():  # what transformers makes of their scales
+    experts = {merged: parts for merged, (_, parts) in plan.experts.items()}
+    for module, codes in plan.frozen_experts.items():
+        for name, parts in zip(WEIGHTS, (codes.gate_up, codes.down), strict=True):
+            experts[f"{plan.names[module]}.{name}"] = parts
+    for merged, parts in experts.items():  # what transformers makes of their scales
         names |= {
             f"{merged}_{part.weight.scale_name.removeprefix('weight_')}"
             for part in parts
@@ -326,7 +371,7 @@ def _check(model: nn.Module) -> None:
     for prefix, module in model.named_modules():
         for name, p in module._parameters.items():
             is_codes = p is not None and p.dtype in {DTYPES[n] for n in names}
-            if is_codes and not isinstance(module, FrozenLinear):
+            if is_codes and not isinstance(module, FrozenLinear | FrozenExperts):
                 raise NotImplementedError(
                     f"fp8: '{prefix}.{name}' was loaded as {p.dtype} and is in no frozen layer: "
                     "codes without their scale. fp8.load(model, folder) says more"
