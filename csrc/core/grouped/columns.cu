@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads) group_amax_kernel(const ColumnsParam
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; ++r) {
       const int own = row + r * kLanesOfColumn;
-      v[r] = source.load(source.row(tile.row + (own < end ? own : 0)), col,
-                         own < end ? valid_cols : 0);
+      v[r] =
+          source.load(source.row(own < end ? tile.row + own : 0), col, own < end ? valid_cols : 0);
     }
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; ++r) amax.update(v[r]);
@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 && sizeof(T) < 4 ? 4 : 1)
   const T* rows[kRowsPerThread];
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    rows[r] = source.row(tile.row + (row0 + r < tile.rows ? row0 + r : 0));
+    // A tile that fills the columns up has no rows, and its first may lie behind the last.
+    rows[r] = source.row(row0 + r < tile.rows ? tile.row + row0 + r : 0);
   }
   Vec8<T> next[kRowsPerThread];
   const auto load = [&](int64_t col) {
