@@ -42,9 +42,10 @@ def drop(layer: "Linear") -> None:
     layer._non_persistent_buffers_set.discard(NAME)
 
 
-def of(layer: "Linear") -> Tensor | None:
-    """That of a layer whose recipe is delayed; made where it is missing, or on another device."""
+def of(layer: "Linear", weight: Tensor) -> Tensor | None:
+    """That of a layer whose recipe is delayed; made where it is missing, or on another device than
+    its weight."""
     history: Any = layer._buffers.get(NAME)
-    if history is not None and history.device == layer.weight.device:
+    if history is not None and history.device == weight.device:
         return history  # type: ignore[no-any-return]
     return history if is_compiling() else renew(layer)

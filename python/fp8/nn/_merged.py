@@ -33,7 +33,8 @@ def merged(x: Tensor, layers: Sequence[Any]) -> list[Tensor] | None:
     k = x.size(-1)
     if x.device != weights[0].device or any(w.size(-1) != k for w in weights):
         return None
-    history = _histories.of(layers[0]) if layers[0].recipe[:7] == "delayed" else None
+    delayed = layers[0].recipe[:7] == "delayed"
+    history = _histories.of(layers[0], weights[0]) if delayed else None
     biases = [layer._parameters["bias"] for layer in layers]
     outputs: list[Tensor] = _merged_linear(x, weights, biases, layers[0].recipe, history=history)
     return outputs

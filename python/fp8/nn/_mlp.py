@@ -102,7 +102,7 @@ def fused(
     if layers[0].recipe[:7] == "delayed":
         names = ("gate", "down") if up is None else ("gate", "up", "down")
         histories = {
-            f"{name}_history": _histories.of(layer)
+            f"{name}_history": _histories.of(layer, layer.weight)
             for name, layer in zip(names, layers, strict=True)
         }
     for layer in layers:

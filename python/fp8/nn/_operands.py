@@ -45,7 +45,7 @@ def linear(layer: "Linear", input: Any, scale: Tensor | None) -> Any:
 
 def _product(layer: "Linear", input: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """As in Linear.forward."""
-    history = _histories.of(layer) if layer.recipe[:7] == "delayed" else None
+    history = _histories.of(layer, layer.weight) if layer.recipe[:7] == "delayed" else None
     buffer = getattr(weight, "main_grad", None)
     if buffer is not None:
         return _main_grad.linear(input, weight, layer.bias, layer.recipe, buffer, scale, history)
