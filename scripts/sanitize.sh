@@ -30,6 +30,7 @@ step() { # step NAME COMMAND...: compute-sanitizer's tool is the name's first wo
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 step "memcheck" "$python" tests/sanitize/op_sweep.py
 step "memcheck grouped" "$python" tests/sanitize/op_sweep.py --grouped
+step "memcheck layers" "$python" tests/sanitize/op_sweep.py --layers
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 step "racecheck" "$python" tests/sanitize/op_sweep.py --no-matmul
 core=build/tests/cpp/test_core_gpu

@@ -51,7 +51,8 @@ struct DecodePlan {
   int sums_offset = 0;  // [groups][tokens][sums_pitch] floats
   int sums_pitch = 0;
   int scales_offset = 0;    // of x, where the block makes them: [1 or k_boxes][tokens]
-  int barriers_offset = 0;  // full and free for each stage; then [tokens] words
+  int barriers_offset = 0;  // full and free for each stage, 8 bytes each
+  int amax_offset = 0;      // [tokens] words, behind them
   int shared_bytes = 0;
 
   bool operator==(const DecodePlan&) const = default;
@@ -98,7 +99,8 @@ inline DecodePlan plan_decode(int64_t m, int64_t n, int64_t k, bool blocks, Deco
     const int64_t sums_offset = x_offset + x_bytes;
     const int64_t scales_offset = sums_offset + sums;
     const int64_t barriers_offset = scales_offset + scales;
-    const int64_t end = std::max(barriers_offset + 2 * stages * 8 + plan.tokens * 4,
+    const int64_t amax_offset = barriers_offset + 2 * stages * 8;
+    const int64_t end = std::max(amax_offset + plan.tokens * 4,
                                  x_offset - (streams_x ? plan.tokens * kDecodeStageCols : 0) +
                                      int64_t{beyond} * kDecodeBoxCols);
     if (end > shared_bytes) continue;
@@ -107,6 +109,7 @@ inline DecodePlan plan_decode(int64_t m, int64_t n, int64_t k, bool blocks, Deco
     plan.sums_offset = static_cast<int>(sums_offset);
     plan.scales_offset = static_cast<int>(scales_offset);
     plan.barriers_offset = static_cast<int>(barriers_offset);
+    plan.amax_offset = static_cast<int>(amax_offset);
     plan.shared_bytes = static_cast<int>(end);
     break;
   }

@@ -75,7 +75,7 @@ FROZEN_EXPERTS = [
     ),
     Fault(
         "a cast of the model casts the codes of experts",
-        "python/fp8/nn/_frozen_experts.py",
+        "python/fp8/nn/_frozen_module.py",
         "if id(tensor) in own else fn(tensor)",
         "if False else fn(tensor)",
         MODULE,

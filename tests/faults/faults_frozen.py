@@ -32,7 +32,7 @@ FROZEN = [
     ),
     Fault(
         "a cast of the model casts codes",
-        "python/fp8/nn/_frozen.py",
+        "python/fp8/nn/_frozen_module.py",
         "if id(tensor) in own else fn(tensor)",
         "if False else fn(tensor)",
         FROZEN_LAYER,

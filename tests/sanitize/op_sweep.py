@@ -2,7 +2,8 @@
 
 Checks nothing itself: values are the tests' business. Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so
 that each tensor is an allocation of its own and an access past its end is seen. --no-matmul:
-quantization only. --grouped: grouped products and mixtures of experts only.
+quantization only. --grouped: grouped products and mixtures of experts only. --layers:
+layer_sweep.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import fp8
 from fp8.ops import make_history
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+import layer_sweep
 from samples import TABLE, samples
 
 SHAPES = [(1, 1, 1), (3, 17, 5), (16, 64, 32), (129, 80, 65), (130, 1040, 24), (40, 2064, 16)]
@@ -96,6 +98,9 @@ def main() -> None:
         sys.exit("op_sweep.py: needs a CUDA device")
     if "--grouped" in sys.argv[1:]:
         print(f"op_sweep: {grouped()} calls")
+        return
+    if "--layers" in sys.argv[1:]:
+        print(f"op_sweep: {layer_sweep.all_layers()} calls")
         return
     matmul = "--no-matmul" not in sys.argv[1:]
     calls = 0

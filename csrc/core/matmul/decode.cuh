@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   let_next_start();
   auto* made_scales = reinterpret_cast<float*>(shared + p.plan.scales_offset);
   if constexpr (kValues) {
-    auto* amax =
-        reinterpret_cast<uint32_t*>(shared + p.plan.barriers_offset + 8 * (2 * p.plan.stages + 1));
+    auto* amax = reinterpret_cast<uint32_t*>(shared + p.plan.amax_offset);
     DecodeInputRows<X, kBlocks>(p, shared + p.plan.x_offset, made_scales, amax).quantize();
   }
   const float* x_scale = kValues ? made_scales : p.x_scale;

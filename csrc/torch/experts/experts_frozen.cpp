@@ -117,14 +117,7 @@ kernel::_experts_frozen_forward(const at::Tensor& given_x, const at::Tensor& top
                                          routing.offsets, dtype, recipe.fast_fprop);
   }
   const Gate gate{static_cast<core::Activation>(activation), interleaved, alpha, limit};
-  const Side qh = grouped::rows_side(x, gate_up_out.size(0), features, recipe);
-  const core::GateForwardArgs args{
-      .gate = grouped::gate_args(gate, gate_up_out, gate_up_bias, routing.offsets),
-      .data = qh.codes.mutable_data_ptr(),
-      .scale = qh.scales.mutable_data_ptr<float>(),
-      .granularity = recipe.granularity,
-      .power_of_two = recipe.power_of_two};
-  FP8_RUN_PASS(gate_forward, x, args);
+  const Side qh = grouped::gated_rows(gate, gate_up_out, gate_up_bias, routing.offsets, recipe);
   const at::Tensor out = grouped::multiply_rows(qh, experts::given_side(down, down_scale, blocks),
                                                 routing.offsets, dtype, recipe.fast_fprop);
   const at::Tensor y = grouped::combine_rows(out, x.size(0), routing, weights, experts, down_bias);

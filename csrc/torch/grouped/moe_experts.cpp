@@ -75,14 +75,7 @@ _moe_forward(const at::Tensor& given_x, const at::Tensor& top_k_index,
     gate_up_out = multiply(qx, gate_up, gate_up_amax);
   }
   const Gate gate{static_cast<core::Activation>(activation), interleaved, alpha, limit};
-  const Side qh = grouped::rows_side(x, gate_up_out.size(0), features, recipe);
-  const core::GateForwardArgs args{
-      .gate = grouped::gate_args(gate, gate_up_out, gate_up_bias, routing.offsets),
-      .data = qh.codes.mutable_data_ptr(),
-      .scale = qh.scales.mutable_data_ptr<float>(),
-      .granularity = recipe.granularity,
-      .power_of_two = recipe.power_of_two};
-  FP8_RUN_PASS(gate_forward, x, args);
+  const Side qh = grouped::gated_rows(gate, gate_up_out, gate_up_bias, routing.offsets, recipe);
   const at::Tensor out = multiply(qh, down, down_amax);
   const at::Tensor y = grouped::combine_rows(out, tokens, routing, weights, experts, down_bias);
   return {y, gate_up_out, routing.offsets, routing.place, routing.source, gate_up_amax, down_amax};

@@ -41,6 +41,18 @@ core::GateArgs gate_args(const Gate& gate, const at::Tensor& gate_up_out, const 
           .limit = static_cast<float>(gate.limit)};
 }
 
+Side gated_rows(const Gate& gate, const at::Tensor& gate_up_out, const at::Tensor& bias,
+                const at::Tensor& offsets, const Recipe& recipe) {
+  const Side rows = rows_side(gate_up_out, gate_up_out.size(0), gate_up_out.size(1) / 2, recipe);
+  const core::GateForwardArgs args{.gate = gate_args(gate, gate_up_out, bias, offsets),
+                                   .data = rows.codes.mutable_data_ptr(),
+                                   .scale = rows.scales.mutable_data_ptr<float>(),
+                                   .granularity = recipe.granularity,
+                                   .power_of_two = recipe.power_of_two};
+  FP8_RUN_PASS(gate_forward, gate_up_out, args);
+  return rows;
+}
+
 at::Tensor combine_rows(const at::Tensor& rows, int64_t tokens, const Routing& routing,
                         const at::Tensor& weights, const at::Tensor& experts,
                         const at::Tensor& bias) {

@@ -6,6 +6,8 @@
 #include <optional>
 
 #include "fp8/core_grouped.h"
+#include "torch/common/recipe.h"
+#include "torch/quantize/operand.h"
 
 namespace fp8::grouped {
 
@@ -30,6 +32,13 @@ core::GateArgs gate_args(const Gate& gate,
                          const at::Tensor& gate_up_out,  // [T * k, 2 I]
                          const at::Tensor& bias,         // [E, 2 I], or undefined
                          const at::Tensor& offsets);     // [E] int32
+
+// act(gate) * up as rows of an operand, quantized as they are computed: [T * k, I].
+Side gated_rows(const Gate& gate,
+                const at::Tensor& gate_up_out,  // [T * k, 2 I]
+                const at::Tensor& bias,         // [E, 2 I], or undefined
+                const at::Tensor& offsets,      // [E] int32
+                const Recipe& recipe);
 
 // A token's rows added up: [tokens, H].
 at::Tensor combine_rows(const at::Tensor& rows,  // [T * k, H]

@@ -6,8 +6,6 @@ they are moved, copied and saved as other parameters are, but whatever casts a m
 they are, since a code is no number.
 """
 
-import copy
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -19,6 +17,7 @@ from ..recipe import Recipe
 from . import _frozen_reads, _frozen_state
 from ._calls import CALLED, _mark_traced, has_own_forward
 from ._freezing import Codes, check_granularity, given, input_granularity_of, quantized
+from ._frozen_module import FrozenModule
 from ._linear import Linear
 from ._scales import Granularity, canonical, shape_of
 
@@ -26,7 +25,7 @@ _E4M3 = torch.float8_e4m3fn
 _linear_frozen = torch.ops.fp8.linear_frozen.default
 
 
-class FrozenLinear(nn.Linear):
+class FrozenLinear(FrozenModule, nn.Linear):
     """y = x · (codes · scale)ᵀ + bias, the input quantized in the call, the product in FP8.
 
     weight: [out_features, in_features] float8_e4m3fn, and its scale, float32: one, one per row
@@ -62,6 +61,7 @@ class FrozenLinear(nn.Linear):
 
     __module__ = "fp8.nn"  # what pickles name
 
+    code_names = ("weight",)
     weight: Any = _frozen_reads.GuardedWeight()
     scale_name: str = "weight_scale"
     input_scale_name: str = "input_scale"
@@ -267,56 +267,11 @@ class FrozenLinear(nn.Linear):
         if self.bias is not None:
             self.bias.zero_()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What .to, .cuda, .half, ... do. Codes and scales go where `fn` sends integers."""
-        kept = (self.scale_name, self.input_scale_name, "weight")
-        own = {id(p) for name in kept if (p := self._parameters.get(name)) is not None}
-        probe = torch.empty(0, dtype=self.compute_dtype, device=self.weight.device)
+    def _kept(self) -> list[str]:
+        return [self.scale_name, self.input_scale_name, "weight"]
 
-        def apply(tensor: Tensor) -> Tensor:
-            return _frozen_state.moved(fn, tensor) if id(tensor) in own else fn(tensor)
-
-        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
-        self.compute_dtype = fn(probe).dtype
-        return self
-
-    def __copy__(self) -> Self:
-        new = type(self).__new__(type(self))
-        vars(new).update(vars(self))
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        vars(new).update(copy.deepcopy(vars(self), memo))
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickles: the codes as bytes, since pickle has no float8 (torch.save does)."""
-        return vars(self) | {"_parameters": _frozen_state.as_bytes(self._parameters)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        vars(self)["_parameters"] = _frozen_state.from_bytes(self._parameters)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Nothing is loaded but codes with their scale; see _frozen_state."""
-        problem = _frozen_state.fit(self, state_dict, prefix)
-        if problem is not None:
-            error_msgs.append(problem)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _misfit(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        return _frozen_state.fit(self, state_dict, prefix)
 
     def describe(self) -> str:
         """How weight and input are scaled, in a few words: "rowwise", "tensorwise, input rowwise",

@@ -4,8 +4,6 @@ As `FrozenLinear` is for a linear layer. All experts are one module, as in trans
 whose names for the weights it has; `fp8.freeze` and `fp8.load` turn such a module into this one.
 """
 
-import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -14,6 +12,7 @@ from torch.compiler import is_compiling
 
 from . import _frozen_state
 from ._calls import CALLED, _mark_traced
+from ._frozen_module import FrozenModule
 from ._frozen_stack import Stack, dequantized, given_stack, scale_shape, together
 from ._scales import Granularity
 
@@ -33,7 +32,7 @@ class GateForm(NamedTuple):
     limit: float = 7.0
 
 
-class FrozenExperts(nn.Module):
+class FrozenExperts(FrozenModule):
     """y[t] = Σ over the experts e of token t: weight · (h · down[e]ᵀ + down_bias[e]), with
     h = act(gate) · up of gate and up, the halves of x[t] · gate_up[e]ᵀ + gate_up_bias[e].
 
@@ -74,6 +73,7 @@ class FrozenExperts(nn.Module):
 
     __module__ = "fp8.nn"  # what pickles name
 
+    code_names = WEIGHTS
     gate_up_proj: Tensor
     down_proj: Tensor
     gate_up_proj_bias: Tensor | None
@@ -245,58 +245,10 @@ class FrozenExperts(nn.Module):
                 bias.zero_()
 
     def _kept(self) -> list[str]:
-        """The names of codes and scales."""
         return [name + suffix for name in WEIGHTS for suffix in ("", self.scale_suffix)]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What .to, .cuda, .half, ... do. Codes and scales go where `fn` sends integers."""
-        own = {id(p) for name in self._kept() if (p := self._parameters.get(name)) is not None}
-        probe = torch.empty(0, dtype=self.compute_dtype, device=self.gate_up_proj.device)
-
-        def apply(tensor: Tensor) -> Tensor:
-            return _frozen_state.moved(fn, tensor) if id(tensor) in own else fn(tensor)
-
-        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
-        self.compute_dtype = fn(probe).dtype
-        return self
-
-    def __copy__(self) -> Self:
-        new = type(self).__new__(type(self))
-        vars(new).update(vars(self))
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        vars(new).update(copy.deepcopy(vars(self), memo))
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickles: the codes as bytes, since pickle has no float8 (torch.save does)."""
-        return vars(self) | {"_parameters": _frozen_state.as_bytes(self._parameters, WEIGHTS)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        vars(self)["_parameters"] = _frozen_state.from_bytes(self._parameters, WEIGHTS)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Nothing is loaded but codes with their scales; see _frozen_state."""
-        problem = _frozen_state.fit_experts(self, state_dict, prefix)
-        if problem is not None:
-            error_msgs.append(problem)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _misfit(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        return _frozen_state.fit_experts(self, state_dict, prefix)
 
     def describe(self) -> str:
         """How weights and input are scaled, in a few words."""

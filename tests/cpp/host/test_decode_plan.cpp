@@ -49,7 +49,8 @@ TEST_CASE("a decode's shared memory holds what the kernel puts there") {
             const int64_t x = streams ? 0 : p.k_boxes * p.tokens * kDecodeBoxCols;
             REQUIRE(p.sums_offset >= p.x_offset + x);
             REQUIRE(p.scales_offset - p.sums_offset >= kDecodeGroups * p.tokens * p.sums_pitch * 4);
-            REQUIRE(p.shared_bytes >= p.barriers_offset + 16 * p.stages + 4 * p.tokens);
+            REQUIRE(p.amax_offset >= p.barriers_offset + 16 * p.stages);
+            REQUIRE(p.shared_bytes >= p.amax_offset + 4 * p.tokens);
             // the last box, read as 64 rows
             const int last = p.x_offset - p.stage_bytes + p.tile_rows * kDecodeBoxCols;
             REQUIRE(p.shared_bytes >= last + kMmaTileRows * kDecodeBoxCols);

@@ -26,7 +26,7 @@ FORMS = (  # of the weight, of x; a static scale of x is "static"
 ROWS = (1, 2, 4, 5, 7, 8, 9, 16, 17, 32, 33, 63, 64)  # most that the kernel takes, see most_rows
 # K, N: whole tiles; odd N, and rows of blocks that end within one; K that is no multiple of a
 # stage, of 128, of 16; x that is not kept in shared memory
-SHAPES = ((1024, 1024), (2064, 1001), (1040, 6152), (1003, 1100), (14336, 304))
+SHAPES = ((1024, 1024), (1024, 8192), (2064, 1001), (1040, 6152), (1003, 1100), (14336, 304))
 
 
 @pytest.fixture(autouse=True)
