@@ -44,7 +44,8 @@ if [ -n "${SUITE:-}" ]; then
   # A copy without python/, so that what is imported is what was installed.
   mkdir suite
   cp -r "$root"/{tests,examples,scripts,VERSION,pyproject.toml,requirements.txt} suite
-  [ -n "${WHEEL_SITE:-}" ] || "${pip[@]}" "$(grep '^pytest==' "$root/requirements.txt")"
+  mapfile -t pytest < <(grep '^pytest' "$root/requirements.txt")
+  [ -n "${WHEEL_SITE:-}" ] || "${pip[@]}" "${pytest[@]}"
   cd suite
   read -ra folders <<<"$SUITE"
   "$environment/bin/python" -m pytest -q "${folders[@]/#/tests/python/}"
