@@ -4,7 +4,8 @@
 #   scripts/test_wheel.sh sdist   make test-sdist: pip builds it first, in a clean environment of its own
 # The wheel is tried where there is neither a compiler nor nvcc on the PATH. pip gets torch from its index (some GB):
 #   TORCH        a version, such as 2.13.0 (default: what pip takes)
-#   SUITE        folders of tests/python to run there as well, such as "linear quantize compat module"
+#   SUITE        folders of tests/python to run there as well, such as "linear quantize compat module", in TEST_JOBS
+#                processes (default 2)
 #   WHEEL_SITE   take torch and the other packages from this site-packages folder instead, and install fp8 alone
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -44,11 +45,12 @@ if [ -n "${SUITE:-}" ]; then
   # A copy without python/, so that what is imported is what was installed.
   mkdir suite
   cp -r "$root"/{tests,examples,scripts,VERSION,pyproject.toml,requirements.txt} suite
-  mapfile -t pytest < <(grep '^pytest' "$root/requirements.txt")
-  [ -n "${WHEEL_SITE:-}" ] || "${pip[@]}" "${pytest[@]}"
+  # What tests need; torch is there, and nothing is built.
+  mapfile -t needed < <(grep -vE '^(#|$|torch=|setuptools|wheel|cmake|ninja|pybind11)' "$root/requirements.txt")
+  [ -n "${WHEEL_SITE:-}" ] || "${pip[@]}" "${needed[@]}"
   cd suite
   read -ra folders <<<"$SUITE"
-  "$environment/bin/python" -m pytest -q "${folders[@]/#/tests/python/}"
+  "$environment/bin/python" -m pytest -q -n "${TEST_JOBS:-2}" --dist loadgroup "${folders[@]/#/tests/python/}"
   cd "$environment"
 fi
 rm -rf "$environment"  # gigabytes; kept where something failed
