@@ -118,7 +118,7 @@ CPU = [
     Fault(
         "a changed expert weight is taken from the cache",
         "csrc/torch/quantize/memory.cpp",
-        "  if (cached->id != id) cached->operand = {};\n",
+        "  if (cached->id != id) cached->made = {};\n",
         "",
         f"{GROUPED}/test_grouped_module.py",
     ),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from fault import Fault
 
 INVARIANT = "tests/python/linear/test_batch_invariant.py"
+KEPT = "ctest test_graph_codes"
 GRAPHS = "tests/python/linear/test_graph_codes.py"
 DECODE = "tests/python/frozen/test_decode.py"
 SWITCH = "csrc/torch/matmul/batch_invariant.cpp"
@@ -16,14 +17,14 @@ INFERENCE = [
     Fault(
         "a frozen layer's rows depend on their number inside batch_invariant",
         "csrc/torch/frozen/frozen.cpp",
-        ".batch_invariant = batch_invariant::enabled()",
+        ".batch_invariant = invariant",
         ".batch_invariant = false",
         INVARIANT,
     ),
     Fault(
         "a linear layer's rows depend on their number inside batch_invariant",
         "csrc/torch/linear/linear.cpp",
-        ".batch_invariant = batch_invariant::enabled()",
+        ".batch_invariant = invariant",
         ".batch_invariant = false",
         INVARIANT,
     ),
@@ -51,7 +52,7 @@ INFERENCE = [
     Fault(
         "few rows are decoded inside batch_invariant",
         "csrc/torch/frozen/frozen.cpp",
-        "if (decode && !batch_invariant::enabled()) {",
+        "if (decode && !invariant) {",
         "if (decode) {",
         INVARIANT,
         gpu=True,
@@ -59,7 +60,7 @@ INFERENCE = [
     Fault(
         "the last rows of a weight are padded by its neighbour's inside batch_invariant",
         "csrc/torch/frozen/frozen.cpp",
-        "(rows % 8 == 0 || !batch_invariant::enabled());",
+        "(rows % 8 == 0 || !invariant);",
         "true;",
         INVARIANT,
         gpu=True,
@@ -67,8 +68,8 @@ INFERENCE = [
     Fault(
         "a graph's codes go with the context",
         CODES,
-        "  if (!known) {",
-        "  if (known) {",
+        "  if (known) return;",
+        "  if (!known) return;",
         GRAPHS,
         gpu=True,
     ),
@@ -81,10 +82,52 @@ INFERENCE = [
         gpu=True,
     ),
     Fault(
+        "the maxima that a graph reads go with the context",
+        CODES,
+        "covers(kept.operand.amax, operand.amax);",
+        "true;",
+        KEPT,
+    ),
+    Fault(
+        "a call that needs one side leaves the other one that a graph reads old",
+        MEMORY,
+        "for_graphs ? graph_codes::with_kept(weights, request) : request;",
+        "request;",
+        KEPT,
+    ),
+    Fault(
+        "codes of another kind are written where a graph reads",
+        CODES,
+        "return kind == kind_of(request) &&",
+        "return (kind == kind_of(request) || true) &&",
+        KEPT,
+    ),
+    Fault(
+        "codes of a weight beside another one are written where a graph reads",
+        CODES,
+        "return !weight.expired() && weight._unsafe_get_target() == other.unsafeGetTensorImpl();",
+        "return !weight.expired() && other.defined();",
+        KEPT,
+    ),
+    Fault(
+        "what was made while no context captured reaches no graph",
+        MEMORY,
+        "if (covers(made.operand, request) && (made.in_graphs || !for_graphs)) return;",
+        "if (covers(made.operand, request)) return;",
+        KEPT,
+    ),
+    Fault(
+        "each call writes what graphs read again",
+        MEMORY,
+        "  made.in_graphs = for_graphs;\n",
+        "",
+        KEPT,
+    ),
+    Fault(
         "a graph reads codes that nobody asked it to read",
         MEMORY,
-        "if (captures && current && covers && known->place.capture == 0)",
-        "if (current && covers && known->place.capture == 0)",
+        "if (captures && current && covers(made.operand, request) && known->place.capture == 0)",
+        "if (current && covers(made.operand, request) && known->place.capture == 0)",
         GRAPHS,
         gpu=True,
     ),

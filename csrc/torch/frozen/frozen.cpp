@@ -36,9 +36,9 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
 
 // Rows that the codes of a product's second operand must have (torch/matmul/matmul.h; eights for
 // the one of batch_invariant.h).
-int64_t code_rows(int64_t rows, at::ScalarType out_dtype, bool blocks) {
+int64_t code_rows(int64_t rows, at::ScalarType out_dtype, bool blocks, bool invariant) {
   const auto bytes = static_cast<int64_t>(c10::elementSize(out_dtype));
-  const bool whole = rows * bytes % 16 == 0 && (rows % 8 == 0 || !batch_invariant::enabled());
+  const bool whole = rows * bytes % 16 == 0 && (rows % 8 == 0 || !invariant);
   return !blocks && whole ? rows : pad16(rows);
 }
 
@@ -67,9 +67,9 @@ at::Tensor square_scales(const at::Tensor& scale) {
 
 // The weight as fprop reads it, for x with scales of `input`.
 Side weight_side(const at::Tensor& weight, const at::Tensor& scale, const frozen::Form& form,
-                 at::ScalarType out_dtype) {
+                 at::ScalarType out_dtype, bool invariant) {
   const bool blocks = form.weight == Granularity::kBlock128x128;
-  const int64_t rows = code_rows(weight.size(0), out_dtype, blocks);
+  const int64_t rows = code_rows(weight.size(0), out_dtype, blocks, invariant);
   Side side{.codes = frozen::ready_codes(weight, rows), .rows = weight.size(0)};
   if (blocks) {
     side.scales = square_scales(scale);
@@ -89,7 +89,7 @@ Side weight_t_side(const at::Tensor& weight, const at::Tensor& scale, Granularit
                    at::ScalarType out_dtype) {
   const bool blocks = granularity == Granularity::kBlock128x128;
   const int64_t k = weight.size(1);
-  const int64_t rows = code_rows(k, out_dtype, blocks);
+  const int64_t rows = code_rows(k, out_dtype, blocks, /*invariant=*/false);
   Side side{.codes = frozen::ready_codes(weight.t(), rows), .rows = k};
   if (blocks) {
     side.scales = square_scales(scale.t());
@@ -152,20 +152,22 @@ at::Tensor kernel::linear_frozen(const at::Tensor& x, const at::Tensor& weight,
     at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
   }
-  if (decode && !batch_invariant::enabled()) {
+  const bool invariant = batch_invariant::enabled();
+  if (decode && !invariant) {
     if (const std::optional<at::Tensor> y =
             frozen::decode(x, weight, weight_scale, form, bias, input_scale, power_of_two)) {
       return x.dim() == 2 ? *y : y->view(shape);
     }
   }
-  if (form.input == Granularity::kTensorwise)
+  if (invariant && form.input == Granularity::kTensorwise) {
     batch_invariant::check_frozen(input_scale.has_value());
+  }
   const Side qx = input_side(x, form, input_scale, power_of_two);
-  const Side qw = weight_side(weight, weight_scale, form, x.scalar_type());
+  const Side qw = weight_side(weight, weight_scale, form, x.scalar_type(), invariant);
   const at::Tensor y = matmul(qx, qw,
                               {.dtype = x.scalar_type(),
                                .bias = bias.value_or(at::Tensor()),
-                               .batch_invariant = batch_invariant::enabled()});
+                               .batch_invariant = invariant});
   return x.dim() == 2 ? y : y.view(shape);
 }
 

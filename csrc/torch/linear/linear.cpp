@@ -47,12 +47,12 @@ Operand linear::quantize_weight(const at::Tensor& weight, const Recipe& recipe,
 }
 
 at::Tensor linear::forward_product(const Side& x, const Side& weight, const OptionalTensor& bias,
-                                   at::ScalarType dtype, const Recipe& recipe) {
+                                   at::ScalarType dtype, const Recipe& recipe, bool invariant) {
   return matmul(x, weight,
                 {.dtype = dtype,
                  .fast_accum = recipe.fast_fprop,
                  .bias = bias.value_or(at::Tensor()),
-                 .batch_invariant = batch_invariant::enabled()});
+                 .batch_invariant = invariant});
 }
 
 namespace {
@@ -70,7 +70,7 @@ auto with_last(const Sizes& sizes, const typename Sizes::value_type& last) {
 
 at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const Side& qx, const Side& qw,
-                           const Recipe& recipe) {
+                           const Recipe& recipe, bool invariant) {
   const int64_t features = weight.size(0);
   const std::vector<int64_t> shape = with_last(x.sizes(), features);
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
@@ -78,7 +78,7 @@ at::Tensor forward_product(const at::Tensor& x, const at::Tensor& weight,
     at::Tensor y = at::zeros(shape, x.options());
     return bias ? y.add_(*bias) : y;
   }
-  const at::Tensor y = linear::forward_product(qx, qw, bias, x.scalar_type(), recipe);
+  const at::Tensor y = linear::forward_product(qx, qw, bias, x.scalar_type(), recipe, invariant);
   return x.dim() == 2 ? y : y.view(shape);
 }
 
@@ -248,7 +248,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
     const std::optional<at::Tensor>& input_scale, const std::optional<at::Tensor>& history) {
   const auto [recipe, x_t, keep_amax] =
       checked_forward(x, weight, bias, recipe_id, save_x_t, save_weight_amax, input_scale, history);
-  batch_invariant::check("fused_linear", recipe, input_scale.has_value());
+  const bool invariant = batch_invariant::checked("fused_linear", recipe, input_scale.has_value());
   const c10::DeviceGuard guard(x.device());
   const Operand qx = operand::remembered_input(
       x, {.dtype = recipe.forward_dtype,
@@ -258,7 +258,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _linear_forward(
           .scaling = input_scale ? given_scaling(*input_scale)
                                  : linear::scaling_of(history, Role::kInput)});
   const Operand qw = linear::quantize_weight(weight, recipe, history, keep_amax, qx.launched);
-  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols, recipe);
+  at::Tensor y = forward_product(x, weight, bias, qx.along_cols, qw.along_cols, recipe, invariant);
   return {y, x_t ? qx.along_rows.codes : none_like(x), x_t ? qx.along_rows.scales : none_like(x),
           keep_amax ? qw.amax : none_like(x)};
 }

@@ -25,9 +25,10 @@ Operand quantize_weight(const at::Tensor& weight,  // [N, K]
                         const Recipe& recipe, const OptionalTensor& history, bool keep_amax,
                         bool pdl);
 
-// y = x W^T + b, [M, N] in `dtype`. Extents must be positive.
+// y = x W^T + b, [M, N] in `dtype`. Extents must be positive. invariant: see
+// torch/matmul/batch_invariant.h.
 at::Tensor forward_product(const Side& x, const Side& weight, const OptionalTensor& bias,
-                           at::ScalarType dtype, const Recipe& recipe);
+                           at::ScalarType dtype, const Recipe& recipe, bool invariant);
 
 struct BackwardArgs {
   const at::Tensor& dy;     // [M, N]; where it comes quantized, any tensor of its shape and dtype

@@ -34,19 +34,20 @@ bool enabled() { return scopes.load(std::memory_order_relaxed) > 0 || wanted_by_
 void open_scope() { scopes.fetch_add(1, std::memory_order_relaxed); }
 void close_scope() { scopes.fetch_sub(1, std::memory_order_relaxed); }
 
-void check(const char* op, const Recipe& recipe, bool static_input) {
+bool checked(const char* op, const Recipe& recipe, bool static_input) {
+  if (!enabled()) return false;
   const bool of_all_rows = recipe.granularity == Granularity::kTensorwise && !static_input;
-  if (!(of_all_rows || recipe.delayed) || !enabled()) return;
   FP8_CHECK_VALUE(
-      false, "fp8::", op, ": inside fp8.batch_invariant expected a recipe with a scale for each ",
+      !of_all_rows && !recipe.delayed, "fp8::", op,
+      ": inside fp8.batch_invariant expected a recipe with a scale for each ",
       "row or block ('rowwise', 'blockwise'), or 'tensorwise' with a static input_scale, got '",
       recipe.name, "', whose scales depend on other rows");
+  return true;
 }
 
 void check_frozen(bool static_input) {
-  if (static_input || !enabled()) return;
   FP8_CHECK_VALUE(
-      false,
+      static_input,
       "fp8::linear_frozen: inside fp8.batch_invariant expected input_granularity 'rowwise' or "
       "'blockwise', or an input_scale, got 'tensorwise', whose scale depends on other rows");
 }

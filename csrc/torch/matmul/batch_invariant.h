@@ -20,17 +20,19 @@ struct Side;
 
 namespace batch_invariant {
 
-// While a scope is open, or always with FP8_BATCH_INVARIANT=1. Costs one relaxed load.
+// While a scope is open, or always with FP8_BATCH_INVARIANT=1. Costs one relaxed load. A
+// forward of dense layers asks once and passes the answer on: another thread may open or close a
+// scope meanwhile.
 bool enabled();
 
 // Scopes nest, and are process-wide, because a forward may run again in autograd's own threads.
 void open_scope();
 void close_scope();
 
-// ValueError in the name of fp8::`op`, inside a scope, for a recipe with scales that depend on more
-// than a row.
-void check(const char* op, const Recipe& recipe, bool static_input);
-// The same of fp8::linear_frozen, whose x has one scale.
+// enabled(). If it is, ValueError in the name of fp8::`op` for a recipe with scales that depend on
+// more than a row.
+bool checked(const char* op, const Recipe& recipe, bool static_input);
+// The same of fp8::linear_frozen, whose x has one scale; for a caller who knows that it is enabled.
 void check_frozen(bool static_input);
 
 // a b^T of fp32 matrices on the CPU: [m, k], [n, k] -> [m, n].

@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _merged_forward(
     bool save_x_t, bool save_weight_amax, const OptionalTensor& history) {
   merged::check_forward(x, weights, bias, recipe_id, history);
   const Recipe recipe = recipe_at(recipe_id);
-  batch_invariant::check("merged_linear", recipe, /*static_input=*/false);
+  const bool invariant = batch_invariant::checked("merged_linear", recipe, /*static_input=*/false);
   const bool keep_amax = save_weight_amax && is_tensorwise(recipe);
   const bool x_t = save_x_t && recipe.fp8_wgrad;
   const c10::DeviceGuard guard(x.device());
@@ -215,7 +215,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> _merged_forward(
   }
   at::Tensor y;
   if (x.numel() > 0 && !parts.empty()) {
-    y = linear::forward_product(qx.along_cols, qw.along_cols, bias, x.scalar_type(), recipe);
+    y = linear::forward_product(qx.along_cols, qw.along_cols, bias, x.scalar_type(), recipe,
+                                invariant);
     y = y.view(shape);
   } else {
     y = at::zeros(shape, x.options());

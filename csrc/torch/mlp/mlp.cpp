@@ -41,12 +41,12 @@ Unit unit_of(Form form, int64_t activation, bool gate_second, double alpha, doub
 }
 
 at::Tensor product(const Side& qx, int64_t rows, const at::Tensor& weight, const Side& qw,
-                   const OptionalTensor& bias, const Recipe& recipe) {
+                   const OptionalTensor& bias, const Recipe& recipe, bool invariant) {
   if (rows == 0 || weight.numel() == 0) {
     at::Tensor y = at::zeros({rows, weight.size(0)}, weight.options());
     return bias ? y.add_(*bias) : y;
   }
-  return linear::forward_product(qx, qw, bias, weight.scalar_type(), recipe);
+  return linear::forward_product(qx, qw, bias, weight.scalar_type(), recipe, invariant);
 }
 
 std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
@@ -101,13 +101,15 @@ struct Recomputed {
                          .power_of_two = recipe.power_of_two,
                          .scaling = scaling_again(x_amax, recipe, gate.history.has_value())})) {
     const int64_t rows = as_matrix(given).size(0);
+    const bool invariant = batch_invariant::enabled();
     const auto make = [&](const Layer& layer) {
       const Operand qw = operand::remembered_weight(
           *layer.weight, {.dtype = recipe.forward_dtype,
                           .granularity = recipe.weight_granularity,
                           .power_of_two = recipe.power_of_two,
                           .scaling = scaling_again(layer.amax, recipe, layer.history.has_value())});
-      return product(x.along_cols, rows, *layer.weight, qw.along_cols, layer.bias, recipe);
+      return product(x.along_cols, rows, *layer.weight, qw.along_cols, layer.bias, recipe,
+                     invariant);
     };
     gate_out = make(gate);
     if (up.weight) up_out = make(up);
@@ -128,7 +130,7 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
   check_mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation, recipe_id, gate_history,
             up_history, down_history);
   const Recipe recipe = recipe_at(recipe_id);
-  batch_invariant::check("mlp", recipe, /*static_input=*/false);
+  const bool invariant = batch_invariant::checked("mlp", recipe, /*static_input=*/false);
   const Unit unit =
       unit_of(mlp_node::form_of(gate, up, down), activation, gate_second, alpha, limit);
   const Saves saves(needs);
@@ -152,7 +154,7 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
     const Operand qw = linear::quantize_weight(weight, recipe, history, keep_amax, overlaps);
     overlaps = false;
     if (keep_amax) amax = qw.amax;
-    return product(qx.along_cols, rows, weight, qw.along_cols, bias, recipe);
+    return product(qx.along_cols, rows, weight, qw.along_cols, bias, recipe, invariant);
   };
   at::Tensor gate_amax;
   at::Tensor up_amax;
@@ -177,7 +179,8 @@ _mlp_forward(const at::Tensor& x, const at::Tensor& gate, const OptionalTensor& 
   }
   const Operand qw =
       linear::quantize_weight(down, recipe, down_history, keep_down_amax, qh.launched);
-  const at::Tensor y = product(qh.along_cols, rows, down, qw.along_cols, down_bias, recipe);
+  const at::Tensor y =
+      product(qh.along_cols, rows, down, qw.along_cols, down_bias, recipe, invariant);
   const auto kept = [&](bool keep, const at::Tensor& t) {
     return keep && t.defined() ? t : none_like(x);
   };

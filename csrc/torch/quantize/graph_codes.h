@@ -2,6 +2,9 @@
 // replay finds them where they were at the capture, so they stay there as long as the weight lives;
 // and what an eager call inside such a context makes of the weight later is written there, so that
 // the graph reads that.
+//
+// Whose codes they are: `weights`, one or several that are one operand, one below the other, in the
+// dtype, granularity and kind of scales of `request`. Of nothing else is anything written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,10 +13,16 @@
 
 namespace fp8::graph_codes {
 
-// A graph reads `operand` from now on, which is of `weight`, or of it and the weights below it.
-void keep(const at::Tensor& weight, bool joined, const Operand& operand);
+// A graph reads `operand` from now on. It stays while the first of the weights lives.
+void keep(at::TensorList weights, const QuantizeRequest& request, const Operand& operand);
 
-// Writes what was made anew where graphs read what it replaces, and makes that the operand.
-void renew(const at::Tensor& weight, bool joined, Operand& operand);
+// The request with all that graphs read besides. Sides may share a scale, and are of one weight: a
+// graph that found one of them made anew and the other one old would multiply codes by the scale of
+// others.
+QuantizeRequest with_kept(at::TensorList weights, QuantizeRequest request);
+
+// Writes what was made anew where graphs read what it replaces, and makes that the operand, which
+// has all of with_kept.
+void renew(at::TensorList weights, const QuantizeRequest& request, Operand& operand);
 
 }  // namespace fp8::graph_codes

@@ -109,16 +109,21 @@ struct JoinedPart {
   bool operator==(const JoinedPart&) const = default;
 };
 
+struct Made {  // of one weight, or of several that are one operand
+  Operand operand;
+  bool in_graphs = false;  // graphs that read codes of the weight read these
+};
+
 struct CachedWeight {
   at::Tensor weight;  // keeps the key alive
   int contexts = 0;
   int captures = 0;            // of them, in which graphs may read what was made before
-  std::optional<Identity> id;  // of what the operand was made of
-  Operand operand;
+  std::optional<Identity> id;  // of what was made
+  Made made;
   uint64_t state = 0;  // another one for each entry, and whenever the weight may have changed
   // Of the first of several weights:
   std::vector<JoinedPart> joined;
-  Operand joined_operand;
+  Made joined_made;
 };
 
 struct Weights {
@@ -151,12 +156,13 @@ enum class Use : uint8_t {
   kNone,        // makes it for this call alone
 };
 
-// known: what an operand was made of, if there is one; current: the weight has not changed since;
-// covers: it is all that is asked for.
-Use use_of(const std::optional<Identity>& known, const Identity& now, bool current, bool covers,
-           bool captures) {
+// known: what `made` was made of, if it was; current: the weight has not changed since.
+Use use_of(const std::optional<Identity>& known, const Identity& now, bool current,
+           const Made& made, const QuantizeRequest& request, bool captures) {
   if (now.place.capture != 0 && (!known || known->place.capture != now.place.capture)) {
-    if (captures && current && covers && known->place.capture == 0) return Use::kForGraphs;
+    if (captures && current && covers(made.operand, request) && known->place.capture == 0) {
+      return Use::kForGraphs;
+    }
     TORCH_WARN_ONCE(
         "fp8.cached_weights: a CUDA graph captured inside quantizes the weights in each replay. It "
         "reads codes that were made before with fp8.cached_weights(model, captures=True) and one "
@@ -166,7 +172,9 @@ Use use_of(const std::optional<Identity>& known, const Identity& now, bool curre
   // Made on another stream: not safe to read here. What belongs to a graph serves nobody else.
   const bool elsewhere =
       current && !now.place.reads(known->place) && known->place.capture == now.place.capture;
-  return elsewhere ? Use::kNone : Use::kRemembered;
+  // Made where no context captures, it may be newer than what graphs read: made again for them.
+  const bool due = captures && now.place.capture == 0 && !made.in_graphs;
+  return elsewhere && !due ? Use::kNone : Use::kRemembered;
 }
 
 std::optional<Identity> identify_weight(const at::Tensor& weight, const QuantizeRequest& request) {
@@ -199,6 +207,18 @@ void add_sides(Operand& operand, const QuantizeRequest& request, const Make& mak
     if (missing.along_rows) operand.along_rows = std::move(made.along_rows);
   }
   operand.launched = false;
+}
+
+// Makes what is asked for and missing. for_graphs: and what graphs read of these weights, which
+// read it from now on.
+template <typename Make>
+void complete(Made& made, at::TensorList weights, const QuantizeRequest& request, bool for_graphs,
+              const Make& make) {
+  if (covers(made.operand, request) && (made.in_graphs || !for_graphs)) return;
+  const QuantizeRequest wanted = for_graphs ? graph_codes::with_kept(weights, request) : request;
+  if (!covers(made.operand, wanted)) add_sides(made.operand, wanted, make);
+  if (for_graphs) graph_codes::renew(weights, request, made.operand);
+  made.in_graphs = for_graphs;
 }
 
 }  // namespace
@@ -250,22 +270,17 @@ Operand operand::remembered_weight(const at::Tensor& weight, const QuantizeReque
   if (!id) return make_weight(weight, request);
   const bool captures = cached->captures > 0;
   const bool current = cached->id && cached->id->same_values(*id);
-  const Use use = use_of(cached->id, *id, current, covers(cached->operand, request), captures);
+  const Use use = use_of(cached->id, *id, current, cached->made, request, captures);
   if (use == Use::kNone) return make_weight(weight, request);
   if (use == Use::kForGraphs) {
-    graph_codes::keep(cached->weight, /*joined=*/false, cached->operand);
-    return cached->operand;
+    graph_codes::keep(cached->weight, request, cached->made.operand);
+    return cached->made.operand;
   }
-  if (cached->id != id) cached->operand = {};
-  if (!covers(cached->operand, request)) {
-    add_sides(cached->operand, request,
-              [&](const QuantizeRequest& missing) { return make_weight(weight, missing); });
-    if (captures && id->place.capture == 0) {
-      graph_codes::renew(cached->weight, /*joined=*/false, cached->operand);
-    }
-  }
+  if (cached->id != id) cached->made = {};
+  complete(cached->made, cached->weight, request, captures && id->place.capture == 0,
+           [&](const QuantizeRequest& missing) { return make_weight(weight, missing); });
   cached->id = id;
-  return cached->operand;
+  return cached->made.operand;
 }
 
 Operand operand::remembered_weights(at::TensorList weights, const QuantizeRequest& request) {
@@ -295,21 +310,17 @@ Operand operand::remembered_weights(at::TensorList weights, const QuantizeReques
   if (!first->joined.empty()) known_id = first->joined.front().id;
   const bool captures = first->captures > 0;
   const Use use =
-      use_of(known_id, parts.front().id, current, covers(first->joined_operand, request), captures);
+      use_of(known_id, parts.front().id, current, first->joined_made, request, captures);
   if (use == Use::kNone) return make(request);
   if (use == Use::kForGraphs) {
-    graph_codes::keep(first->weight, /*joined=*/true, first->joined_operand);
-    return first->joined_operand;
+    graph_codes::keep(weights, request, first->joined_made.operand);
+    return first->joined_made.operand;
   }
-  if (first->joined != parts) first->joined_operand = {};
-  if (!covers(first->joined_operand, request)) {
-    add_sides(first->joined_operand, request, make);
-    if (captures && parts.front().id.place.capture == 0) {
-      graph_codes::renew(first->weight, /*joined=*/true, first->joined_operand);
-    }
-  }
+  if (first->joined != parts) first->joined_made = {};
+  complete(first->joined_made, weights, request, captures && parts.front().id.place.capture == 0,
+           make);
   first->joined = std::move(parts);
-  return first->joined_operand;
+  return first->joined_made.operand;
 }
 
 void memory::forget_weights(const std::vector<at::Tensor>& changed) {

@@ -29,8 +29,9 @@ Operand remembered_input(const at::Tensor& x,  // [..., K]
 
 // The same of a weight, or make_stack of the experts' weights. Outside of cached_weights nothing is
 // remembered. Inside, each side is made once, tensorwise both as soon as a backward may come
-// (request.keep_amax or request.along_rows), since they share a scale. A stack may be a view of
-// what cache_weights was given: it is recognized by its memory.
+// (request.keep_amax or request.along_rows), since they share a scale; and where a context captures
+// all sides that graphs read of the weight. A stack may be a view of what cache_weights was given:
+// it is recognized by its memory.
 Operand remembered_weight(const at::Tensor& weight,  // [N, K], or [groups, N, K]
                           const QuantizeRequest& request);
 

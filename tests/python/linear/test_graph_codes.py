@@ -119,6 +119,51 @@ def test_a_call_brings_a_graph_up_to_date(recipe, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_call_without_gradients_renews_what_a_backward_reads(recipe):
+    model = model_of(recipe)
+    x = torch.randn(128, SIZE, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def step(model):
+        y = model(x)
+        return y, *torch.autograd.grad(y, x, dy)
+
+    with fp8.cached_weights(model, captures=True):
+        on_another_stream(lambda: step(model))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step(model)
+        negate(model, dims=(2,))
+        with torch.no_grad():
+            model(x)
+        graph.replay()
+    for found, expected in zip(results, step(copy.deepcopy(model)), strict=True):
+        assert_same_bits(found.detach(), expected.detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["linear", "merged"])
+@torch.no_grad()
+def test_an_inner_context_brings_a_graph_up_to_date(kind):
+    """What was made in an outer one, in which nothing captures, is written for it, once."""
+    model = model_of("rowwise", kind=kind)
+    x = torch.randn(128, SIZE, device="cuda", dtype=torch.bfloat16)
+    with fp8.cached_weights(model, captures=True):
+        output(model, x)
+        graph, y = captured(model, x)
+    negate(model, dims=(2,))
+    with fp8.cached_weights(model):
+        changed = output(model, x)
+        launched = kernels(lambda: output(model, x))
+        with fp8.cached_weights(model, captures=True):
+            assert_same_bits(output(model, x), changed)
+            assert kernels(lambda: output(model, x)) == launched
+        graph.replay()
+        assert_same_bits(y, changed)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["linear", "merged"])
 @torch.no_grad()
 def test_a_graph_reads_the_bias_as_it_is(kind):
