@@ -31,19 +31,6 @@ DECODE_ROWS = 64  # at most, by the kernel for few
 INVARIANT = ", batch invariant"
 
 
-def graph_of(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A replay of it, and where its result lies."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = run()
-    return graph.replay, y
-
-
 def variants(x: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
     fp8, ops = import_fp8(), torch.ops.fp8
     rows = ops.quantize_rowwise(weight)
@@ -84,7 +71,7 @@ def measure_layer(m: int, k: int, n: int, repeats: int, copy: float) -> list[Row
     exact = x[:SQNR_ROWS].double() @ weight.double().t()
     calls = variants(x, weight)  # which have the operands, that replays read
     with torch.no_grad():
-        graphs = {name: graph_of(run) for name, run in calls.items()}
+        graphs = {name: timing.graph_of(run) for name, run in calls.items()}
     times = timing.device_times({name: run for name, (run, _) in graphs.items()}, repeats)
     bound = copy if m <= DECODE_ROWS else None
     return [

@@ -56,19 +56,6 @@ def composed(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: T
     return y[back].view(tokens, top_k, -1).sum(1)
 
 
-def graph_of(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A replay of it, and where its result lies."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = run()
-    return graph.replay, y
-
-
 def variants(
     x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
@@ -116,7 +103,7 @@ def measure_mixture(mixture: Mixture, tokens: int, repeats: int) -> list[Row]:
     calls = variants(x, index, weights, gate_up, down)  # which have the operands, that replays read
     with torch.no_grad():
         exact = composed(x, index, weights, gate_up, down).double()
-        graphs = {name: graph_of(run) for name, run in calls.items()}
+        graphs = {name: timing.graph_of(run) for name, run in calls.items()}
     times = timing.device_times({name: run for name, (run, _) in graphs.items()}, repeats)
     bound = copy_us(used * 3 * features * hidden, repeats) if tokens <= 64 else None
     return [

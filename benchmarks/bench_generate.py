@@ -20,7 +20,6 @@ import memory
 import tables
 import timing
 import torch
-from bench_decode import graph_of
 from decoding import Decoder
 from runs import Row, import_fp8, main
 from shapes import BlockShape
@@ -92,7 +91,7 @@ class Variants:
         if not graph:
             self.outputs[name], self.steps[name] = step(), step
             return
-        self.steps[name], self.outputs[name] = graph_of(step)
+        self.steps[name], self.outputs[name] = timing.graph_of(step)
 
     def make(self) -> None:
         self.add("bf16", self.plain, graph=False)

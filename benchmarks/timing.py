@@ -184,6 +184,19 @@ def host_times(
     return {name: summarize(found) for name, found in times.items()}
 
 
+def graph_of(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """A replay of it in a CUDA graph, and where its result lies."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    return graph.replay, y
+
+
 def sqnr(actual: torch.Tensor, exact: torch.Tensor) -> float | None:
     """Signal to quantization noise in dB, None for equal tensors. Raises ValueError for NaN: the
     time of a wrong result is not worth a row."""

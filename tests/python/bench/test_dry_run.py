@@ -24,6 +24,7 @@ import bench_matmul  # noqa: E402
 import bench_sizes  # noqa: E402
 import kernel_times  # noqa: E402
 import peers  # noqa: E402
+import timing  # noqa: E402
 from shapes import (  # noqa: E402
     RECIPES,
     BlockShape,
@@ -157,7 +158,7 @@ def test_gemms_alone_are_the_products_of_a_step(cpu_as_gpu, monkeypatch, recipe)
 
 
 def test_decode(run, monkeypatch):
-    monkeypatch.setattr(bench_decode, "graph_of", lambda work: (work, work()))
+    monkeypatch.setattr(timing, "graph_of", lambda work: (work, work()))
     monkeypatch.setattr(bench_decode, "copy_us", lambda moved, repeats: 1.0)
     monkeypatch.setattr(bench_decode, "LAYERS", ((64, 96),))
     monkeypatch.setattr(bench_decode, "M_VALUES", (1, 80))
@@ -171,7 +172,7 @@ def test_decode(run, monkeypatch):
 
 
 def test_generate(run, monkeypatch):
-    monkeypatch.setattr(bench_generate, "graph_of", lambda work: (work, work()))
+    monkeypatch.setattr(timing, "graph_of", lambda work: (work, work()))
     monkeypatch.setattr(bench_generate, "SHAPE", TINY._replace(sequences=1))
     monkeypatch.setattr(bench_generate, "VOCABULARY", 96)
     monkeypatch.setattr(bench_generate, "BATCHES", (1, 2))

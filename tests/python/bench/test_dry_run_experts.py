@@ -18,6 +18,7 @@ import bench_grouped
 import bench_moe
 import moe_layer
 import runs
+import timing
 from shapes import GROUPED_RECIPES, MoeShape
 
 
@@ -52,7 +53,7 @@ def test_grouped(run, monkeypatch):
 
 
 def test_experts(run, monkeypatch):
-    monkeypatch.setattr(bench_experts, "graph_of", lambda work: (work, work()))
+    monkeypatch.setattr(timing, "graph_of", lambda work: (work, work()))
     monkeypatch.setattr(bench_experts, "copy_us", lambda moved, repeats: 1.0)
     tiny = bench_experts.Mixture("tiny", 6, 2, 128, 128)
     monkeypatch.setattr(bench_experts, "MIXTURES", (tiny,))
