@@ -149,8 +149,15 @@ INFERENCE = [
     Fault(
         "freeze's decode is not heard",
         "python/fp8/conversion/_freeze.py",
-        "            if not decode:\n",
+        "            if not by_decode:\n",
         "            if False:\n",
+        DECODE,
+    ),
+    Fault(
+        "a converted layer that is frozen adds in another order",
+        "python/fp8/conversion/_freeze.py",
+        "not isinstance(module, Linear) if decode is None else decode",
+        "True if decode is None else decode",
         DECODE,
     ),
     Fault(

@@ -122,8 +122,8 @@ struct FrozenLinearOptions {
 };
 
 // A layer whose weight is FP8 and takes half the memory; for inference, and as the base of layers
-// that are trained beside it. It has the bits of the fp8::nn::Linear that it was made of (of few
-// rows with decode(false) alone), and gradients of the input and the bias. Codes and scales are
+// that are trained beside it. With decode(false), as freeze() makes it, it has the bits of the
+// fp8::nn::Linear that it was made of. Gradients of the input and the bias. Codes and scales are
 // buffers: no optimizer sees them.
 //
 //   fp8::nn::FrozenLinear frozen = fp8::nn::freeze(layer);
@@ -159,7 +159,8 @@ class FrozenLinearImpl : public torch::nn::Cloneable<FrozenLinearImpl> {
 TORCH_MODULE(FrozenLinear);
 
 // The layer with its weight quantized as its recipe says, and its bias; its static input scale, if
-// it has one. A copy: the layer stays as it is.
+// it has one. A copy: the layer stays as it is. Its bits, with decode(false); few rows are faster
+// with `frozen->options.decode(true)`.
 FrozenLinear freeze(const Linear& layer);
 
 }  // namespace fp8::nn

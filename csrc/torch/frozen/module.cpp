@@ -104,7 +104,8 @@ FrozenLinear freeze(const Linear& layer) {
       FrozenLinearOptions(layer->options.in_features(), layer->options.out_features())
           .bias(layer->bias.defined())
           .recipe(layer->options.recipe())
-          .static_input(layer->input_scale.defined()));
+          .static_input(layer->input_scale.defined())
+          .decode(false));  // the layer's bits, of few rows too
   const Recipe recipe = recipe_of(frozen->options);
   const bool tensorwise = recipe.weight_granularity == Granularity::kTensorwise;
   const bool rowwise = recipe.weight_granularity == Granularity::kRowwise;

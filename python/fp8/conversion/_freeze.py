@@ -46,7 +46,7 @@ def freeze(
     recipe: str | Recipe | None = None,
     filter: Callable[[Any, str], bool] | None = None,
     *,
-    decode: bool = True,
+    decode: bool | None = None,
 ) -> ModelT:
     """Make every suitable nn.Linear and fp8.Linear of `model` a FrozenLinear, and every suitable
     experts module of transformers' mixtures a FrozenExperts. In place; returns `model`.
@@ -57,12 +57,11 @@ def freeze(
 
     Outputs keep their bits: a frozen layer holds what the forward of an fp8.Linear with its recipe
     computes of the weight, so a converted model in eval mode gives, frozen, the logits that it gave
-    before, of more than 64 rows, or of any number with `decode=False`. Exceptions: `delayed` scales
-    by calls gone by, and becomes `tensorwise`, which it is without a history; the forward under
-    autocast casts a float32 weight first (to have those bits, cast the model,
-    `model.to(torch.bfloat16)`, before). Layers that `fp8.convert` computes as one, with one scale
-    per tensor, keep the scale that they share; where blocks of 128 rows lie across two such layers,
-    values differ within the error of quantizing.
+    before, unless `decode=True`. Exceptions: `delayed` scales by calls gone by, and becomes
+    `tensorwise`, which it is without a history; the forward under autocast casts a float32 weight
+    first (to have those bits, cast the model, `model.to(torch.bfloat16)`, before). Layers that
+    `fp8.convert` computes as one, with one scale per tensor, keep the scale that they share; where
+    blocks of 128 rows lie across two such layers, values differ within the error of quantizing.
 
     Left alone are, whatever the filter says: weights that another module has too (tied embeddings),
     subclasses of nn.Linear, layers whose weight is used without calling them, weights that are not
@@ -83,7 +82,8 @@ def freeze(
             that may be frozen, with its name in `model.named_modules()`.
         decode: the layers' attribute of that name. True: few rows are multiplied by a kernel made
             for them, which is faster and adds in another order, with the same codes and scales.
-            False: the converted model's bits for any number of rows.
+            False: fp8.Linear's bits for any number of rows. None: False of what was converted,
+            which keeps its bits, True of the others.
 
     Memory, at most: the model, and the codes of the layers that were frozen already. An optimizer
     that knows the old weights keeps them: make a new one.
@@ -106,8 +106,8 @@ def freeze(
             "fp8.freeze: filter must be a function (module, name) -> bool, "
             f"got {type(filter).__name__}"
         )
-    if not isinstance(decode, bool):
-        raise TypeError(f"fp8.freeze: expected decode True or False, got {decode!r:.80}")
+    if decode is not None and not isinstance(decode, bool):
+        raise TypeError(f"fp8.freeze: expected decode True, False or None, got {decode!r:.80}")
     linears, mixtures = find_linears(model), find_experts(model)
     reasons = not_frozen(model, linears, by_default=filter is None)
     chosen = [
@@ -131,8 +131,9 @@ def freeze(
     for group in sharing_a_scale(model, [linear.module for linear in chosen], recipes):
         codes = quantized_together(group, recipes[group[0]])
         for module, own in zip(group, codes, strict=True):
+            by_decode = not isinstance(module, Linear) if decode is None else decode
             freeze_in_place(module, own)
-            if not decode:
+            if not by_decode:
                 module.decode = False  # type: ignore[assignment]
     for mixture in experts:
         freeze_experts(mixture, experts_recipe_of(mixture, recipe))

@@ -287,7 +287,7 @@ def test_without_decode_few_rows_have_the_bits_of_fused_linear(recipe):
     converted.load_state_dict(layer.state_dict())
     with torch.no_grad():
         expected = converted(given)
-        frozen = fp8.freeze(torch.nn.Sequential(converted), decode=False)
+        frozen = fp8.freeze(torch.nn.Sequential(converted))
         assert_same_bits(frozen(given), expected)
         frozen[0].decode = True
         assert not torch.equal(frozen(given), expected)
@@ -297,6 +297,10 @@ def test_decode_is_an_attribute_that_travels():
     """On any device: of the layer, not of its class, copied and pickled with it."""
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
     assert all(layer.decode for layer in fp8.freeze(copy.deepcopy(model)))
+    everything = partial(fp8.convert, filter=lambda module, name: True)
+    for decode, expected in ((None, False), (True, True), (False, False)):  # a converted one's bits
+        converted = fp8.freeze(everything(copy.deepcopy(model)), decode=decode)
+        assert [layer.decode for layer in converted] == [expected, expected]
     frozen = fp8.freeze(model, decode=False)
     for made in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
         assert not any(layer.decode for layer in made)
@@ -321,5 +325,7 @@ def test_decode_reaches_the_operator(monkeypatch):
 
 
 def test_freeze_error_decode_is_no_bool():
-    with pytest.raises(TypeError, match=r"fp8.freeze: expected decode True or False, got 'yes'"):
+    with pytest.raises(
+        TypeError, match=r"fp8.freeze: expected decode True, False or None, got 'yes'"
+    ):
         fp8.freeze(torch.nn.Linear(64, 64), decode="yes")
